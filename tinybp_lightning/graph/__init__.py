@@ -1,0 +1,41 @@
+"""What is computed: the frozen graph of one forward pass, its frontiers, cuts, blocks and the chain cut from it."""
+
+from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
+from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.dot import to_dot
+from tinybp_lightning.graph.frontier import CutObstacle, FrontierProfile, Life, frontier_profile
+from tinybp_lightning.graph.ids import BlockId, BoundaryId, NodeId, OptionId, StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
+from tinybp_lightning.graph.structure import block_signature, graph_signature
+from tinybp_lightning.graph.verify import verify_chain, verify_graph
+
+__all__ = [
+    "Block",
+    "BlockId",
+    "BlockSpan",
+    "Boundary",
+    "BoundaryId",
+    "Chain",
+    "CutObstacle",
+    "FrontierProfile",
+    "Granularity",
+    "Graph",
+    "Life",
+    "Node",
+    "NodeId",
+    "OptionId",
+    "SavedSet",
+    "Storage",
+    "StorageId",
+    "StorageKind",
+    "Value",
+    "ValueId",
+    "block_signature",
+    "choose_cuts",
+    "cut_blocks",
+    "frontier_profile",
+    "graph_signature",
+    "to_dot",
+    "verify_chain",
+    "verify_graph",
+]

@@ -1,0 +1,177 @@
+"""What is alive between two consecutive ops, and may the graph be cut there?
+
+*Position* `p` is the place after node `p`. The *frontier* at `p` is the set of activation storages that exist there
+and are still needed: made at or before `p`, and read or written after it or returned by the graph. Its bytes are what
+a replay that starts behind `p` has to be given. Parameters, buffers and graph inputs exist anyway and count nothing.
+
+Storages are counted, not values, so a view costs nothing beside its base. One pass over the graph with difference
+arrays: time is linear in nodes plus reads. Which of the allowed positions to use is decided in `cuts.py`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+
+from tinybp_lightning.graph.ids import StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph, StorageKind
+
+__all__ = ["CutObstacle", "FrontierProfile", "Life", "frontier_profile"]
+
+
+class CutObstacle(Enum):
+    """Why a graph must not be cut at a position."""
+
+    LATER_WRITE = "a later op changes in place a value that exists at the cut, so a replay would start from its new one"
+    NOT_A_TENSOR = "a value that is not a tensor crosses the cut, and a boundary holds tensors only"
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """The positions that something crosses: `made <= position < last_use`. Graph inputs have `made = -1`.
+
+    A graph output lives to the end: its `last_use` is the number of nodes.
+    """
+
+    made: int
+    last_use: int
+
+    def crosses(self, position: int) -> bool:
+        """Return whether it exists at `position` and is needed after it."""
+        return self.made <= position < self.last_use
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierProfile:
+    """The frontier at each position of one graph, in node order; all tuples but the lives have one entry per node.
+
+    `width_bytes`: the frontier's bytes. `num_elements`: tensor elements of all values that cross, views included; it
+    tells apart positions of equal frontier. `is_new`: whether the frontier differs from the one at the position before.
+    `obstacles`: why a cut is not allowed there, `None` where it is. `storage_lives`, `value_lives`: by id; only
+    activation storages and values made by nodes cross anything.
+    """
+
+    width_bytes: tuple[int, ...]
+    num_elements: tuple[int, ...]
+    is_new: tuple[bool, ...]
+    obstacles: tuple[CutObstacle | None, ...]
+    storage_lives: tuple[Life, ...]
+    value_lives: tuple[Life, ...]
+
+    def is_allowed(self, position: int) -> bool:
+        """Return whether the graph may be cut after node `position`."""
+        return self.obstacles[position] is None
+
+    def storages_at(self, position: int) -> tuple[StorageId, ...]:
+        """Return the frontier after node `position`, in id order."""
+        return tuple(StorageId(s) for s, life in enumerate(self.storage_lives) if life.crosses(position))
+
+    def values_at(self, position: int) -> tuple[ValueId, ...]:
+        """Return the values made at or before node `position` and needed after it, in id order."""
+        return tuple(ValueId(v) for v, life in enumerate(self.value_lives) if life.crosses(position))
+
+
+# What never crosses a position: unread results, and what the caller holds anyway.
+_NO_LIFE = Life(made=-1, last_use=-1)
+
+
+def frontier_profile(graph: Graph) -> FrontierProfile:
+    """Return what is alive after each node of `graph` and where it may be cut.
+
+    **Arguments:** `graph`: one that `verify_graph` accepts.
+
+    **Returns:** a profile with one entry per node; the last one describes what the graph returns.
+    """
+    value_lives = _value_lives(graph)
+    storage_lives, all_made = _storage_lives(graph, value_lives)
+    num_nodes = len(graph.nodes)
+    sizes = [storage.size_bytes for storage in graph.storages]
+    elements = [0 if value.storage is None else math.prod(value.shape) for value in graph.values]
+    is_new = [False] * num_nodes
+    for life in storage_lives:
+        if life.made < life.last_use:
+            is_new[life.made] = True
+            if life.last_use < num_nodes:
+                is_new[life.last_use] = True
+    return FrontierProfile(
+        width_bytes=_sum_over(num_nodes, zip(storage_lives, sizes, strict=True)),
+        num_elements=_sum_over(num_nodes, zip(value_lives, elements, strict=True)),
+        is_new=tuple(is_new),
+        obstacles=_obstacles(graph, value_lives, all_made),
+        storage_lives=storage_lives,
+        value_lives=value_lives,
+    )
+
+
+def _value_lives(graph: Graph) -> tuple[Life, ...]:
+    made = [-1] * len(graph.values)
+    last_use = [-1] * len(graph.values)
+    for position, node in enumerate(graph.nodes):
+        for value_id in node.makes:
+            made[value_id] = last_use[value_id] = position
+        for value_id in node.reads:
+            last_use[value_id] = position
+    for value_id in graph.outputs:
+        last_use[value_id] = len(graph.nodes)
+    for value_id in graph.inputs:
+        last_use[value_id] = -1
+    return tuple(Life(m, last) if m < last else _NO_LIFE for m, last in zip(made, last_use, strict=True))
+
+
+def _storage_lives(graph: Graph, value_lives: tuple[Life, ...]) -> tuple[tuple[Life, ...], list[int]]:
+    """Return the life of each activation storage, and for every storage the position that makes it (-1: before)."""
+    num_nodes = len(graph.nodes)
+    made = [num_nodes] * len(graph.storages)
+    last_use = [-1] * len(graph.storages)
+    for value_id in graph.inputs:
+        storage = graph.values[value_id].storage
+        if storage is not None:
+            made[storage] = -1
+    for position, node in enumerate(graph.nodes):
+        for value_id in node.makes:
+            storage = graph.values[value_id].storage
+            if storage is not None:
+                made[storage] = min(made[storage], position)
+        for storage in node.writes:
+            # A write needs the buffer as much as a read does, even where no value names it afterwards.
+            last_use[storage] = max(last_use[storage], position)
+    for value, life in zip(graph.values, value_lives, strict=True):
+        if value.storage is not None:
+            last_use[value.storage] = max(last_use[value.storage], life.last_use)
+    lives = tuple(
+        Life(made[s.id], last_use[s.id])
+        if s.kind is StorageKind.ACTIVATION and made[s.id] < last_use[s.id]
+        else _NO_LIFE
+        for s in graph.storages
+    )
+    return lives, made
+
+
+def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[int]) -> tuple[CutObstacle | None, ...]:
+    num_nodes = len(graph.nodes)
+    # Buffers are the runtime's to guard (each moves once a step); parameters change between steps only.
+    guarded = [storage.kind in (StorageKind.ACTIVATION, StorageKind.INPUT) for storage in graph.storages]
+    changed = [
+        (Life(storage_made[storage], position), 1)
+        for position, node in enumerate(graph.nodes)
+        for storage in node.writes
+        if guarded[storage]
+    ]
+    others = [(life, 1) for value, life in zip(graph.values, value_lives, strict=True) if value.storage is None]
+    num_changed = _sum_over(num_nodes, changed)
+    num_others = _sum_over(num_nodes, others)
+    return tuple(
+        CutObstacle.LATER_WRITE if c else CutObstacle.NOT_A_TENSOR if o else None
+        for c, o in zip(num_changed, num_others, strict=True)
+    )
+
+
+def _sum_over(num_nodes: int, weighted_lives: Iterable[tuple[Life, int]]) -> tuple[int, ...]:
+    """Return for each position the summed weight of the lives that cross it."""
+    steps = [0] * (num_nodes + 1)
+    for life, weight in weighted_lives:
+        if life.made < life.last_use:
+            steps[max(life.made, 0)] += weight
+            steps[max(life.last_use, 0)] -= weight
+    return tuple(accumulate(steps))[:num_nodes]

@@ -1,0 +1,94 @@
+"""Do two stretches of a graph compute the same thing on differently named data?
+
+A signature hashes ops, shapes, dtypes, storage sizes and kinds, the alias, write and save patterns, gradient flags and
+the dataflow relative to the block's own start. Names, module paths, positions and *which* weights are read are left
+out, so the layers of a stack hash alike and are costed, planned and compiled once.
+
+Constants that `Node.op` does not name (an epsilon, a dropout rate) are not in the record and not in the hash: equal
+signatures may share costs and plans; whoever shares *code* compares the code too.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from tinybp_lightning.graph.frontier import Life, frontier_profile
+from tinybp_lightning.graph.ids import StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph
+
+__all__ = ["block_signature", "graph_signature"]
+
+
+def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequence[Life] | None = None) -> str:
+    """Return the structural hash of nodes `start` to `stop` (exclusive) of `graph`.
+
+    **Arguments:** `value_lives`: those of `frontier_profile(graph)`, for a caller that has them; computed otherwise.
+
+    **Returns:** 32 hexadecimal digits, equal for blocks that differ only in names, places and weights.
+    """
+    lives = frontier_profile(graph).value_lives if value_lives is None else value_lives
+    canonical = _Canonical(graph)
+    parts: list[object] = [canonical.node(index) for index in range(start, stop)]
+    made = (value_id for node in graph.nodes[start:stop] for value_id in node.makes)
+    parts.append(canonical.values(value_id for value_id in made if lives[value_id].crosses(stop - 1)))
+    return _digest(parts)
+
+
+def graph_signature(graph: Graph) -> str:
+    """Return the structural hash of the whole `graph`, its inputs and outputs in order included.
+
+    **Returns:** 32 hexadecimal digits: the part of a plan's key that says which program it is for.
+    """
+    canonical = _Canonical(graph)
+    inputs = canonical.values(graph.inputs)
+    nodes = [canonical.node(index) for index in range(len(graph.nodes))]
+    return _digest([inputs, nodes, canonical.values(graph.outputs)])
+
+
+class _Canonical:
+    """Renames values and storages by first appearance, and describes each the first time it appears."""
+
+    __slots__ = ("_graph", "_storages", "_values")
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._values: dict[ValueId, int] = {}
+        self._storages: dict[StorageId, int] = {}
+
+    def node(self, index: int) -> tuple[object, ...]:
+        node = self._graph.nodes[index]
+        return (
+            node.op,
+            self.values(node.reads),
+            self.values(node.makes),
+            self.storages(node.writes),
+            self.storages(node.saved),
+            node.flops,
+            node.is_random,
+            node.is_collective,
+        )
+
+    def values(self, value_ids: Iterable[ValueId]) -> tuple[object, ...]:
+        return tuple(self._value(value_id) for value_id in value_ids)
+
+    def storages(self, storage_ids: Iterable[StorageId]) -> tuple[object, ...]:
+        return tuple(self._storage(storage_id) for storage_id in storage_ids)
+
+    def _value(self, value_id: ValueId) -> object:
+        if value_id in self._values:
+            return self._values[value_id]
+        self._values[value_id] = len(self._values)
+        value = self._graph.values[value_id]
+        storage = None if value.storage is None else self._storage(value.storage)
+        return (storage, value.shape, value.dtype, value.requires_grad)
+
+    def _storage(self, storage_id: StorageId) -> object:
+        if storage_id in self._storages:
+            return self._storages[storage_id]
+        self._storages[storage_id] = len(self._storages)
+        storage = self._graph.storages[storage_id]
+        return (storage.size_bytes, storage.kind.value)
+
+
+def _digest(parts: list[object]) -> str:
+    # The parts hold tuples, strings, numbers and `None` only, whose `repr` is the same in every process.
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
