@@ -26,7 +26,8 @@ ifeq ($(UV),1)
 	uv pip install --python $(PY) -c constraints.txt -e '.[dev]'
 else
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing the development environment: a few minutes the first time"
+	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 endif
 	touch $@
 

@@ -1,0 +1,102 @@
+"""Do README and docs speak of things that exist? Names, fields, errors and make targets are compared with the code."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tinybp_lightning as tbp
+from tinybp_lightning import errors
+
+_ROOT = Path(__file__).parents[3]
+_README = _ROOT / "README.md"
+_PAGES = sorted([_README, *(_ROOT / "docs").rglob("*.md")])
+_PYTHON_SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_PAGES_WITH_PYTHON = [page for page in _PAGES if _PYTHON_SNIPPET.search(page.read_text())]
+
+
+def _page_id(path: Path) -> str:
+    return path.relative_to(_ROOT).as_posix()
+
+
+def _names_used(page: Path) -> set[str]:
+    """Return every `tbp.NAME` in the page, in snippets and in text."""
+    return set(re.findall(r"\btbp\.([A-Za-z_]\w*)", page.read_text()))
+
+
+def _keywords_used(page: Path, *, function: str) -> set[str]:
+    """Return the keyword arguments that the page's Python snippets pass to `tbp.function`."""
+    keywords: set[str] = set()
+    for snippet in _PYTHON_SNIPPET.findall(page.read_text()):
+        for node in ast.walk(ast.parse(snippet)):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="tbp"), attr=name)) if name == function:
+                    keywords |= {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+                case _:
+                    pass
+    return keywords
+
+
+def test_readme_shows_the_front_door() -> None:
+    assert {"BudgetTooSmallError", "HCBStrategy", "explain", "hcb", "restore"} <= _names_used(_README)
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=_page_id)
+def test_names_in_pages_are_public(page: Path) -> None:
+    assert _names_used(page) <= set(tbp.__all__)
+
+
+def test_every_public_name_can_be_had_and_is_in_the_reference() -> None:
+    reference = (_ROOT / "docs" / "api_reference.md").read_text()
+    missing = [name for name in tbp.__all__ if not hasattr(tbp, name)]
+    undocumented = [name for name in tbp.__all__ if not re.search(rf"\b{re.escape(name)}\b", reference)]
+    assert (missing, undocumented) == ([], [])
+
+
+@pytest.mark.parametrize("page", _PAGES_WITH_PYTHON, ids=_page_id)
+@pytest.mark.parametrize("function", ["HCBConfig", "HCBStrategy", "hcb"])
+def test_options_in_snippets_exist(page: Path, function: str) -> None:
+    config_fields = {field.name for field in dataclasses.fields(tbp.HCBConfig)}
+    accepted = {
+        "HCBConfig": config_fields,
+        "HCBStrategy": config_fields | set(inspect.signature(tbp.HCBStrategy.__init__).parameters),
+        "hcb": set(inspect.signature(tbp.hcb).parameters),
+    }
+    assert _keywords_used(page, function=function) <= accepted[function]
+
+
+@pytest.mark.parametrize("page", _PAGES_WITH_PYTHON, ids=_page_id)
+def test_snippets_are_python(page: Path) -> None:
+    compile("\n".join(_PYTHON_SNIPPET.findall(page.read_text())), page.name, "exec")
+
+
+def test_reference_lists_every_error() -> None:
+    reference = (_ROOT / "docs" / "api_reference.md").read_text()
+    assert [name for name in errors.__all__ if f"`{name}`" not in reference] == []
+
+
+def test_reference_lists_the_fields_of_a_step_profile() -> None:
+    profile = importlib.import_module("tinybp_lightning.runtime.profile")
+    reference = (_ROOT / "docs" / "api_reference.md").read_text()
+    fields = [field.name for field in dataclasses.fields(profile.StepProfile)]
+    assert [name for name in fields if f"`{name}`" not in reference] == []
+
+
+def test_make_targets_in_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (_ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*_PAGES, _ROOT / "CONTRIBUTING.md"]
+    named = {
+        target for page in pages for target in re.findall(r"(?:`|^ +)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_extras_in_readme_are_those_of_the_package() -> None:
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    line = next(line for line in _README.read_text().splitlines() if "Extras:" in line)
+    assert set(re.findall(r"`(\w+)`", line)) == set(project["optional-dependencies"])
