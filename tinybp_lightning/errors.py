@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "GraphError",
     "HCBWarning",
+    "MissingPackageError",
     "ReplayError",
     "ScheduleError",
     "TinyBPError",
@@ -53,6 +54,10 @@ class ScheduleError(TinyBPError, ValueError):
 
 class CaptureError(TinyBPError, RuntimeError):
     """A module's forward could not be turned into a `Graph`."""
+
+
+class MissingPackageError(TinyBPError, ImportError):
+    """An optional package that this entry point needs is not installed; the message names the extra."""
 
 
 class ReplayError(TinyBPError, RuntimeError):

@@ -1,0 +1,40 @@
+"""Which Lightning does `tinybp_lightning.HCBStrategy` belong to, and where do the adapters live?
+
+Each module here is a thin adapter: it calls the chain and decides nothing about memory. Importing this package loads
+neither torch nor Lightning.
+"""
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+from tinybp_lightning.errors import MissingPackageError
+from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
+
+__all__ = ["resolve_strategy"]
+
+
+def resolve_strategy() -> type[Any]:
+    """Import and return the `HCBStrategy` class of the Lightning that this process uses.
+
+    **Returns:** the class for the one of `lightning.pytorch` and `pytorch_lightning` that is imported; when both or
+    neither are, the first that is installed, in that order. The class trees are separate: a program that mixes them
+    imports its class from `integrations.lightning_unified` or `integrations.lightning_classic`.
+
+    **Raises:** `MissingPackageError` when neither package is installed.
+    """
+    imported = [adapter for adapter in ADAPTERS if adapter.package in sys.modules]
+    for adapter in imported if len(imported) == 1 else ADAPTERS:
+        if _is_installed(adapter):
+            return importlib.import_module(adapter.module).HCBStrategy
+    raise MissingPackageError(
+        "`HCBStrategy` needs `lightning` or `pytorch_lightning`, and neither is installed. "
+        "Install one (`pip install 'tinybp-lightning[lightning]'`), or use `tinybp_lightning.hcb(model)` without it."
+    )
+
+
+def _is_installed(adapter: Adapter) -> bool:
+    """Say whether the adapter's distribution is present, without running any of its code."""
+    root = adapter.package.partition(".")[0]
+    return root in sys.modules or importlib.util.find_spec(root) is not None

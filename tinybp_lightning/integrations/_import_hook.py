@@ -1,0 +1,136 @@
+"""How do our strategies get into Lightning's registries, whichever of the two is imported first?
+
+A finder on `sys.meta_path` waits for `lightning.pytorch` and `pytorch_lightning`; when one has been imported, its
+adapter registers the `hcb…` names. No entry-point group is read before the Trainer resolves its strategy, so the import
+of this package is the only route. Nothing here imports torch or Lightning by itself.
+"""
+
+import importlib
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from tinybp_lightning.errors import HCBWarning
+
+__all__ = ["ADAPTERS", "Adapter", "RegisteringFinder", "install"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One Lightning namespace and the module of ours that has its strategies and a `register()`."""
+
+    package: str
+    module: str
+
+
+ADAPTERS = (
+    Adapter("lightning.pytorch", "tinybp_lightning.integrations.lightning_unified"),
+    Adapter("pytorch_lightning", "tinybp_lightning.integrations.lightning_classic"),
+)
+
+
+def install() -> None:
+    """Register into every namespace that is imported already, and into the others as soon as they are.
+
+    Safe to call again and from several threads. A registration that fails is an `HCBWarning` with the cause; the import
+    of Lightning itself goes on.
+    """
+    _FINDER.install()
+
+
+class RegisteringFinder(MetaPathFinder):
+    """Finds nothing itself: gives the awaited packages a loader that registers once they have run."""
+
+    def __init__(self, adapters: Iterable[Adapter]) -> None:
+        # The lock guards the dict and `sys.meta_path` only. It is never held during an import: another thread could
+        # hold that import's lock and wait for this one.
+        self._lock = threading.Lock()
+        self._awaited = {adapter.package: adapter for adapter in adapters}
+        self._searching = threading.local()
+
+    def install(self) -> None:
+        """Wait on `sys.meta_path` for the packages that are missing, and serve those that are there."""
+        with self._lock:
+            awaited = tuple(self._awaited.values())
+            if awaited and self not in sys.meta_path:
+                sys.meta_path.insert(0, self)
+        for adapter in awaited:
+            if adapter.package in sys.modules:
+                self.register(adapter)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
+    ) -> ModuleSpec | None:
+        """Return the package's own spec, with its loader wrapped; `None` for everything that is not awaited."""
+        adapter = self._awaited.get(fullname)
+        # A second hook of this kind asks us again while we ask it.
+        if adapter is None or getattr(self._searching, "on", False):
+            return None
+        self._searching.on = True
+        try:
+            spec = self._spec_from_others(fullname, path, target)
+        finally:
+            self._searching.on = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader, lambda: self.register(adapter))
+        return spec
+
+    def register(self, adapter: Adapter) -> None:
+        """Let `adapter` register its strategies, once; a failure warns and leaves Lightning as it is."""
+        with self._lock:
+            if self._awaited.pop(adapter.package, None) is None:
+                return
+            if not self._awaited and self in sys.meta_path:
+                sys.meta_path.remove(self)
+        try:
+            importlib.import_module(adapter.module).register()
+        # Whatever goes wrong in our adapter must not break the user's `import lightning`: it is told, with the cause.
+        except Exception as error:  # noqa: BLE001 - reported below
+            message = (
+                f"the `hcb` strategies could not be registered in `{adapter.package}` "
+                f"({type(error).__name__}: {error}): `Trainer(strategy='hcb')` is unknown there. "
+                "Check the installed Lightning version, or use `tinybp_lightning.hcb(model)`."
+            )
+            warnings.warn(message, HCBWarning, stacklevel=2)
+
+    def _spec_from_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
+        for finder in tuple(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+class _RegisteringLoader(Loader):
+    """Runs the package's own loader, then registers. The module keeps no trace of this wrapper."""
+
+    def __init__(self, loader: Loader, after_exec: Callable[[], None]) -> None:
+        self._loader = loader
+        self._after_exec = after_exec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._after_exec()
+
+    def __getattr__(self, name: str) -> Any:
+        # `find_spec` without an import (availability checks, resource readers) sees the package's own loader.
+        return getattr(self._loader, name)
+
+
+_FINDER = RegisteringFinder(ADAPTERS)

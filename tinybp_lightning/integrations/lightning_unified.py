@@ -1,0 +1,43 @@
+"""The HCB strategies of `lightning.pytorch`. See Note [Two registries, separate trees] in `_strategy`."""
+
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+
+from tinybp_lightning.integrations._registry import register_all
+from tinybp_lightning.integrations._step_log import StepLogMixin
+from tinybp_lightning.integrations._strategy import AutoMixin, ManyDevicesMixin, OneDeviceMixin
+
+__all__ = ["HCBDDPStrategy", "HCBSingleDeviceStrategy", "HCBStepLog", "HCBStrategy", "register"]
+
+
+class HCBStepLog(StepLogMixin, Callback):
+    """Logs each step's peak and recompute share; the strategies add it to the Trainer while fitting."""
+
+
+class HCBSingleDeviceStrategy(OneDeviceMixin, SingleDeviceStrategy):
+    """Height-compressed backpropagation on one device: `Trainer(strategy="hcb_single")`."""
+
+    _step_log_type = HCBStepLog
+
+
+class HCBDDPStrategy(ManyDevicesMixin, DDPStrategy):
+    """Height-compressed backpropagation under `DistributedDataParallel`: `Trainer(strategy="hcb_ddp")`."""
+
+    _step_log_type = HCBStepLog
+    _ddp_strategy_type = DDPStrategy
+
+
+class HCBStrategy(AutoMixin, SingleDeviceStrategy):
+    """Height-compressed backpropagation on the devices the Trainer has: `Trainer(strategy="hcb")`.
+
+    On several devices it becomes an `HCBDDPStrategy` when the Trainer is built; `DDPStrategy`'s options are kept for
+    that case.
+    """
+
+    _step_log_type = HCBStepLog
+    _many_devices_type = HCBDDPStrategy
+
+
+def register() -> None:
+    """Add the `hcb…` names to the `StrategyRegistry` of `lightning.pytorch`; again is the same as once."""
+    register_all(StrategyRegistry, auto=HCBStrategy, single=HCBSingleDeviceStrategy, ddp=HCBDDPStrategy)
