@@ -1,0 +1,41 @@
+"""What to keep, drop, recompute or move to host memory, and when: schedules, the planner and their judges."""
+
+from tinybp_lightning.schedule.actions import (
+    Action,
+    Backward,
+    Drop,
+    Forward,
+    ForwardSave,
+    Offload,
+    Reload,
+    Schedule,
+    Store,
+)
+from tinybp_lightning.schedule.baselines import every_k, every_sqrt_n, keep_all, per_block, revolve, revolve_cost
+from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
+from tinybp_lightning.schedule.text import from_text, to_text
+from tinybp_lightning.schedule.verify import verify_schedule
+
+__all__ = [
+    "Action",
+    "Backward",
+    "Drop",
+    "Forward",
+    "ForwardSave",
+    "Moment",
+    "Offload",
+    "Reload",
+    "Schedule",
+    "Store",
+    "Timeline",
+    "every_k",
+    "every_sqrt_n",
+    "from_text",
+    "keep_all",
+    "per_block",
+    "revolve",
+    "revolve_cost",
+    "simulate",
+    "to_text",
+    "verify_schedule",
+]

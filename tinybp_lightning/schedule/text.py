@@ -1,0 +1,86 @@
+"""How does a schedule read on one line? `F3` forward, `K3` keep, `B3` backward, `S3` store, `D3` drop, `O3`, `R3`.
+
+Option 0 is left out; option 1 of block 3 is `K3.1` and `B3.1`. `from_text` is the inverse of `to_text`.
+"""
+
+import re
+from typing import assert_never
+
+from tinybp_lightning.errors import ScheduleError
+from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
+from tinybp_lightning.schedule.actions import (
+    Action,
+    Backward,
+    Drop,
+    Forward,
+    ForwardSave,
+    Offload,
+    Reload,
+    Schedule,
+    Store,
+)
+
+__all__ = ["from_text", "to_text"]
+
+_WORD = re.compile(r"([FKBSDOR])(\d+)(?:\.(\d+))?")
+
+
+def to_text(schedule: Schedule) -> str:
+    """Return the schedule's actions as words separated by one space."""
+    return " ".join(_word(action) for action in schedule.actions)
+
+
+def from_text(text: str, *, num_blocks: int | None = None) -> Schedule:
+    """Return the schedule that `text` spells.
+
+    **Arguments:** `num_blocks`: left out, one more than the highest block that is named.
+
+    **Raises:** `ScheduleError` at a word that is not in the notation.
+    """
+    actions = tuple(_action(word) for word in text.split())
+    named = [action.block for action in actions if isinstance(action, Forward | ForwardSave | Backward)]
+    return Schedule(num_blocks=max(named, default=-1) + 1 if num_blocks is None else num_blocks, actions=actions)
+
+
+def _word(action: Action) -> str:
+    match action:
+        case Forward(block):
+            return f"F{block}"
+        case ForwardSave(block, option):
+            return f"K{block}.{option}" if option else f"K{block}"
+        case Backward(block, option):
+            return f"B{block}.{option}" if option else f"B{block}"
+        case Store(boundary):
+            return f"S{boundary}"
+        case Drop(boundary):
+            return f"D{boundary}"
+        case Offload(boundary):
+            return f"O{boundary}"
+        case Reload(boundary):
+            return f"R{boundary}"
+        case _:
+            assert_never(action)
+
+
+def _action(word: str) -> Action:
+    match = _WORD.fullmatch(word)
+    if match is None or (match[3] is not None and match[1] not in "KB"):
+        raise ScheduleError(
+            f"`{word}` is not an action: expected one of F, K, B, S, D, O, R and a number, such as `F3` or `K3.1`."
+        )
+    number, option = int(match[2]), OptionId(int(match[3] or 0))
+    match match[1]:
+        case "F":
+            return Forward(BlockId(number))
+        case "K":
+            return ForwardSave(BlockId(number), option)
+        case "B":
+            return Backward(BlockId(number), option)
+        case "S":
+            return Store(BoundaryId(number))
+        case "D":
+            return Drop(BoundaryId(number))
+        case "O":
+            return Offload(BoundaryId(number))
+        case _:
+            return Reload(BoundaryId(number))
