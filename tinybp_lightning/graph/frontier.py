@@ -46,13 +46,16 @@ class Life:
 class FrontierProfile:
     """The frontier at each position of one graph, in node order; all tuples but the lives have one entry per node.
 
-    `width_bytes`: the frontier's bytes. `num_elements`: tensor elements of all values that cross, views included; it
-    tells apart positions of equal frontier. `is_new`: whether the frontier differs from the one at the position before.
+    `width_bytes`: the frontier's bytes. `local_bytes`: those of them that do not live for long: a long-lived storage (a
+    U-Net's skip, a rotary table) belongs to every boundary that it crosses and is counted once however many hold it, so
+    what a boundary costs beside its neighbours is local. `num_elements`: tensor elements of all values that cross, views
+    included; it tells apart positions of equal frontier. `is_new`: whether the frontier differs from the one before.
     `obstacles`: why a cut is not allowed there, `None` where it is. `storage_lives`, `value_lives`: by id; only
     activation storages and values made by nodes cross anything.
     """
 
     width_bytes: tuple[int, ...]
+    local_bytes: tuple[int, ...]
     num_elements: tuple[int, ...]
     is_new: tuple[bool, ...]
     obstacles: tuple[CutObstacle | None, ...]
@@ -72,6 +75,10 @@ class FrontierProfile:
         return tuple(ValueId(v) for v, life in enumerate(self.value_lives) if life.crosses(position))
 
 
+# A storage that crosses more positions than this lives for long: more than the ops between two residual sums of a
+# transformer or a convolution net, fewer than a skip over a level of a U-Net.
+_LONG_LIFE = 32
+
 # What never crosses a position: unread results, and what the caller holds anyway.
 _NO_LIFE = Life(made=-1, last_use=-1)
 
@@ -87,6 +94,9 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
     storage_lives, all_made = _storage_lives(graph, value_lives)
     num_nodes = len(graph.nodes)
     sizes = [storage.size_bytes for storage in graph.storages]
+    local_sizes = [
+        size if life.last_use - life.made <= _LONG_LIFE else 0 for size, life in zip(sizes, storage_lives, strict=True)
+    ]
     elements = [0 if value.storage is None else math.prod(value.shape) for value in graph.values]
     is_new = [False] * num_nodes
     for life in storage_lives:
@@ -96,6 +106,7 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
                 is_new[life.last_use] = True
     return FrontierProfile(
         width_bytes=_sum_over(num_nodes, zip(storage_lives, sizes, strict=True)),
+        local_bytes=_sum_over(num_nodes, zip(storage_lives, local_sizes, strict=True)),
         num_elements=_sum_over(num_nodes, zip(value_lives, elements, strict=True)),
         is_new=tuple(is_new),
         obstacles=_obstacles(graph, value_lives, all_made),
