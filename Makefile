@@ -45,7 +45,7 @@ check: $(STAMP) ## lint, format, types, import contracts, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) -m mkdocs build --strict --quiet --site-dir build/site
 
 format: $(STAMP) ## rewrite the sources in the house format
