@@ -1,9 +1,10 @@
 """Where is a graph cut into blocks, and what goes in and out of each block?
 
-A cut should be narrow, because a stored boundary costs its frontier's bytes. Both granularities put the narrow places
-of `valleys.py` together: `Granularity.FINE` takes every one and then splits the blocks whose own saved bytes set the
-least memory that any plan needs (`splits.py`); `Granularity.COARSE` takes one for each repeated module and the
-narrowest where modules say nothing. Which boundaries a plan *stores* is the planner's decision.
+A cut should be narrow, because a stored boundary costs its frontier's bytes. Both granularities start from the narrow
+places of `valleys.py`. `Granularity.FINE` takes all of them, joins blocks that make next to nothing to a neighbour and
+splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.COARSE` takes one for
+each repeated module, and the narrowest where modules say nothing. Which boundaries a plan *stores* is the planner's
+decision.
 """
 
 from bisect import bisect_left
@@ -14,11 +15,11 @@ from itertools import pairwise
 from typing import assert_never
 
 from tinybp_lightning.errors import GraphError
+from tinybp_lightning.graph.balance import merge_light_blocks, split_heavy_blocks
 from tinybp_lightning.graph.frontier import FrontierProfile, Life, frontier_profile
 from tinybp_lightning.graph.ids import NodeId, ValueId
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.graph.modules import common_module
-from tinybp_lightning.graph.splits import split_heavy_blocks
 from tinybp_lightning.graph.structure import block_signature
 from tinybp_lightning.graph.valleys import fill_long_stretches, layer_cuts, narrow_valleys, space_out
 
@@ -59,8 +60,9 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
     num_nodes = len(graph.nodes)
     match granularity:
         case Granularity.FINE:
-            narrow = {*narrow_valleys(profile), *layer_cuts(graph, profile)}
-            cuts = split_heavy_blocks(graph, profile, space_out(profile, sorted(narrow), num_nodes))
+            narrow = sorted({*narrow_valleys(profile), *layer_cuts(graph, profile)})
+            cuts = merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
+            cuts = split_heavy_blocks(graph, profile, cuts)
         case Granularity.COARSE:
             layers = layer_cuts(graph, profile)
             cuts = space_out(profile, sorted({*layers, *fill_long_stretches(profile, layers)}), num_nodes)

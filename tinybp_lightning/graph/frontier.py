@@ -46,21 +46,30 @@ class Life:
 class FrontierProfile:
     """The frontier at each position of one graph, in node order; all tuples but the lives have one entry per node.
 
-    `width_bytes`: the frontier's bytes. `local_bytes`: those of them that do not live for long: a long-lived storage (a
-    U-Net's skip, a rotary table) belongs to every boundary that it crosses and is counted once however many hold it, so
-    what a boundary costs beside its neighbours is local. `num_elements`: tensor elements of all values that cross, views
-    included; it tells apart positions of equal frontier. `is_new`: whether the frontier differs from the one before.
-    `obstacles`: why a cut is not allowed there, `None` where it is. `storage_lives`, `value_lives`: by id; only
-    activation storages and values made by nodes cross anything.
+    `width_bytes`: the frontier's bytes.
+    `local_bytes`: those of them that do not live for long. A long-lived storage (a U-Net's skip, a rotary table) is part
+    of every boundary that it crosses and is counted once however many hold it, so what a boundary costs beside its
+    neighbours is local.
+    `unsaved_bytes`: those of `local_bytes` that autograd saves nowhere. The others cost a boundary nothing beside the
+    saved set of a block that is kept.
+    `num_elements`: tensor elements of all values that cross, views included; it tells apart positions of one frontier.
+    `is_new`: whether the frontier differs from the one before.
+    `obstacles`: why a cut is not allowed there, `None` where it is.
+    `storage_lives`, `value_lives`: by id; only activation storages and values made by nodes cross anything.
     """
 
     width_bytes: tuple[int, ...]
     local_bytes: tuple[int, ...]
+    unsaved_bytes: tuple[int, ...]
     num_elements: tuple[int, ...]
     is_new: tuple[bool, ...]
     obstacles: tuple[CutObstacle | None, ...]
     storage_lives: tuple[Life, ...]
     value_lives: tuple[Life, ...]
+
+    def cost(self, position: int) -> tuple[int, int, int]:
+        """Return what a boundary after node `position` costs, to be compared: local bytes first, then the ties."""
+        return self.local_bytes[position], self.unsaved_bytes[position], self.num_elements[position]
 
     def is_allowed(self, position: int) -> bool:
         """Return whether the graph may be cut after node `position`."""
@@ -97,6 +106,10 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
     local_sizes = [
         size if life.last_use - life.made <= _LONG_LIFE else 0 for size, life in zip(sizes, storage_lives, strict=True)
     ]
+    saved = {storage for node in graph.nodes for storage in node.saved}
+    unsaved_sizes = [
+        0 if storage.id in saved else size for size, storage in zip(local_sizes, graph.storages, strict=True)
+    ]
     elements = [0 if value.storage is None else math.prod(value.shape) for value in graph.values]
     is_new = [False] * num_nodes
     for life in storage_lives:
@@ -107,6 +120,7 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
     return FrontierProfile(
         width_bytes=_sum_over(num_nodes, zip(storage_lives, sizes, strict=True)),
         local_bytes=_sum_over(num_nodes, zip(storage_lives, local_sizes, strict=True)),
+        unsaved_bytes=_sum_over(num_nodes, zip(storage_lives, unsaved_sizes, strict=True)),
         num_elements=_sum_over(num_nodes, zip(value_lives, elements, strict=True)),
         is_new=tuple(is_new),
         obstacles=_obstacles(graph, value_lives, all_made),

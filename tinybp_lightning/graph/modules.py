@@ -16,7 +16,7 @@ __all__ = ["LayerTransition", "common_module", "layer_transitions"]
 
 @dataclass(frozen=True, slots=True)
 class LayerTransition:
-    """Positions `first` to `stop` (exclusive) at which the outermost repeated module has ended or not yet begun.
+    """Positions `first` to `stop` (exclusive) at which a repeated module has ended and the next has not begun.
 
     `container` is the path of the container that is left, or entered where none is left.
     """
@@ -26,27 +26,29 @@ class LayerTransition:
     stop: int
 
 
-def layer_transitions(graph: Graph) -> tuple[LayerTransition, ...]:
-    """Return every change of the outermost repeated module of `graph`, entering the first and leaving the last too.
+def layer_transitions(graph: Graph, *, depth: int = 1) -> tuple[LayerTransition, ...]:
+    """Return every change of repeated module in `graph`, entering the first and leaving the last too.
 
-    Nodes outside every repeated module belong to the transition between two different items, and to the item where
+    Nodes outside every repeated module belong to the transition between two different ones, and to the module where
     they stand inside one.
+
+    **Arguments:** `depth`: how many repeated containers to look into: 1 for layers, 2 for the layers of stages.
     """
     repeated = _repeated_containers(graph)
     transitions: list[LayerTransition] = []
-    previous: tuple[str, str] | None = None
+    previous: tuple[_Item, ...] = ()
     previous_position = -1
     for position, node in enumerate(graph.nodes):
-        item = next((pair for pair in _items(node.module) if pair[0] in repeated), None)
-        if item is None:
+        items = tuple(item for item in _items(node.module) if item.container in repeated)[:depth]
+        if not items:
             continue
-        if item != previous and position > 0:
+        if items != previous and position > 0:
             # Before the first item stands the whole stem; only its very end is a transition.
-            container, first = (previous[0], previous_position) if previous else (item[0], position - 1)
-            transitions.append(LayerTransition(container, first, position))
-        previous, previous_position = item, position
-    if previous is not None and previous_position < len(graph.nodes) - 1:
-        transitions.append(LayerTransition(previous[0], previous_position, previous_position + 1))
+            left, first = (previous, previous_position) if previous else (items, position - 1)
+            transitions.append(LayerTransition(left[-1].container, first, position))
+        previous, previous_position = items, position
+    if previous and previous_position < len(graph.nodes) - 1:
+        transitions.append(LayerTransition(previous[-1].container, previous_position, previous_position + 1))
     return tuple(transitions)
 
 
@@ -64,18 +66,26 @@ def common_module(graph: Graph, start: int, stop: int) -> str:
     return ".".join(common or [])
 
 
-def _items(module: str) -> Iterator[tuple[str, str]]:
-    """Yield the (container, index) pairs on a module path, outermost first."""
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Item `index` of the container at path `container`."""
+
+    container: str
+    index: str
+
+
+def _items(module: str) -> Iterator[_Item]:
+    """Yield the container items on a module path, outermost first."""
     segments = module.split(".")
     for depth, segment in enumerate(segments):
         if segment.isdecimal():
-            yield ".".join(segments[:depth]), segment
+            yield _Item(".".join(segments[:depth]), segment)
 
 
 def _repeated_containers(graph: Graph) -> frozenset[str]:
-    ops: dict[tuple[str, str], set[str]] = {}
+    ops: dict[_Item, set[str]] = {}
     for node in graph.nodes:
         for item in _items(node.module):
             ops.setdefault(item, set()).add(node.op)
-    alike = Counter((container, frozenset(used)) for (container, _), used in ops.items())
+    alike = Counter((item.container, frozenset(used)) for item, used in ops.items())
     return frozenset(container for (container, _), count in alike.items() if count > 1)

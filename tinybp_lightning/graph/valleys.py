@@ -45,20 +45,26 @@ def narrow_valleys(profile: FrontierProfile) -> tuple[int, ...]:
 
 
 def layer_cuts(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
-    """Return the narrow places between repeated modules: one for each transition, in containers whose width repeats."""
+    """Return the narrow places between repeated modules, in stacks of layers and in stacks of stages of layers.
+
+    One for each transition that is a valley or has the narrowest width that repeats in its container; inside a stage,
+    one for each transition between its layers that is as narrow as the stage's end.
+    """
+    valleys = set(_valleys(profile))
     by_container: dict[str, list[int]] = {}
-    for transition in layer_transitions(graph):
-        places = [p for p in range(transition.first, transition.stop) if profile.is_allowed(p)]
-        if places:
-            narrowest = min(places, key=lambda p: (profile.local_bytes[p], profile.num_elements[p], -p))
-            by_container.setdefault(transition.container, []).append(narrowest)
-    cuts: set[int] = set()
-    for places in by_container.values():
-        widths = sorted(profile.local_bytes[p] for p in places)
-        repeating = [narrow for narrow, wide in pairwise(widths) if wide <= _REPEAT_TOLERANCE * narrow]
-        if repeating:
-            cuts.update(p for p in places if profile.local_bytes[p] <= _REPEAT_TOLERANCE * repeating[0])
-    return tuple(sorted(cuts))
+    for container, place in _transition_places(graph, profile, depth=1):
+        by_container.setdefault(container, []).append(place)
+    repeating = {place for places in by_container.values() for place in _repeating(profile, places)}
+    stages = [place for places in by_container.values() for place in places if place in repeating or place in valleys]
+    stages.sort()
+    inner = [place for _, place in _transition_places(graph, profile, depth=2)]
+    ends = [bisect_left(stages, place) for place in inner]
+    layers = [
+        place
+        for place, end in zip(inner, ends, strict=True)
+        if 0 < end < len(stages) and _is_as_narrow(profile, place, stages[end])
+    ]
+    return tuple(sorted({*stages, *layers}))
 
 
 def fill_long_stretches(profile: FrontierProfile, layers: Sequence[int]) -> tuple[int, ...]:
@@ -81,9 +87,37 @@ def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int
             continue
         if not kept or position - kept[-1] >= MIN_OPS:
             kept.append(position)
-        elif profile.local_bytes[position] < profile.local_bytes[kept[-1]]:
+        elif profile.cost(position) < profile.cost(kept[-1]):
             kept[-1] = position
     return tuple(kept)
+
+
+def _transition_places(graph: Graph, profile: FrontierProfile, *, depth: int) -> list[tuple[str, int]]:
+    """Return the container and the cheapest allowed position of each transition between repeated modules."""
+    found: list[tuple[str, int]] = []
+    for transition in layer_transitions(graph, depth=depth):
+        places = [p for p in range(transition.first, transition.stop) if profile.is_allowed(p)]
+        if places:
+            found.append((transition.container, min(places, key=lambda p: (*profile.cost(p), -p))))
+    return found
+
+
+def _repeating(profile: FrontierProfile, places: Sequence[int]) -> list[int]:
+    """Return the places as narrow as the narrowest two that are alike; none where all differ."""
+    by_width = sorted(places, key=lambda p: profile.local_bytes[p])
+    narrowest = next((left for left, right in pairwise(by_width) if _is_as_narrow(profile, right, left)), None)
+    return [] if narrowest is None else [p for p in places if _is_as_narrow(profile, p, narrowest)]
+
+
+def _is_as_narrow(profile: FrontierProfile, position: int, other: int) -> bool:
+    """Return whether `position` is as narrow as `other`, all storages counted or only those that live there.
+
+    Either is enough: skips that pile up spoil the first comparison, and a residual that happens to die early, as after
+    the last layer, the second.
+    """
+    return any(
+        width[position] <= _REPEAT_TOLERANCE * width[other] for width in (profile.width_bytes, profile.local_bytes)
+    )
 
 
 def _valleys(profile: FrontierProfile) -> list[int]:

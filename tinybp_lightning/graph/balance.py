@@ -1,24 +1,31 @@
-"""Which blocks should be cut once more, because what they save sets the least memory that any plan needs?
+"""Which blocks are too light to be planned apart, and which too heavy to be planned whole?
 
-No plan gets below the working set of its heaviest block's backward. Splitting that block at `p` makes two smaller ones
-and a boundary: while the later one runs backward the boundary is held beside its saved set, and while the earlier one
-does the boundary's gradient is. So the heaviest block is split where `max(saved before, saved after) + bytes of the
-boundary` is least, as long as that is clearly below what it saves whole; then the next heaviest, until the heaviest
-one gains nothing. Blocks lighter than that stay whole: more boundaries would cost planning time and lower no peak.
+*Light*: a block that makes next to nothing (a mask, the statistics of a norm) costs planning time and offers nothing to
+keep or drop. It joins a neighbour across the costlier of its two cuts.
+
+*Heavy*: no plan gets below the working set of its heaviest block's backward. Splitting that block at `p` makes two
+smaller ones and a boundary: while the later one runs backward the boundary is held beside its saved set, and while the
+earlier one does the boundary's gradient is. So the heaviest block is split where `max(saved before, saved after) +
+bytes of the boundary` is least, as long as that is clearly below what it saves whole; then the next heaviest, until
+the heaviest one gains nothing. Blocks lighter than that stay whole: more boundaries would lower no peak.
 """
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from statistics import median
 
 from tinybp_lightning.graph.frontier import FrontierProfile
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.valleys import MIN_OPS
 
-__all__ = ["split_heavy_blocks"]
+__all__ = ["merge_light_blocks", "split_heavy_blocks"]
 
+# A block that makes less than this share of what the usual block makes is light: statistics of a norm are one value in
+# a row, masks one byte for a pair of positions, and neither comes near it.
+_LIGHT_SHARE = 1 / 16
 # A split must leave at most this share of the block's saved bytes: less gain is not worth a boundary to plan for.
 _WORTHWHILE_SHARE = 0.875
 
@@ -30,6 +37,30 @@ class _Saved:
     made: int
     first_save: int
     size_bytes: int
+
+
+def merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Return `cuts` without those that only part off a light block.
+
+    **Arguments:** `cuts`: increasing positions.
+    """
+    made_bytes = [0] * len(graph.nodes)
+    for storage, position in _made_at(graph).items():
+        made_bytes[position] += graph.storages[storage].size_bytes
+    total = [0, *accumulate(made_bytes)]
+    last = len(graph.nodes) - 1
+    limit_bytes = _LIGHT_SHARE * median(total[q + 1] - total[p + 1] for p, q in pairwise([-1, *cuts, last]))
+    kept = [-1]
+    for position in [*cuts, last]:
+        # Giving up the cut before makes the block longer: look again until it is no longer light.
+        while total[position + 1] - total[kept[-1] + 1] < limit_bytes:
+            is_first = len(kept) == 1
+            if is_first or (position != last and profile.cost(kept[-1]) < profile.cost(position)):
+                break
+            kept.pop()
+        else:
+            kept.append(position)
+    return tuple(p for p in kept if 0 <= p < last)
 
 
 def split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
