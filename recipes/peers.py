@@ -1,0 +1,175 @@
+"""How does each way to spend less activation memory change a model before it trains?
+
+One function a mode, each as its documentation recommends and tuned the way an expert would: compiled blocks have
+static shapes, so that equal blocks share one compilation, and a language model's loss is compiled apart. Compilers'
+settings are global: a process applies one mode, once.
+"""
+
+# torch annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, assert_never, cast
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,  # pyright: ignore[reportUnknownVariableType]  # its function argument is not annotated
+    create_selective_checkpoint_contexts,  # pyright: ignore[reportUnknownVariableType]  # likewise
+)
+
+from recipes.budget import budget_share
+from recipes.models import Workload
+from recipes.timeline import Timeline
+from tinybp_lightning.errors import ConfigError
+
+__all__ = ["Mode", "Prediction", "apply_mode", "parse_modes"]
+
+# More than any recipe's model has distinct blocks: past the default of 8 Dynamo would give up and run eagerly.
+MAX_COMPILED_VARIANTS = 256
+
+aten = torch.ops.aten
+# What selective checkpointing keeps: the ops whose recomputation costs most for each byte of their outputs.
+KEPT_OPS: frozenset[Any] = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.convolution.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+class Mode(Enum):
+    """A way to train; `naive` is plain autograd."""
+
+    naive = "naive"
+    checkpoint = "checkpoint"
+    selective = "selective"
+    compile = "compile"
+    compile_layers = "compile_layers"
+    compile_layers_checkpoint = "compile_layers_checkpoint"
+    activation_memory_budget = "activation_memory_budget"
+    compile_layers_memory_budget = "compile_layers_memory_budget"
+    hcb_eager = "hcb_eager"
+    hcb_inductor = "hcb_inductor"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a mode said about the memory of its own step; `timeline` lasts as long as the mode thinks the step does."""
+
+    peak_bytes: int
+    timeline: Timeline | None
+
+
+Forecast = Callable[[], Prediction | None]
+
+
+def parse_modes(mode: object) -> tuple[Mode, ...]:
+    """Return the modes that a configuration's `mode` names: `all`, one name, or a list of names.
+
+    **Returns:** each mode once, in the order given.
+
+    **Raises:** `ConfigError` when a name is not a mode.
+    """
+    if mode == "all":
+        return tuple(Mode)
+    names = cast(Sequence[object], mode) if isinstance(mode, list | tuple) else [mode]
+    known = {known_mode.value: known_mode for known_mode in Mode}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"`mode={unknown[0]}` is not a mode: take `all` or some of {', '.join(known)}.")
+    return tuple(known[str(name)] for name in dict.fromkeys(names))
+
+
+def apply_mode(mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes: int) -> Forecast:
+    """Change `workload.model`, in place, so that it trains in `mode`.
+
+    **Arguments:** `budget`: for activations, `"30%"` or `"2GiB"`; `naive_peak_bytes`: the activation peak of plain
+    training, which turns bytes into the share that torch's own budget wants (0 when it is not known).
+
+    **Returns:** a function that tells, after training, what the mode predicted; `None` for modes that do not predict.
+
+    **Raises:** whatever the mode raises for a model or a budget that it cannot take.
+    """
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = MAX_COMPILED_VARIANTS
+    match mode:
+        case Mode.naive:
+            pass
+        case Mode.checkpoint:
+            _checkpoint_blocks(workload)
+        case Mode.selective:
+            _checkpoint_blocks(workload, context_fn=_keep_costly_ops)
+        case Mode.compile:
+            workload.model.compile(dynamic=False)
+        case Mode.compile_layers:
+            _compile_blocks(workload)
+        case Mode.compile_layers_checkpoint:
+            _compile_blocks(workload)
+            _checkpoint_blocks(workload)
+        case Mode.activation_memory_budget:
+            _set_memory_budget(budget, naive_peak_bytes)
+            workload.model.compile(dynamic=False)
+        case Mode.compile_layers_memory_budget:
+            _set_memory_budget(budget, naive_peak_bytes)
+            _compile_blocks(workload)
+        case Mode.hcb_eager:
+            return _hcb(workload, budget, executor="eager")
+        case Mode.hcb_inductor:
+            return _hcb(workload, budget, executor="inductor")
+        case _:
+            assert_never(mode)
+    return _no_forecast
+
+
+def _no_forecast() -> Prediction | None:
+    return None
+
+
+def _checkpoint_blocks(workload: Workload, **options: Any) -> None:
+    """Recompute each block's activations in its backward (non-reentrant, random numbers replayed)."""
+    for block in workload.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def _keep_costly_ops() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _compile_blocks(workload: Workload) -> None:
+    """Compile each block by itself; as a function, so that checkpointing can go around it."""
+    for block in workload.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    _compile_token_loss(workload.model)
+
+
+def _compile_token_loss(model: nn.Module) -> None:
+    """Compile a transformers language model's loss, whose float32 logits set the peak when they run eagerly."""
+    if hasattr(model, "lm_head") and hasattr(model, "loss_function"):
+        cast(Any, model).loss_function = torch.compile(cast(Any, model).loss_function, dynamic=False)
+
+
+def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
+    """Torch's budget is a share of what the compiled graph would save, 0 to 1."""
+    torch._functorch.config.activation_memory_budget = budget_share(budget, naive_peak_bytes=naive_peak_bytes)
+
+
+def _hcb(workload: Workload, budget: str, *, executor: str) -> Forecast:
+    raise NotImplementedError(executor)

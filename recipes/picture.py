@@ -1,0 +1,150 @@
+"""What does the comparison look like? Peak against time, and the memory of a step as it goes by."""
+
+# matplotlib annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from recipes.budget import budget_bytes
+from recipes.config import CompareConfig
+from recipes.outcome import Finished, Outcome
+from recipes.peers import Mode
+from recipes.table import naive_of
+from recipes.timeline import Timeline
+
+__all__ = ["draw_comparison", "spread"]
+
+GIBIBYTE, MEBIBYTE = 2**30, 2**20
+LABEL_SPACING = 0.062
+COLORS = {
+    Mode.naive: "#222222",
+    Mode.checkpoint: "#1f77b4",
+    Mode.selective: "#17becf",
+    Mode.compile: "#8c564b",
+    Mode.compile_layers: "#bcbd22",
+    Mode.compile_layers_checkpoint: "#2ca02c",
+    Mode.activation_memory_budget: "#e377c2",
+    Mode.compile_layers_memory_budget: "#9467bd",
+    Mode.hcb_eager: "#d62728",
+    Mode.hcb_inductor: "#ff7f0e",
+}
+OURS = (Mode.hcb_eager, Mode.hcb_inductor)
+
+
+def draw_comparison(config: CompareConfig, outcomes: Sequence[Outcome], path: Path) -> None:
+    """Write the picture of `outcomes` to `path`, a PNG; modes that failed are left out.
+
+    **Raises:** `ValueError` when no mode finished.
+    """
+    finished = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
+    if not finished:
+        raise ValueError("`outcomes` has no mode that finished: there is nothing to draw.")
+    unit_bytes, unit = _unit(finished)
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(15.0, 5.6), dpi=130, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
+        _draw_peaks(left, config, finished, unit_bytes, unit)
+        _draw_timelines(right, finished, unit_bytes, unit)
+        device = finished[0].measurement.device
+        figure.suptitle(f"{finished[0].source}, size {config.size.name}, {device}", fontsize=12)
+        figure.savefig(path)
+
+
+def _unit(finished: Sequence[Finished]) -> tuple[int, str]:
+    is_large = max(outcome.measurement.activation_peak_bytes for outcome in finished) >= 2 * GIBIBYTE
+    return (GIBIBYTE, "GiB") if is_large else (MEBIBYTE, "MiB")
+
+
+def _draw_peaks(axes: Axes, config: CompareConfig, finished: Sequence[Finished], unit_bytes: int, unit: str) -> None:
+    """One point a mode; names stand in a column beside the axes, in the order of the points, so that none overlap."""
+    walls_ms = [outcome.measurement.wall_s * 1e3 for outcome in finished]
+    peaks = [outcome.measurement.activation_peak_bytes / unit_bytes for outcome in finished]
+    top = 1.08 * max(peaks)
+    axes.set_ylim(0.0, top)
+    margin_ms = 0.08 * max(max(walls_ms) - min(walls_ms), 0.1 * max(walls_ms))
+    axes.set_xlim(min(walls_ms) - margin_ms, max(walls_ms) + margin_ms)
+    heights = spread([peak / top for peak in peaks], spacing=LABEL_SPACING)
+    for outcome, wall_ms, peak, height in zip(finished, walls_ms, peaks, heights, strict=True):
+        color = COLORS[outcome.mode]
+        is_ours = outcome.mode in OURS
+        axes.plot(wall_ms, peak, marker="D" if is_ours else "o", markersize=9 if is_ours else 7, color=color, zorder=3)
+        cast(Any, axes).annotate(
+            f"{outcome.mode.value}  {wall_ms:.0f} ms, {peak:.1f} {unit}",
+            xy=(wall_ms, peak),
+            xycoords="data",
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            color=color,
+            fontsize=9,
+            fontweight="bold" if is_ours else "normal",
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)},
+        )
+    naive = naive_of(finished)
+    if naive is not None:
+        allowed = budget_bytes(config.budget, naive_peak_bytes=naive.activation_peak_bytes) / unit_bytes
+        axes.axhline(allowed, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
+        axes.text(0.01, allowed / top + 0.01, f"budget {config.budget}", transform=axes.transAxes, color="#666666")
+    axes.set_xlabel("time of a step (ms)")
+    axes.set_ylabel(f"activation peak ({unit})")
+    axes.set_title("Peak against time: lower left is better")
+    axes.grid(alpha=0.25)
+
+
+def spread(heights: Sequence[float], *, spacing: float) -> list[float]:
+    """Return `heights`, moved as little as a sweep up and a sweep down can, so that any two are `spacing` apart.
+
+    **Arguments:** `heights`: shares of the axes, 0 to 1.
+
+    **Returns:** the moved heights, in the order given; the order by height is kept and none exceeds 1 unless there are
+    too many to fit.
+    """
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = [heights[index] for index in order]
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + spacing)
+    for i in reversed(range(len(placed))):
+        ceiling = 1.0 if i == len(placed) - 1 else placed[i + 1] - spacing
+        placed[i] = min(placed[i], ceiling)
+    moved = [0.0] * len(placed)
+    for index, height in zip(order, placed, strict=True):
+        moved[index] = height
+    return moved
+
+
+def _draw_timelines(axes: Axes, finished: Sequence[Finished], unit_bytes: int, unit: str) -> None:
+    """Measured activations of every mode, and over ours what they predicted."""
+    for outcome in finished:
+        color, measured = COLORS[outcome.mode], outcome.measurement
+        is_front = outcome.mode in OURS or outcome.mode is Mode.naive
+        width, opacity = (1.4, 1.0) if is_front else (0.9, 0.55)
+        times_ms, live = _points(measured.timeline, measured.wall_s, unit_bytes)
+        axes.plot(times_ms, live, color=color, linewidth=width, alpha=opacity, zorder=3 if is_front else 2)
+        if outcome.prediction is not None and outcome.prediction.timeline is not None:
+            times_ms, live = _points(outcome.prediction.timeline, measured.wall_s, unit_bytes)
+            axes.plot(times_ms, live, color="black", linewidth=2.6, alpha=0.5, zorder=4)
+            axes.plot(times_ms, live, color=color, linewidth=1.3, linestyle="--", zorder=5)
+    axes.plot([], [], color="#666666", linewidth=1.4, label="measured (colours as on the left)")
+    if any(outcome.prediction is not None and outcome.prediction.timeline is not None for outcome in finished):
+        axes.plot([], [], color="#666666", linewidth=1.3, linestyle="--", label="predicted by hcb")
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlim(left=0.0)
+    # Above the curves: plain training fills the top of the axes.
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
+    axes.set_title("Memory of one step", loc="left")
+    axes.set_xlabel("time in the step (ms)")
+    axes.set_ylabel(f"activations alive ({unit})")
+    axes.grid(alpha=0.25)
+
+
+def _points(timeline: Timeline, wall_s: float, unit_bytes: int) -> tuple[list[float], list[float]]:
+    """Milliseconds and units of a timeline, stretched to last as long as the measured step."""
+    end_s = timeline.time_s[-1] if timeline.time_s else 1.0
+    scale_ms = 1e3 * wall_s / end_s if end_s > 0.0 else 0.0
+    return [time_s * scale_ms for time_s in timeline.time_s], [live / unit_bytes for live in timeline.live_bytes]
