@@ -24,7 +24,7 @@ def resolve_strategy() -> type[Any]:
 
     **Raises:** `MissingPackageError` when neither package is installed.
     """
-    imported = [adapter for adapter in ADAPTERS if adapter.package in sys.modules]
+    imported = [adapter for adapter in ADAPTERS if sys.modules.get(adapter.package) is not None]
     for adapter in imported if len(imported) == 1 else ADAPTERS:
         if _is_installed(adapter):
             return importlib.import_module(adapter.module).HCBStrategy
@@ -37,4 +37,4 @@ def resolve_strategy() -> type[Any]:
 def _is_installed(adapter: Adapter) -> bool:
     """Say whether the adapter's distribution is present, without running any of its code."""
     root = adapter.package.partition(".")[0]
-    return root in sys.modules or importlib.util.find_spec(root) is not None
+    return sys.modules.get(root) is not None or importlib.util.find_spec(root) is not None

@@ -61,7 +61,7 @@ class RegisteringFinder(MetaPathFinder):
             if awaited and self not in sys.meta_path:
                 sys.meta_path.insert(0, self)
         for adapter in awaited:
-            if adapter.package in sys.modules:
+            if sys.modules.get(adapter.package) is not None:
                 self.register(adapter)
 
     def find_spec(

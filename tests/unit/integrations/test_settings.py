@@ -1,0 +1,97 @@
+"""Which configuration do the strategy's arguments and the environment make?"""
+
+from collections.abc import Mapping
+
+import pytest
+
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.errors import BudgetError, ConfigError
+from tinybp_lightning.integrations._settings import check_option_names, config_from
+
+
+def config(environ: Mapping[str, str] | None = None, **options: object) -> HCBConfig:
+    arguments = {"config": None, "memory_budget": None, "activation_budget": None, "executor": "auto", **options}
+    return config_from(**arguments, environ=environ or {})  # pyright: ignore[reportArgumentType]
+
+
+def test_without_budgets_the_config_is_the_default() -> None:
+    assert config() == HCBConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"memory_budget": "2GiB"}, HCBConfig(memory_budget="2GiB", activation_budget=None)),
+        ({"activation_budget": "30%"}, HCBConfig(memory_budget=None, activation_budget="30%")),
+        ({"activation_budget": 4096, "executor": "eager"}, HCBConfig(None, 4096, executor="eager")),
+        ({"config": HCBConfig(None, "30%")}, HCBConfig(None, "30%")),
+    ],
+    ids=str,
+)
+def test_arguments_make_the_config_and_the_environment_is_not_read(
+    options: Mapping[str, object], expected: HCBConfig
+) -> None:
+    assert config({"HCB_MEMORY_BUDGET": "nonsense"}, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"HCB_MEMORY_BUDGET": "2GiB"}, HCBConfig("2GiB", None)),
+        ({"HCB_MEMORY_BUDGET": " 80% "}, HCBConfig("80%", None)),
+        ({"HCB_MEMORY_BUDGET": "1048576"}, HCBConfig(1048576, None)),
+        ({"HCB_ACTIVATION_BUDGET": "30%"}, HCBConfig(None, "30%")),
+        ({"HCB_MEMORY_BUDGET": "", "HCB_ACTIVATION_BUDGET": "30%"}, HCBConfig(None, "30%")),
+        ({"HCB_MEMORY_BUDGET": " "}, HCBConfig()),
+    ],
+    ids=str,
+)
+def test_the_environment_fills_in_a_missing_budget(environ: Mapping[str, str], expected: HCBConfig) -> None:
+    assert config(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"HCB_MEMORY_BUDGET": "2 parsecs"}, "HCB_MEMORY_BUDGET=2 parsecs"),
+        ({"HCB_ACTIVATION_BUDGET": "-1GiB"}, "HCB_ACTIVATION_BUDGET=-1GiB"),
+        (
+            {"HCB_MEMORY_BUDGET": "1GiB", "HCB_ACTIVATION_BUDGET": "30%"},
+            "HCB_MEMORY_BUDGET=1GiB HCB_ACTIVATION_BUDGET=30%",
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_budget_from_the_environment_names_its_variable(environ: Mapping[str, str], named: str) -> None:
+    with pytest.raises(BudgetError, match=f"in the environment, `{named}`"):
+        config(environ)
+
+
+@pytest.mark.parametrize(
+    "other", [{"memory_budget": "1GiB"}, {"activation_budget": "3%"}, {"executor": "eager"}], ids=str
+)
+def test_a_config_stands_alone(other: Mapping[str, object]) -> None:
+    (name,) = other
+    with pytest.raises(ConfigError, match=f"`{name}=.*` was passed beside `config`"):
+        config(None, config=HCBConfig(), **{name: value})
+
+
+def both(first: int, *, second: int = 0, **anything: int) -> None: ...
+
+
+def test_names_of_any_listed_callable_pass() -> None:
+    check_option_names(["first", "second"], accepted_by=(both,))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("memroy_budget", "Did you mean `memory_budget`?"),
+        ("secnod", "Did you mean `second`?"),
+        ("anything", "neither HCB's"),
+    ],
+)
+def test_other_names_are_refused_with_advice(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` is not an option") as caught:
+        check_option_names(["first", name], accepted_by=(both,))
+    assert hint in str(caught.value)
