@@ -47,8 +47,8 @@ class FrontierProfile:
     """The frontier at each position of one graph, in node order; all tuples but the lives have one entry per node.
 
     `width_bytes`: the frontier's bytes.
-    `local_bytes`: those of them that do not live for long. A long-lived storage (a U-Net's skip, a rotary table) is part
-    of every boundary that it crosses and is counted once however many hold it, so what a boundary costs beside its
+    `local_bytes`: those of them that do not live for long. A long-lived storage (a U-Net's skip, a rotary table) is
+    part of every boundary that it crosses and is counted once however many hold it, so what a boundary costs beside its
     neighbours is local.
     `unsaved_bytes`: those of `local_bytes` that autograd saves nowhere. The others cost a boundary nothing beside the
     saved set of a block that is kept.
