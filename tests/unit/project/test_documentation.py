@@ -80,6 +80,12 @@ def test_reference_lists_every_error() -> None:
     assert [name for name in errors.__all__ if f"`{name}`" not in reference] == []
 
 
+def test_reference_lists_the_options() -> None:
+    reference = (_ROOT / "docs" / "api_reference.md").read_text()
+    fields = [field.name for field in dataclasses.fields(tbp.HCBConfig)]
+    assert [name for name in fields if f"| `{name}` |" not in reference] == []
+
+
 def test_reference_lists_the_fields_of_a_step_profile() -> None:
     profile = importlib.import_module("tinybp_lightning.runtime.profile")
     reference = (_ROOT / "docs" / "api_reference.md").read_text()
