@@ -1,0 +1,113 @@
+"""Can this graph be height-compressed: is it long and skinny, and what is in the way?
+
+Height compression trades the *sum* of all activations for frontiers: a plan holds a few boundaries and one block's
+working set. It pays where the widest frontier is a small share of what plain training keeps, and where narrow cuts are
+many. What is in the way is named: the widest point and the op that makes it, and storages that cross many layers, which
+every boundary between has to hold. Terms as in `docs/theory.md`.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from tinybp_lightning.analysis.bounds import WidestOp, widest_op
+from tinybp_lightning.graph.cuts import Granularity, choose_cuts
+from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
+from tinybp_lightning.graph.ids import NodeId, StorageId
+from tinybp_lightning.graph.ir import Graph, StorageKind
+
+__all__ = ["SKINNY_RATIO", "Diagnosis", "LongSkip", "WidestPoint", "diagnose"]
+
+# A graph is skinny when its widest frontier is at most this share of all activation bytes. A chain of four equal steps
+# is the shortest that a plan can halve: one boundary and one step's working set out of four.
+SKINNY_RATIO = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class WidestPoint:
+    """The position with the widest frontier. `name`, `op` and `module` are those of the node before it."""
+
+    node: NodeId
+    name: str
+    op: str
+    module: str
+    width_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LongSkip:
+    """A storage that crosses more than one layer cut: every boundary between its maker and its last reader holds it."""
+
+    storage: StorageId
+    size_bytes: int
+    made_by: NodeId
+    op: str
+    module: str
+    num_cuts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What a graph's shape promises to height compression.
+
+    `total_bytes`: all activation storages; `saved_bytes`: those that plain training keeps for backward.
+    `widest`, `widest_op`: `None` for a graph without ops. `frontier_ratio`: widest frontier over `total_bytes`.
+    `num_narrow_cuts`, `num_layer_cuts`: cuts of the fine and of the coarse granularity; `widest_cut_bytes`: the widest
+    frontier among the narrow cuts. `long_skips`: most bytes first.
+    """
+
+    total_bytes: int
+    saved_bytes: int
+    widest: WidestPoint | None
+    widest_op: WidestOp | None
+    frontier_ratio: float
+    num_narrow_cuts: int
+    num_layer_cuts: int
+    widest_cut_bytes: int
+    long_skips: tuple[LongSkip, ...]
+
+    @property
+    def is_skinny(self) -> bool:
+        """Whether height compression pays: narrow beside its total, and there is a place to cut."""
+        return self.num_narrow_cuts > 0 and self.frontier_ratio <= SKINNY_RATIO
+
+
+def diagnose(graph: Graph) -> Diagnosis:
+    """Return what the shape of `graph` promises to height compression and what is in the way.
+
+    **Arguments:** `graph`: one that `verify_graph` accepts.
+    """
+    profile = frontier_profile(graph)
+    activations = [storage for storage in graph.storages if storage.kind is StorageKind.ACTIVATION]
+    total_bytes = sum(storage.size_bytes for storage in activations)
+    saved = {storage for node in graph.nodes for storage in node.saved}
+    widest = _widest_point(graph, profile)
+    narrow_cuts = choose_cuts(graph, granularity=Granularity.FINE)
+    layer_cuts = choose_cuts(graph, granularity=Granularity.COARSE)
+    return Diagnosis(
+        total_bytes=total_bytes,
+        saved_bytes=sum(storage.size_bytes for storage in activations if storage.id in saved),
+        widest=widest,
+        widest_op=widest_op(graph),
+        frontier_ratio=widest.width_bytes / total_bytes if widest is not None and total_bytes else 0.0,
+        num_narrow_cuts=len(narrow_cuts),
+        num_layer_cuts=len(layer_cuts),
+        widest_cut_bytes=max((profile.width_bytes[cut] for cut in narrow_cuts), default=0),
+        long_skips=_long_skips(graph, profile, layer_cuts),
+    )
+
+
+def _widest_point(graph: Graph, profile: FrontierProfile) -> WidestPoint | None:
+    if not graph.nodes:
+        return None
+    node = max(graph.nodes, key=lambda node: profile.width_bytes[node.id])
+    return WidestPoint(node.id, node.name, node.op, node.module, profile.width_bytes[node.id])
+
+
+def _long_skips(graph: Graph, profile: FrontierProfile, layer_cuts: tuple[NodeId, ...]) -> tuple[LongSkip, ...]:
+    skips: list[LongSkip] = []
+    for storage, life in zip(graph.storages, profile.storage_lives, strict=True):
+        num_cuts = bisect_left(layer_cuts, life.last_use) - bisect_left(layer_cuts, life.made)
+        if num_cuts > 1 and storage.size_bytes > 0:
+            maker = graph.nodes[life.made]
+            skips.append(LongSkip(storage.id, storage.size_bytes, maker.id, maker.op, maker.module, num_cuts))
+    return tuple(sorted(skips, key=lambda skip: (-skip.size_bytes, skip.storage)))

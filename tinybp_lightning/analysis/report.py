@@ -1,0 +1,220 @@
+"""What is told about a graph? One frozen record, as aligned text, Markdown or JSON.
+
+Text and Markdown show the longest lists up to `MAX_ROWS` rows and say how many are left out; JSON holds everything,
+with sorted keys, so that two reports can be compared line by line.
+"""
+
+import json
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass
+
+from tinybp_lightning.analysis.bounds import WidestOp
+from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestPoint, diagnose
+from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
+from tinybp_lightning.graph.ids import StorageId
+from tinybp_lightning.graph.ir import Graph, StorageKind
+from tinybp_lightning.graph.structure import graph_signature
+
+__all__ = ["MAX_ROWS", "BlockGroup", "GraphReport", "format_bytes", "report_graph"]
+
+MAX_ROWS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGroup:
+    """Blocks of equal structure: how many, the first one's name, and the sizes they share.
+
+    `input_bytes`: the frontier before the first of them; `made_bytes`: activation storages that each makes;
+    `saved_bytes`: those of them that plain training keeps for its backward.
+    """
+
+    signature: str
+    num_blocks: int
+    first: str
+    num_ops: int
+    input_bytes: int
+    made_bytes: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """What is computed, what it keeps, and how well it can be height-compressed.
+
+    Bytes by owner: `parameter_bytes`, `buffer_bytes`, `input_bytes`; activations are in `diagnosis`. `groups`: the
+    blocks of the fine granularity by structure, heaviest saved bytes in all first.
+    """
+
+    name: str
+    signature: str
+    num_ops: int
+    num_random_ops: int
+    num_collective_ops: int
+    parameter_bytes: int
+    buffer_bytes: int
+    input_bytes: int
+    diagnosis: Diagnosis
+    num_blocks: int
+    groups: tuple[BlockGroup, ...]
+
+    def to_text(self) -> str:
+        """Return the report as aligned plain text that ends in a newline."""
+        parts = [f"{self.name}: {_verdict(self.diagnosis)}", _aligned(_facts(self))]
+        for title, table in _tables(self):
+            parts.append(f"{title}\n{_aligned(table)}")
+        return "\n\n".join(parts) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown that ends in a newline."""
+        parts = [f"## {_escape(self.name)}", f"{_verdict(self.diagnosis)}", _piped([("", ""), *_facts(self)])]
+        for title, table in _tables(self):
+            parts.append(f"### {title}\n\n{_piped(table)}")
+        return "\n\n".join(parts) + "\n"
+
+    def to_json(self) -> str:
+        """Return everything in the report as JSON with sorted keys that ends in a newline."""
+        record = asdict(self)
+        record["diagnosis"]["is_skinny"] = self.diagnosis.is_skinny
+        return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def report_graph(graph: Graph) -> GraphReport:
+    """Return the report on `graph`.
+
+    **Arguments:** `graph`: one that `verify_graph` accepts, with at least one node.
+
+    **Raises:** `GraphError` for a graph without nodes.
+    """
+    blocks = cut_blocks(graph, choose_cuts(graph, granularity=Granularity.FINE))
+    return GraphReport(
+        name=graph.name,
+        signature=graph_signature(graph),
+        num_ops=len(graph.nodes),
+        num_random_ops=sum(node.is_random for node in graph.nodes),
+        num_collective_ops=sum(node.is_collective for node in graph.nodes),
+        parameter_bytes=_owned_bytes(graph, StorageKind.PARAMETER),
+        buffer_bytes=_owned_bytes(graph, StorageKind.BUFFER),
+        input_bytes=_owned_bytes(graph, StorageKind.INPUT),
+        diagnosis=diagnose(graph),
+        num_blocks=len(blocks),
+        groups=_groups(graph, blocks),
+    )
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Return a size for people: `12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size_bytes) < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.2f} TiB"
+
+
+def _owned_bytes(graph: Graph, kind: StorageKind) -> int:
+    return sum(storage.size_bytes for storage in graph.storages if storage.kind is kind)
+
+
+def _groups(graph: Graph, blocks: Sequence[BlockSpan]) -> tuple[BlockGroup, ...]:
+    profile = frontier_profile(graph)
+    alike: dict[str, list[BlockSpan]] = {}
+    for block in blocks:
+        alike.setdefault(block.signature, []).append(block)
+    groups = [_group(graph, profile, same) for same in alike.values()]
+    return tuple(sorted(groups, key=lambda group: -group.num_blocks * group.saved_bytes))
+
+
+def _group(graph: Graph, profile: FrontierProfile, same: Sequence[BlockSpan]) -> BlockGroup:
+    first = same[0]
+    nodes = graph.nodes[first.start : first.stop]
+    before = set(profile.storages_at(first.start - 1)) if first.start else set[StorageId]()
+    made = {graph.values[value_id].storage for node in nodes for value_id in node.makes}
+    saved = {storage for node in nodes for storage in node.saved}
+    return BlockGroup(
+        signature=first.signature,
+        num_blocks=len(same),
+        first=first.name,
+        num_ops=first.stop - first.start,
+        input_bytes=sum(graph.storages[storage].size_bytes for storage in before),
+        made_bytes=_new_bytes(graph, {storage for storage in made if storage is not None} - before),
+        saved_bytes=_new_bytes(graph, saved - before),
+    )
+
+
+def _new_bytes(graph: Graph, storages: Set[StorageId]) -> int:
+    return sum(graph.storages[s].size_bytes for s in storages if graph.storages[s].kind is StorageKind.ACTIVATION)
+
+
+def _verdict(diagnosis: Diagnosis) -> str:
+    shape = "skinny" if diagnosis.is_skinny else "not skinny"
+    return (
+        f"{shape}, the widest frontier is {diagnosis.frontier_ratio:.1%} of all activation bytes "
+        f"(skinny: at most {SKINNY_RATIO:.0%}, with a place to cut)"
+    )
+
+
+def _facts(report: GraphReport) -> list[tuple[str, ...]]:
+    diagnosis = report.diagnosis
+    facts = [
+        ("ops", f"{report.num_ops} ({report.num_random_ops} random, {report.num_collective_ops} collective)"),
+        ("parameters", format_bytes(report.parameter_bytes)),
+        ("buffers", format_bytes(report.buffer_bytes)),
+        ("inputs", format_bytes(report.input_bytes)),
+        ("activations made", format_bytes(diagnosis.total_bytes)),
+        ("kept by plain training", format_bytes(diagnosis.saved_bytes)),
+        ("narrow cuts", f"{diagnosis.num_narrow_cuts}, the widest {format_bytes(diagnosis.widest_cut_bytes)}"),
+        ("layer cuts", f"{diagnosis.num_layer_cuts}"),
+        ("blocks", f"{report.num_blocks}, {len(report.groups)} of them unlike"),
+    ]
+    widest, op = diagnosis.widest, diagnosis.widest_op
+    if widest is not None:
+        facts.append(("widest frontier", f"{format_bytes(widest.width_bytes)} after {_place(widest)}"))
+    if op is not None:
+        facts.append(("widest op", f"{format_bytes(op.working_set_bytes)} in {_place(op)}"))
+    return facts
+
+
+def _place(where: WidestPoint | WidestOp) -> str:
+    return f"{where.name} ({where.op} in {where.module or 'the top module'})"
+
+
+def _tables(report: GraphReport) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Yield a title and a table, its first row the header, for every list in `report` that is not empty."""
+    skips, groups = report.diagnosis.long_skips, report.groups
+    if groups:
+        header = ("blocks", "first", "ops", "before", "made", "saved")
+        yield _title("Blocks by structure", len(groups)), [header, *map(_group_row, groups[:MAX_ROWS])]
+    if skips:
+        header = ("bytes", "layer cuts crossed", "made by", "module")
+        yield _title("Storages that cross several layer cuts", len(skips)), [header, *map(_skip_row, skips[:MAX_ROWS])]
+
+
+def _title(title: str, num_rows: int) -> str:
+    return title if num_rows <= MAX_ROWS else f"{title} ({MAX_ROWS} of {num_rows})"
+
+
+def _group_row(group: BlockGroup) -> tuple[str, ...]:
+    sizes = (group.input_bytes, group.made_bytes, group.saved_bytes)
+    return (f"{group.num_blocks}", group.first, f"{group.num_ops}", *map(format_bytes, sizes))
+
+
+def _skip_row(skip: LongSkip) -> tuple[str, ...]:
+    return format_bytes(skip.size_bytes), f"{skip.num_cuts}", f"{skip.op} ({skip.made_by})", skip.module
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _piped(rows: Sequence[tuple[str, ...]]) -> str:
+    header, *body = (f"| {' | '.join(map(_escape, row))} |" for row in rows)
+    return "\n".join([header, f"|{'---|' * len(rows[0])}", *body])
+
+
+def _escape(text: str) -> str:
+    """Return `text` so that Markdown shows it as it is, in a table cell too."""
+    for character in "\\`*_[]<>|":
+        text = text.replace(character, f"\\{character}")
+    return text
