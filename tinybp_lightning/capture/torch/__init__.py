@@ -1,0 +1,6 @@
+"""Turn a `torch.nn.Module`'s forward into a framework-free `Graph` and into callable pieces of itself."""
+
+from tinybp_lightning.capture.torch.pieces import Piece, Program, cut_program
+from tinybp_lightning.capture.torch.record import record_graph
+
+__all__ = ["Piece", "Program", "cut_program", "record_graph"]

@@ -1,0 +1,74 @@
+"""Height-compressed backpropagation: the same loss and gradients in less memory, under a byte budget.
+
+`import tinybp_lightning as tbp` is light: torch is loaded with the first name that needs it. It also makes
+`Trainer(strategy="hcb")` known to whichever Lightning is imported, before or after.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.errors import (
+    BudgetError,
+    BudgetTooSmallError,
+    CaptureError,
+    ConfigError,
+    HCBWarning,
+    ReplayError,
+    TinyBPError,
+    UnsupportedModuleError,
+)
+from tinybp_lightning.integrations import _import_hook
+
+if TYPE_CHECKING:
+    from tinybp_lightning.runtime.torch import attach, hcb, restore
+    from tinybp_lightning.runtime.torch.explain import Explanation, explain
+    from tinybp_lightning.schedule import plan, simulate
+
+    HCBStrategy: Any
+
+__all__ = [
+    "BudgetError",
+    "BudgetTooSmallError",
+    "CaptureError",
+    "ConfigError",
+    "Explanation",
+    "HCBConfig",
+    "HCBStrategy",
+    "HCBWarning",
+    "ReplayError",
+    "TinyBPError",
+    "UnsupportedModuleError",
+    "attach",
+    "explain",
+    "hcb",
+    "plan",
+    "restore",
+    "simulate",
+]
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {
+    "Explanation": "tinybp_lightning.runtime.torch.explain",
+    "attach": "tinybp_lightning.runtime.torch",
+    "explain": "tinybp_lightning.runtime.torch.explain",
+    "hcb": "tinybp_lightning.runtime.torch",
+    "plan": "tinybp_lightning.schedule",
+    "restore": "tinybp_lightning.runtime.torch",
+    "simulate": "tinybp_lightning.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib  # noqa: PLC0415 - only names that are not there yet come here
+
+    if name == "HCBStrategy":
+        from tinybp_lightning.integrations import resolve_strategy  # noqa: PLC0415 - loads Lightning
+
+        return resolve_strategy()
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+
+_import_hook.install()

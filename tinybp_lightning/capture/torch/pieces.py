@@ -1,0 +1,175 @@
+"""How is one traced forward run block by block? Each block of the graph becomes one callable *piece*.
+
+A piece runs the user's own torch calls in the user's own order, so its kernels, and with them every bit of the
+result, are those of plain execution. Pieces use the boxed calling convention (one list, emptied on entry), so that an
+input nobody else holds is freed at its last use inside the piece, as in plain execution.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import _BoxedCodeGen  # private; torch 2.11 to 2.14
+
+from tinybp_lightning.capture.torch.record import is_op
+from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.ids import ValueId
+from tinybp_lightning.graph.ir import Graph, StorageKind
+
+__all__ = ["Piece", "Program", "Source", "cut_program"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a value comes from: position `index` in the state, in the externals, or in what the piece made."""
+
+    origin: str
+    index: int
+
+
+STATE, EXTERNAL, MADE = "state", "external", "made"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One block as a callable.
+
+    `call` takes one list (boxed): the values named by `reads`, in that order; it returns the values it makes.
+    `state` says, for each leaf of the next boundary, whether it is carried over or made here.
+    `volatile`: positions in the externals that some block of the forward changes in place (running statistics).
+    """
+
+    call: Callable[[list[Any]], Sequence[Any]]
+    module: fx.GraphModule
+    reads: tuple[Source, ...]
+    state: tuple[Source, ...]
+    volatile: tuple[int, ...]
+    is_random: bool
+    span: BlockSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A forward as pieces. `boundaries[i]` lists the values that make up the state before piece `i`.
+
+    `outputs` says where each result of the original graph is found after the last piece; `template` is the original
+    output structure, with positions into `outputs` in place of the values.
+    """
+
+    graph: Graph
+    pieces: tuple[Piece, ...]
+    boundaries: tuple[tuple[ValueId, ...], ...]
+    outputs: tuple[Source, ...]
+    template: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Stands for one output value in `Program.template`."""
+
+    index: int
+
+
+def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularity) -> Program:
+    """Cut a traced forward into pieces at the narrow frontiers of its graph.
+
+    **Arguments:** `module`, `graph`: the FX graph and its record (`record_graph`).
+
+    **Returns:** a program whose pieces, run in order, compute exactly what `module` computes.
+    """
+    spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
+    boundaries = ((), *(span.outputs for span in spans))
+    externals = {value: index for index, value in enumerate(graph.inputs)}
+    fx_nodes = [n for n in module.graph.nodes if n.op != "output"]
+    node_of: dict[ValueId, fx.Node] = {}
+    calls = iter(graph.nodes)
+    inputs = iter(graph.inputs)
+    for n in fx_nodes:
+        node_of[next(calls).makes[0] if is_op(n) else next(inputs)] = n
+    volatile = _volatile_externals(graph, externals)
+    pieces = tuple(
+        _piece(module, graph, span, before, after, externals, node_of, volatile)
+        for span, before, after in zip(spans, boundaries, boundaries[1:], strict=False)
+    )
+    value_of = {n: v for v, n in node_of.items()}
+    outputs: list[Source] = []
+
+    def place(n: fx.Node) -> _Slot:
+        value = value_of[n]
+        source = (
+            Source(EXTERNAL, externals[value]) if value in externals else Source(STATE, boundaries[-1].index(value))
+        )
+        outputs.append(source)
+        return _Slot(len(outputs) - 1)
+
+    template = fx.map_arg(module.graph.output_node().args[0], place)  # pyright: ignore[reportArgumentType]
+    return Program(graph, pieces, boundaries, tuple(outputs), template)
+
+
+def fill_template(template: Any, values: Sequence[Any]) -> Any:
+    """Return the original output structure with `values` in their places."""
+    if isinstance(template, _Slot):
+        return values[template.index]
+    if isinstance(template, (list, tuple)):
+        return tuple(fill_template(item, values) for item in template)  # pyright: ignore[reportUnknownVariableType]
+    return template
+
+
+def _volatile_externals(graph: Graph, externals: dict[ValueId, int]) -> frozenset[int]:
+    written = {s for node in graph.nodes for s in node.writes}
+    return frozenset(i for v, i in externals.items() if graph.values[v].storage in written)
+
+
+def _piece(
+    module: fx.GraphModule,
+    graph: Graph,
+    span: BlockSpan,
+    before: tuple[ValueId, ...],
+    after: tuple[ValueId, ...],
+    externals: dict[ValueId, int],
+    node_of: dict[ValueId, fx.Node],
+    volatile: frozenset[int],
+) -> Piece:
+    nodes = graph.nodes[span.start : span.stop]
+    made_here = {v for node in nodes for v in node.makes}
+    reads = list(dict.fromkeys(v for node in nodes for v in node.reads if v not in made_here))
+    # A `no_grad` region may read its own token, which is no real argument; only values that FX passes are inputs.
+    used = {i for node in nodes for i in node_of[node.makes[0]].all_input_nodes}
+    reads = [v for v in reads if node_of[v] in used]
+    made = [v for v in after if v in made_here]
+    graph_out = fx.Graph()
+    graph_out.set_codegen(_BoxedCodeGen())
+    env: dict[fx.Node, fx.Node] = {node_of[v]: graph_out.placeholder(f"x{k}") for k, v in enumerate(reads)}
+    for node in nodes:
+        source = node_of[node.makes[0]]
+        env[source] = graph_out.node_copy(source, lambda n: env[n])
+    graph_out.output(tuple(env[node_of[v]] for v in made))
+    body = fx.GraphModule(module, graph_out)
+    position = {v: i for i, v in enumerate(before)}
+    sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
+    state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
+    return Piece(
+        call=body.forward,
+        module=body,
+        reads=sources,
+        state=state,
+        volatile=tuple(sorted({s.index for s in sources if s.origin == EXTERNAL} & volatile)),
+        is_random=any(node.is_random for node in nodes),
+        span=span,
+    )
+
+
+def parameter_positions(graph: Graph) -> tuple[int, ...]:
+    """Positions in the externals that hold parameters."""
+    return tuple(
+        i
+        for i, v in enumerate(graph.inputs)
+        if (s := graph.values[v].storage) is not None and graph.storages[s].kind is StorageKind.PARAMETER
+    )
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a tensor (kept here so that callers need no torch import for it)."""
+    return isinstance(value, torch.Tensor)

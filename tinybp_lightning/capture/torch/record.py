@@ -1,0 +1,231 @@
+"""What does a traced forward compute, alias, change and save? Dynamo's FX graph, run once on fake tensors.
+
+Dynamo hands over a graph of torch-level calls. This file interprets it on fake tensors (shapes without memory), and
+writes down, per call, what autograd itself shows: the storages it saves (`saved_tensors_hooks`), the storages it
+changes in place (version counters, and a short list of ops that change buffers without telling), whether it draws
+random numbers (`Tag.nondeterministic_seeded`) and its floating-point operations. Nothing here decides anything.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from tinybp_lightning.errors import CaptureError
+from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
+from tinybp_lightning.graph.verify import verify_graph
+
+__all__ = ["is_op", "record_graph"]
+
+_COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
+# These change their running statistics without raising the version counter (seen on torch 2.13, CPU and fake).
+_SILENT_WRITES = ("running_mean", "running_var")
+
+
+def is_op(node: fx.Node) -> bool:
+    """Whether an FX node is a call, as opposed to an input, a constant or the output."""
+    return node.op in ("call_function", "call_method", "call_module")
+
+
+def record_graph(module: fx.GraphModule, inputs: Sequence[Any], *, name: str) -> Graph:
+    """Return the `Graph` of a Dynamo graph module called with `inputs`.
+
+    **Arguments:** `inputs`: one value per placeholder (parameters and buffers included); only their metadata is used.
+
+    **Returns:** a graph that passed `verify_graph`; `nodes[i]` is the i-th call of `module.graph` in order.
+
+    **Raises:** `CaptureError` if a call cannot be interpreted on fake tensors.
+    """
+    recorder = _Recorder(module, name)
+    graph = recorder.record(inputs)
+    verify_graph(graph)
+    return graph
+
+
+class _OpFacts(TorchDispatchMode):
+    """What the kernels under one call reveal: random draws, collectives, silent writes, flops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_random = False
+        self.is_collective = False
+        self.flops = 0
+        self.written: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        self.is_random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.is_collective |= func.namespace in _COLLECTIVE_NAMESPACES
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=out))
+        self._silent_writes(func, args, kwargs)
+        return out
+
+    def _silent_writes(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        names = [argument.name for argument in func._schema.arguments]
+        if _SILENT_WRITES[0] not in names:
+            return
+        bound = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if bound.get("training", bound.get("use_input_stats", True)):
+            self.written += [t for t in (bound.get(key) for key in _SILENT_WRITES) if isinstance(t, torch.Tensor)]
+
+
+class _Recorder(fx.Interpreter):
+    """Interprets the graph on fake tensors and collects the IR as it goes."""
+
+    def __init__(self, module: fx.GraphModule, name: str) -> None:
+        super().__init__(module, garbage_collect_values=False)  # storages must not be freed: their address is their id
+        self._name = name
+        self._facts = _OpFacts()
+        self._storages: list[Storage] = []
+        self._storage_of: dict[int, StorageId] = {}
+        self._values: list[Value] = []
+        self._value_of: dict[fx.Node, ValueId] = {}
+        self._nodes: list[Node] = []
+        self._inputs: list[ValueId] = []
+        self._alive: list[torch.Tensor] = []
+        self._grad_region: ValueId | None = None
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def record(self, inputs: Sequence[Any]) -> Graph:
+        fakes = [self._fake.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
+        grad_mode = torch.is_grad_enabled()
+        try:
+            with self._fake, self._facts, torch.enable_grad():
+                self.run(*fakes)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise CaptureError(
+                f"`{self._name}` cannot be captured: a call failed on fake tensors ({error}). "
+                "Exclude that part, or use module steps."
+            ) from error
+        finally:
+            torch.set_grad_enabled(grad_mode)
+        outputs = tuple(self._value_of[n] for n in self.module.graph.output_node().all_input_nodes)
+        return Graph(
+            name=self._name,
+            nodes=tuple(self._nodes),
+            values=tuple(self._values),
+            storages=tuple(self._storages),
+            inputs=tuple(self._inputs),
+            outputs=outputs,
+        )
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return super().run_node(n)
+        if not is_op(n):
+            result = super().run_node(n)
+            self._alive += [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self._inputs.append(self._value(n, result, _input_kind(n, result)))
+            return result
+        return self._run_call(n)
+
+    def _run_call(self, n: fx.Node) -> Any:
+        arguments = [t for t in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(t, torch.Tensor)]
+        versions = [t._version for t in arguments]
+        saved: list[torch.Tensor] = []
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            saved.append(t.detach())
+            return t.detach()
+
+        self._facts.reset()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result = super().run_node(n)
+        facts = (self._facts.is_random, self._facts.is_collective, self._facts.flops)
+        written = [t for t, v in zip(arguments, versions, strict=True) if t._version != v] + self._facts.written
+        self._alive += [*saved, *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))]
+        made = self._value(n, result, StorageKind.ACTIVATION)
+        reads = [self._value_of[i] for i in n.all_input_nodes]
+        reads += self._close_grad_region(n, made)
+        self._nodes.append(
+            Node(
+                id=NodeId(len(self._nodes)),
+                name=n.name,
+                op=_op_name(n),
+                module=_module_path(n),
+                reads=tuple(reads),
+                makes=(made,),
+                writes=_unique(self._storage(t, StorageKind.ACTIVATION) for t in written),
+                saved=_unique(self._storage(t, StorageKind.ACTIVATION) for t in saved),
+                flops=facts[2],
+                is_random=facts[0],
+                is_collective=facts[1],
+            )
+        )
+        return result
+
+    def _close_grad_region(self, n: fx.Node, made: ValueId) -> list[ValueId]:
+        """Tie the two ends of a `no_grad` region together, so that no cut falls between them.
+
+        The value made where gradients go off is read where they come back: a value that is no tensor crosses every
+        cut in between, and such cuts are not allowed.
+        """
+        if n.target is not torch._C._set_grad_enabled:
+            return []
+        if self._grad_region is None:
+            self._grad_region = made
+            return []
+        opened, self._grad_region = self._grad_region, None if n.args[0] else self._grad_region
+        return [opened]
+
+    def _storage(self, t: torch.Tensor, kind: StorageKind) -> StorageId:
+        key = t.untyped_storage()._cdata
+        if key not in self._storage_of:
+            self._storage_of[key] = StorageId(len(self._storages))
+            self._storages.append(Storage(self._storage_of[key], t.untyped_storage().nbytes(), kind))
+        return self._storage_of[key]
+
+    def _value(self, n: fx.Node, result: Any, kind: StorageKind) -> ValueId:
+        tensor = result if isinstance(result, torch.Tensor) else None
+        value = Value(
+            id=ValueId(len(self._values)),
+            name=n.name,
+            storage=None if tensor is None else self._storage(tensor, kind),
+            shape=() if tensor is None else tuple(tensor.shape),
+            dtype=type(result).__name__ if tensor is None else str(tensor.dtype).removeprefix("torch."),
+            requires_grad=tensor is not None and tensor.requires_grad,
+        )
+        self._values.append(value)
+        self._value_of[n] = value.id
+        return value.id
+
+
+def _unique(ids: Any) -> tuple[StorageId, ...]:
+    return tuple(sorted(set(cast("list[StorageId]", list(ids)))))
+
+
+def _input_kind(n: fx.Node, result: Any) -> StorageKind:
+    if isinstance(result, torch.Tensor) and (isinstance(result, torch.nn.Parameter) or "_parameters_" in n.name):
+        return StorageKind.PARAMETER
+    return StorageKind.BUFFER if n.op == "get_attr" or "_buffers_" in n.name else StorageKind.INPUT
+
+
+def _op_name(n: fx.Node) -> str:
+    return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target))
+
+
+def _module_path(n: fx.Node) -> str:
+    """The dotted path of the innermost module, from Dynamo's `nn_module_stack` (`L['self'].layers.0.mlp`)."""
+    stack = n.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part]
+    return ".".join(parts[2:]) if parts[:1] == ["L"] else ".".join(parts)

@@ -1,0 +1,129 @@
+"""What may a user ask for? `HCBConfig`, checked when it is made, and the `Budget` it stands for.
+
+Budgets come in bytes (`int`), with a unit (`"20GiB"`, `"512 MB"`), as a share (`"80%"`), or as `"auto"`.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from tinybp_lightning.errors import BudgetError, ConfigError
+
+__all__ = ["Budget", "BudgetKind", "Executor", "HCBConfig", "parse_budget"]
+
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", start=1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", start=1)},
+}
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([A-Za-z%]*)\s*", re.IGNORECASE)
+_FORMS = 'an int (bytes), a size such as "20GiB" or "512MB", a share such as "30%", or "auto"'
+
+
+class BudgetKind(Enum):
+    """What the budget bounds."""
+
+    MEMORY = "memory_budget"
+    ACTIVATION = "activation_budget"
+
+
+class Executor(Enum):
+    """Who runs a block: the user's own kernels (`eager`, bit-identical), or Inductor's per block."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    INDUCTOR = "inductor"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A parsed budget: exactly one of `size_bytes` and `fraction` is set, or neither for `"auto"`.
+
+    `MEMORY` bounds all device bytes of this process in a step; its fraction is of the device. `ACTIVATION` bounds what
+    a step allocates beside parameters' gradients; its fraction is of what plain training would need.
+    """
+
+    kind: BudgetKind
+    size_bytes: int | None
+    fraction: float | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class HCBConfig:
+    """How a module is trained under height-compressed backpropagation.
+
+    **Arguments:**
+
+    - `memory_budget`: bound on *all* device bytes of this process in a training step (parameters, gradients,
+      optimizer state and activations). `None` means `"auto"` unless `activation_budget` is given.
+    - `activation_budget`: bound on activations alone: bytes a step allocates, parameters' gradients left out; a share
+      is of what plain training would need. Give one of the two.
+    - `executor`: `"eager"` runs the user's own kernels, bit for bit as plain training; `"inductor"` compiles each
+      unique block; `"auto"` is eager.
+    - `optimizer_state_bytes`: what to set aside for optimizer state that does not exist yet when the first step is
+      planned; `None` assumes two copies of the trainable parameters, until the real state is seen. Only
+      `memory_budget` uses it.
+
+    **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
+    """
+
+    memory_budget: int | str | None = None
+    activation_budget: int | str | None = None
+    executor: str = "auto"
+    optimizer_state_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+        choices = [e.value for e in Executor]
+        if self.executor not in choices:
+            raise ConfigError(f"`executor={self.executor!r}` is unknown: expected one of {choices}.")
+        state = self.optimizer_state_bytes
+        if state is not None and (isinstance(state, bool) or not isinstance(state, int) or state < 0):
+            raise ConfigError(f"`optimizer_state_bytes={state!r}` is no size: expected an int of at least 0 (bytes).")
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget in force."""
+        if self.memory_budget is not None and self.activation_budget is not None:
+            raise BudgetError(
+                f"`memory_budget={self.memory_budget!r}` and `activation_budget={self.activation_budget!r}` were both "
+                "given: expected one. Use `memory_budget` for all device bytes, `activation_budget` for activations."
+            )
+        if self.activation_budget is not None:
+            return parse_budget(self.activation_budget, BudgetKind.ACTIVATION)
+        return parse_budget("auto" if self.memory_budget is None else self.memory_budget, BudgetKind.MEMORY)
+
+
+def parse_budget(value: int | str, kind: BudgetKind) -> Budget:
+    """Return the `Budget` that a user's value stands for.
+
+    **Raises:** `BudgetError` naming the value, the accepted forms and the fix.
+    """
+    shown = f"`{kind.value}={value!r}`"
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise BudgetError(f"{shown} has type {type(value).__name__}: expected {_FORMS}.")
+    if value == "auto":
+        if kind is BudgetKind.ACTIVATION:
+            raise BudgetError(f'{shown}: "auto" is for `memory_budget`. Give a size or a share, such as "30%".')
+        return Budget(kind, None, None, "auto")
+    if isinstance(value, int):
+        if value <= 0:
+            raise BudgetError(f"{shown} is not a positive number of bytes: expected {_FORMS}.")
+        return Budget(kind, value, None, str(value))
+    match = _NUMBER.fullmatch(value)
+    if match is None:
+        raise BudgetError(f"{shown} cannot be read: expected {_FORMS}.")
+    number, unit = float(match[1]), match[2]
+    if not math.isfinite(number) or number <= 0:
+        raise BudgetError(f"{shown} is not a positive, finite number: expected {_FORMS}.")
+    if unit == "%":
+        if number > 100:
+            raise BudgetError(f"{shown} is more than 100%: expected a share in (0%, 100%].")
+        return Budget(kind, None, number / 100, value)
+    if unit not in _UNITS:
+        raise BudgetError(f"{shown} has unit {unit!r}: expected one of {', '.join([*_UNITS, '%'])}. Write \"20GiB\".")
+    if number * _UNITS[unit] < 1:
+        raise BudgetError(f"{shown} is less than one byte: expected {_FORMS}.")
+    return Budget(kind, int(number * _UNITS[unit]), None, value)

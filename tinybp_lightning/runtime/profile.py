@@ -1,0 +1,85 @@
+"""What is told about a step? Frozen records for users, loggers and progress bars; no framework in here."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Schedule
+
+__all__ = ["Observer", "PlanReport", "StepProfile", "format_bytes"]
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Return a size for people: `12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size_bytes) < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.2f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """A plan in force for one target.
+
+    Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
+    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`).
+    """
+
+    target: str
+    chain: Chain
+    schedule: Schedule
+    budget_bytes: int
+    predicted_peak_bytes: int
+    plain_peak_bytes: int
+    predicted_recompute_s: float
+    predicted_step_s: float
+    num_kept: int
+    reason: str
+
+    @property
+    def summary(self) -> str:
+        """One line for logs."""
+        share = self.predicted_recompute_s / self.predicted_step_s if self.predicted_step_s > 0 else 0.0
+        return (
+            f"{self.target}: {len(self.chain.blocks)} blocks, {self.num_kept} kept, peak "
+            f"{format_bytes(self.predicted_peak_bytes)} of {format_bytes(self.budget_bytes)} "
+            f"(plain {format_bytes(self.plain_peak_bytes)}), recompute {share:.0%} of the step ({self.reason})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """One finished training step of one target.
+
+    `measured_peak_bytes` is `None` in steps that were not traced (on CPU only the first steps are; on CUDA all are).
+    Peaks are bytes above what was alive when the step began; parameters' gradients count only under `memory_budget`.
+    """
+
+    target: str
+    step: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    replayed_blocks: int
+    advanced_blocks: int
+    rescued_blocks: int
+    replay_s: float
+    step_s: float
+    plan_summary: str
+
+    @property
+    def recompute_share(self) -> float:
+        """Share of the step's forward and backward time spent replaying."""
+        return self.replay_s / self.step_s if self.step_s > 0 else 0.0
+
+
+class Observer(Protocol):
+    """Called by the runtime; exceptions it raises reach the user."""
+
+    def on_plan(self, plan: PlanReport) -> None:
+        """A plan was made or repaired."""
+        ...
+
+    def on_replay(self, profile: StepProfile) -> None:
+        """A step's backward has ended."""
+        ...

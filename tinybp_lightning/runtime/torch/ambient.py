@@ -1,0 +1,74 @@
+"""What surrounds a block's first run that its replay must see again: autocast, random state.
+
+The states are data: captured once when the step begins (autocast) or before a random block (generators), and put
+back around a replay. A replay never draws new random numbers; the generators end where they were.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Autocast", "RandomState", "autocast_now", "device_type_of", "random_state_now", "set_random_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """One device type's autocast setting."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache_enabled: bool
+
+
+def device_type_of(devices: Sequence[torch.device]) -> tuple[str, ...]:
+    """Return the device types to guard: the CPU's and those of `devices`, sorted."""
+    return tuple(sorted({"cpu", *(d.type for d in devices if d.type != "meta")}))
+
+
+def autocast_now(device_types: Sequence[str]) -> tuple[Autocast, ...]:
+    """Return the autocast settings in force now."""
+    cache = torch.is_autocast_cache_enabled()
+    return tuple(
+        Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache) for kind in device_types
+    )
+
+
+@contextlib.contextmanager
+def autocast_as(settings: Sequence[Autocast]) -> Iterator[None]:
+    """Run the body under the given autocast settings."""
+    with contextlib.ExitStack() as stack:
+        for s in settings:
+            stack.enter_context(
+                torch.amp.autocast(s.device_type, enabled=s.enabled, dtype=s.dtype, cache_enabled=s.cache_enabled)
+            )
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """The CPU generator's state, and those of the CUDA devices in use, in order."""
+
+    cpu: torch.Tensor
+    cuda: tuple[tuple[int, torch.Tensor], ...]
+
+    def same_as(self, other: "RandomState") -> bool:
+        """Whether both hold the same states, bit for bit."""
+        if len(self.cuda) != len(other.cuda) or not torch.equal(self.cpu, other.cpu):
+            return False
+        return all(torch.equal(a[1], b[1]) for a, b in zip(self.cuda, other.cuda, strict=True))
+
+
+def random_state_now(devices: Sequence[torch.device]) -> RandomState:
+    """Return the generators' states for the CPU and the CUDA devices among `devices`."""
+    indices = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
+    return RandomState(torch.get_rng_state(), tuple((i, torch.cuda.get_rng_state(i)) for i in indices))
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put the generators back to `state`."""
+    torch.set_rng_state(state.cpu)
+    for index, value in state.cuda:
+        torch.cuda.set_rng_state(value, index)

@@ -1,0 +1,158 @@
+"""What stands in a module's `forward`? A permanent `Dispatcher`; only what it runs behind it changes.
+
+It is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module give a module
+whose forward runs its own weights, under the same configuration. State-dict keys do not change: it is no module.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tinybp_lightning.capture.torch.dynamo import CannotTraceError, traced
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.program import GraphProgram
+from tinybp_lightning.runtime.torch.watch import settle_pending
+
+__all__ = ["Dispatcher", "Target", "dispatcher_of"]
+
+
+class Target:
+    """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
+
+    def __init__(self, module: nn.Module, plain: Callable[..., Any], config: HCBConfig, observers: Sequence[Observer]):
+        self.name = type(module).__name__
+        self._module = module
+        self._plain = plain
+        self._config = config
+        self._observers = tuple(observers)
+        self._num_calls = 0
+        self.programs: list[GraphProgram] = []
+        self._last: GraphProgram | None = None
+        self._traced = traced(plain, self._on_graph)
+        self.module_steps: ModuleSteps | None = None
+        if has_sharded_units(module):
+            self.module_steps = ModuleSteps(module, plain, self.name, config, observers)
+
+    @property
+    def profile(self) -> StepProfile | None:
+        """The last finished step."""
+        settle_pending()
+        if self.module_steps is not None:
+            return self.module_steps.profile
+        return self._last.profile if self._last is not None else None
+
+    @property
+    def reports(self) -> tuple[PlanReport, ...]:
+        """The plans in force, one per captured graph."""
+        pilots = [p.pilot for p in self.programs]
+        if self.module_steps is not None:
+            pilots.append(self.module_steps.pilot)
+        return tuple(pilot.report for pilot in pilots if pilot is not None)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one training forward."""
+        if self.module_steps is None:
+            try:
+                return self._traced(*args, **kwargs)
+            except CannotTraceError as error:
+                warnings.warn(
+                    f"`{self.name}` cannot be traced as one graph ({error.reason}). It is trained by module steps "
+                    "instead: the same results, but whole submodules are the smallest blocks.",
+                    HCBWarning,
+                    stacklevel=2,
+                )
+                self.module_steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
+        return self.module_steps.call(args, kwargs)
+
+    def close(self) -> None:
+        """Let go of everything installed below the module."""
+        if self.module_steps is not None:
+            self.module_steps.remove()
+
+    def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
+        program = GraphProgram(module, self.name, self._config, self._observers)
+        self.programs.append(program)
+
+        def run(*args: Any) -> Any:
+            self._last = program
+            return program(*args)
+
+        return run
+
+
+class Dispatcher:
+    """Callable stored as `module.forward`.
+
+    **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: HCBConfig,
+        observers: Sequence[Observer] = (),
+        on_claim: "Callable[[Dispatcher], None] | None" = None,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.observers = tuple(observers)
+        self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
+        self._on_claim = on_claim
+        self.target: Target | None = None
+        module.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward: through the engine when it is trained, plainly otherwise."""
+        settle_pending()
+        if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        if self.target is None:
+            self.target = Target(self.module, self.plain, self.config, self.observers)
+            if self._on_claim is not None:
+                self._on_claim(self)
+        return self.target.call(args, kwargs)
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+        return self._own_forward or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    def remove(self) -> None:
+        """Put the module's forward back as it was."""
+        if self.module.__dict__.get("forward") is self:
+            if self._own_forward is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.__dict__["forward"] = self._own_forward
+        if self.target is not None:
+            self.target.close()
+            self.target = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans, graphs and observers stay behind: a copy plans for itself on its first step.
+        return {"module": self.module, "config": self.config, "own_forward": self._own_forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module = state["module"]
+        self.config = state["config"]
+        self.observers = ()
+        self._own_forward = state["own_forward"]
+        self._on_claim = None
+        self.target = None
+
+
+def dispatcher_of(module: nn.Module) -> Dispatcher | None:
+    """Return the dispatcher that stands in `module.forward`, if one does."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Dispatcher) else None

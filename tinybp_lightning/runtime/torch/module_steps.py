@@ -1,0 +1,297 @@
+"""How is a module trained whose forward is not one graph? Its submodules' calls become the blocks.
+
+The module runs as it is: its Python, branches and side effects between submodules happen once, under plain autograd.
+Only the calls of its repeated parts (or FSDP units) are intercepted, outside all hooks, through the attribute that
+`Module.compile` uses. Each call holds its arguments and is replayed on its own, so nothing is ever advanced through;
+the plan decides which calls keep their saved tensors.
+"""
+
+import enum
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
+from tinybp_lightning.graph.ids import BlockId
+from tinybp_lightning.runtime.profile import Observer, StepProfile
+from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of
+from tinybp_lightning.runtime.torch.engine import Run, RunStats
+from tinybp_lightning.runtime.torch.memory import Room
+from tinybp_lightning.runtime.torch.pilot import Pilot
+from tinybp_lightning.runtime.torch.script import Move, Script
+from tinybp_lightning.runtime.torch.steps import Externals, storage_key
+from tinybp_lightning.runtime.torch.watch import StepWatch
+from tinybp_lightning.schedule.actions import ForwardSave
+
+__all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_REPLAYED = Script((False,), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
+_PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
+
+
+def has_sharded_units(module: nn.Module) -> bool:
+    """Whether some part of `module` is an FSDP unit: those break the graph, and always are boundaries."""
+    return any(_is_sharded(m) for m in module.modules())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__)
+
+
+def step_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the submodules whose calls are blocks, by name: FSDP units, else the elements of repeated containers."""
+    units: dict[str, nn.Module] = {}
+    sharded = any(_is_sharded(m) for m in root.modules() if m is not root)
+
+    def visit(name: str, module: nn.Module) -> None:
+        if next(module.parameters(), None) is None:
+            return
+        inside = [c for c in module.modules() if c is not module]
+        if sharded:
+            split = not _is_sharded(module) and any(_is_sharded(c) for c in inside)
+        else:
+            split = isinstance(module, _CONTAINERS) or any(isinstance(c, _CONTAINERS) and len(c) > 1 for c in inside)
+        if split and not (sharded and _is_sharded(module)):
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}", child)
+        elif not sharded or _is_sharded(module):
+            units[name] = module
+
+    for child_name, child in root.named_children():
+        visit(child_name, child)
+    return units
+
+
+@dataclass(slots=True)
+class _CallCost:
+    """What one intercepted call saved and took, measured while it ran."""
+
+    unit: str
+    forward_s: float
+    saved_bytes: int
+
+
+class _ModuleStep:
+    """One call of a submodule, runnable again."""
+
+    is_random = True
+
+    def __init__(self, name: str, module: nn.Module, impl: Callable[..., Any], spec: TreeSpec, volatile: set[str]):
+        self.name = name
+        self._module = module
+        self._impl = impl
+        self._spec = spec
+        self._volatile = volatile
+        self._snapshots: dict[str, torch.Tensor] = {}
+        self.result: Any = None
+
+    def first(self, state: list[Any]) -> list[Any]:
+        args, kwargs = tree_unflatten(state, self._spec)
+        state.clear()
+        self._snapshots = {n: b.detach().clone() for n, b in _buffers(self._module) if n in self._volatile}
+        self.result = self._impl(*args, **kwargs)
+        return []
+
+    def again(self, state: list[Any]) -> list[Any]:
+        args, kwargs = tree_unflatten(state, self._spec)
+        state.clear()
+        # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
+        owners = [(self._module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self._snapshots]
+        own = [owner._buffers[key] for owner, key, _ in owners]
+        try:
+            for owner, key, name in owners:
+                owner._buffers[key] = self._snapshots[name].clone()
+            self._impl(*args, **kwargs)
+        finally:
+            for (owner, key, _), buffer in zip(owners, own, strict=True):
+                owner._buffers[key] = buffer
+        return []
+
+
+    def changed_buffers(self) -> set[str]:
+        """Names of the buffers that the first run changed."""
+        now = dict(_buffers(self._module))
+        return {n for n, old in self._snapshots.items() if not torch.equal(old, now[n])}
+
+    def forget_buffers_but(self, names: set[str]) -> None:
+        """Keep only the snapshots that a replay needs."""
+        self._volatile = names
+        self._snapshots = {n: t for n, t in self._snapshots.items() if n in names}
+
+
+class ModuleSteps:
+    """Trains one module by intercepting the calls of its parts."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plain: Callable[..., Any],
+        name: str,
+        config: HCBConfig,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._plain = plain
+        self._name = name
+        self._config = config
+        self._observers = observers
+        self._units = step_modules(module)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._buffers = list(module.buffers())
+        self._volatile: dict[str, set[str]] = {}
+        self._warned: set[str] = set()
+        self._calls: list[_CallCost] | None = None
+        self._runs: list[Run] = []
+        self._watch: StepWatch | None = None
+        self.pilot: Pilot | None = None
+        self.profile: StepProfile | None = None
+        for unit_name, unit in self._units.items():
+            impl = unit._compiled_call_impl or unit._call_impl
+            unit._compiled_call_impl = torch._dynamo.disable(_Interceptor(self, unit_name, unit, impl))
+
+    def remove(self) -> None:
+        """Take the interceptors out."""
+        for unit in self._units.values():
+            unit._compiled_call_impl = None
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one training forward of the whole module."""
+        if self._watch is not None and not self._watch.ended:
+            self._watch.abandon()
+        device = self._parameters[0].device
+        self._calls, self._runs = [], []
+        self._watch = watch = self._begin(device)
+        try:
+            result = self._plain(*args, **kwargs)
+        except BaseException:
+            watch.abandon()
+            raise
+        finally:
+            calls, runs = self._calls, self._runs
+            self._calls, self._runs = None, []
+        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+        stats = [run.stats for run in runs]
+        watch.forward_ended(outputs, lambda w: self._ended(w, calls, stats, device))
+        return result
+
+    def _begin(self, device: torch.device) -> StepWatch:
+        if self.pilot is not None:
+            return self.pilot.begin_step(self._parameters)
+        return StepWatch.traced_if_possible(device, self._parameters, self._config.budget)
+
+    def _ended(self, watch: StepWatch, calls: list[_CallCost], stats: list[RunStats], device: torch.device) -> None:
+        total = RunStats()
+        for s in stats:
+            total.replayed_blocks += s.replayed_blocks
+            total.rescued_blocks += s.rescued_blocks
+            total.replay_s += s.replay_s
+        if self.pilot is None:
+            tensors = [*self._parameters, *self._buffers]
+            room = Room(self._config, device, tensors)
+            chain = _chain(calls, 0 if watch.measured is None else watch.measured.peak_bytes)
+            self.pilot = Pilot(
+                self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
+            )
+            return
+        self.profile = self.pilot.end_step(watch, total)
+
+    def intercept(self, unit: str, module: nn.Module, impl: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one call of a unit, dropping what it saves unless the plan keeps it."""
+        if self._calls is None or not torch.is_grad_enabled():
+            return impl(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        position = len(self._calls)
+        started = time.perf_counter()
+        cost = _CallCost(unit, 0.0, 0)
+        self._calls.append(cost)
+        if self._kept(position, unit) or not self._replayable(unit, module, leaves):
+            result = impl(*args, **kwargs)
+        else:
+            result = self._drop(unit, module, impl, leaves, spec, cost)
+        cost.forward_s = time.perf_counter() - started
+        return result
+
+    def _drop(
+        self, unit: str, module: nn.Module, impl: Callable[..., Any], leaves: list[Any], spec: TreeSpec, cost: _CallCost
+    ) -> Any:
+        first_time = unit not in self._volatile
+        volatile = self._volatile.setdefault(unit, {n for n, _ in _buffers(module)})
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
+        step = _ModuleStep(unit, module, impl, spec, volatile)
+        externals = Externals.of(list(module.parameters()))
+        run = Run(_REPLAYED, externals, devices=devices, autocast=autocast_now(device_type_of(devices)))
+        self._runs.append(run)
+        run.begin(leaves)
+        run.sweep(step, list(leaves))
+        result, step.result = step.result, None
+        cost.saved_bytes = run.dropped_bytes(0)
+        if first_time:
+            changed = step.changed_buffers()
+            self._volatile[unit] = changed
+            step.forget_buffers_but(changed)
+        return result
+
+    def _kept(self, position: int, unit: str) -> bool:
+        if self.pilot is None:
+            return False
+        blocks = self.pilot.chain.blocks
+        return position < len(blocks) and blocks[position].name == unit and self.pilot.script.kept[position]
+
+    def _replayable(self, unit: str, module: nn.Module, leaves: list[Any]) -> bool:
+        odd = [t for t in leaves if not isinstance(t, (torch.Tensor, *_PLAIN_DATA))]
+        sync = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+        if not odd and not (sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return True
+        if unit not in self._warned:
+            self._warned.add(unit)
+            why = f"gets a `{type(odd[0]).__name__}`, which a replay might change again" if odd else "synchronises ranks"
+            warnings.warn(f"`{self._name}.{unit}` is not replayed: it {why}.", HCBWarning, stacklevel=2)
+        return False
+
+
+class _Interceptor:
+    """Stands in a unit's `_compiled_call_impl`."""
+
+    def __init__(self, owner: ModuleSteps, name: str, module: nn.Module, impl: Callable[..., Any]) -> None:
+        self._owner = owner
+        self._name = name
+        self._module = module
+        self._impl = impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._owner.intercept(self._name, self._module, self._impl, args, kwargs)
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.named_buffers())
+
+
+def _chain(calls: Sequence[_CallCost], peak_bytes: int) -> Chain:
+    """The calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
+
+    `peak_bytes` was measured with every block dropped, one saved set alive at a time: that set is in it.
+    """
+    blocks = tuple(
+        Block(
+            name=c.unit,
+            signature=c.unit,
+            forward_s=c.forward_s,
+            forward_peak_bytes=0,
+            parameter_gradient_bytes=0,
+            options=(SavedSet("all", (), c.saved_bytes, c.saved_bytes, c.forward_s, c.saved_bytes, c.forward_s, 0),),
+        )
+        for c in calls
+    )
+    widest = max((c.saved_bytes for c in calls), default=0)
+    boundaries = tuple(Boundary((), 0) for _ in range(len(blocks) + 1))
+    return Chain((), blocks, boundaries, workspace_bytes=max(0, peak_bytes - widest))

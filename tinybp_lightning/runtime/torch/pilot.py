@@ -1,0 +1,233 @@
+"""Which schedule is flown, and does it keep its promise? One `Pilot` per chain: plan, measure, repair, settle.
+
+Note [Calibration]
+    The first step flies the smallest plan and is traced: it can only exceed a budget that no plan meets, and it shows
+    what no block measurement can, the code after the last block (the loss). The second step flies the plan for the
+    budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
+    repaired until a traced step is at or under the budget. After that nothing is traced on CPU; on CUDA the
+    allocator's own counters are read in every step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from tinybp_lightning.capture.torch.allocator import can_trace
+from tinybp_lightning.config import Budget, BudgetKind
+from tinybp_lightning.errors import BudgetTooSmallError
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.engine import RunStats
+from tinybp_lightning.runtime.torch.script import Script, split_schedule
+from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
+from tinybp_lightning.schedule.actions import ForwardSave, Schedule
+from tinybp_lightning.schedule.baselines import keep_all
+from tinybp_lightning.schedule.plan import plan, smallest_budget
+from tinybp_lightning.schedule.simulate import simulate
+
+__all__ = ["Pilot"]
+
+# A prediction this far under the measurement is worth a new plan that uses the room.
+_SLACK = 0.02
+_MAX_TRACES = 5
+
+
+class _Phase(Enum):
+    CALIBRATE = "calibration"
+    SETTLE = "budget"
+    STEADY = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A schedule in force, ready to play."""
+
+    report: PlanReport
+    script: Script
+
+
+class Pilot:
+    """Decides what one chain flies, step by step.
+
+    **Arguments:** `room`: returns the bytes the plan may use given the plain peak, above what is alive when a step
+    begins; called before each planning.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        chain: Chain,
+        *,
+        budget: Budget,
+        room: Callable[[int], int],
+        device: torch.device,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._target = target
+        self._chain = chain
+        self._budget = budget
+        self._room = room
+        self._device = device
+        self._observers = observers
+        self._phase = _Phase.CALIBRATE
+        self._traces = 0
+        self._steps = 0
+        self._good: _Flight | None = None
+        self._flight = self._smallest()
+
+    @property
+    def script(self) -> Script:
+        """What the next step plays."""
+        return self._flight.script
+
+    @property
+    def report(self) -> PlanReport:
+        """The plan in force."""
+        return self._flight.report
+
+    @property
+    def chain(self) -> Chain:
+        """The chain with everything learned so far."""
+        return self._chain
+
+    def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
+        """Start to follow a step."""
+        wants = self._phase is not _Phase.STEADY or self._device.type == "cuda"
+        counts = self._budget.kind is BudgetKind.MEMORY
+        return StepWatch(
+            self._device, parameters, traced=wants and can_trace(self._device), counts_gradients=counts
+        )
+
+    def end_step(self, watch: StepWatch, stats: RunStats) -> StepProfile:
+        """Learn from a step that has ended, tell the observers, and decide what the next one flies."""
+        self._steps += 1
+        flown = self._flight.report
+        profile = StepProfile(
+            target=self._target,
+            step=self._steps,
+            predicted_peak_bytes=flown.predicted_peak_bytes,
+            measured_peak_bytes=watch.measured.peak_bytes if watch.measured else None,
+            replayed_blocks=stats.replayed_blocks,
+            advanced_blocks=stats.advanced_blocks,
+            rescued_blocks=stats.rescued_blocks,
+            replay_s=stats.replay_s,
+            step_s=watch.step_s,
+            plan_summary=flown.summary,
+        )
+        if watch.measured is not None:
+            self._learn(watch.measured)
+        for observer in self._observers:
+            observer.on_replay(profile)
+        return profile
+
+    # ---- learning ----------------------------------------------------------------------------------------------
+
+    def _learn(self, measured: Measured) -> None:
+        match self._phase:
+            case _Phase.CALIBRATE:
+                self._learn_tail(measured)
+                self._phase = _Phase.SETTLE
+                self._fly(self._for_budget("budget"))
+            case _Phase.SETTLE:
+                self._traces += 1
+                self._settle(measured)
+            case _Phase.STEADY:
+                if measured.peak_bytes > self._flight.report.budget_bytes:
+                    self._phase, self._traces = _Phase.SETTLE, 0
+                    self._settle(measured)
+
+    def _learn_tail(self, measured: Measured) -> None:
+        timeline = simulate(self._chain, self._flight.report.schedule)
+        self._chain = replace(
+            self._chain,
+            tail_peak_bytes=max(0, measured.tail_peak_bytes - measured.forward_end_bytes),
+            tail_live_bytes=max(0, measured.backward_start_bytes - timeline.tail.after_bytes),
+        )
+        self._learn_residual(measured, may_shrink=False)
+
+    def _learn_residual(self, measured: Measured, *, may_shrink: bool) -> None:
+        predicted = simulate(self._chain, self._flight.report.schedule).peak_bytes
+        residual = measured.peak_bytes - predicted
+        if residual > 0 or may_shrink:
+            workspace = max(0, self._chain.workspace_bytes + residual)
+            self._chain = replace(self._chain, workspace_bytes=workspace)
+
+    def _settle(self, measured: Measured) -> None:
+        flown = self._flight.report
+        fits = measured.peak_bytes <= flown.budget_bytes
+        before = self._chain.workspace_bytes
+        self._learn_residual(measured, may_shrink=fits)
+        shown = replace(flown, chain=self._chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
+        flight = replace(self._flight, report=shown)
+        if fits and (self._good is None or flown.predicted_step_s <= self._good.report.predicted_step_s):
+            self._good = flight
+        slack = before - self._chain.workspace_bytes
+        if self._traces < _MAX_TRACES and (not fits or slack > _SLACK * flown.budget_bytes):
+            better = self._for_budget("measured")
+            if better.report.schedule != flown.schedule and (
+                not fits or better.report.predicted_step_s < flown.predicted_step_s
+            ):
+                self._fly(better)
+                return
+        self._phase = _Phase.STEADY
+        self._fly(self._good or flight)
+
+    # ---- planning ----------------------------------------------------------------------------------------------
+
+    def _fly(self, flight: _Flight) -> None:
+        self._flight = flight
+        for observer in self._observers:
+            observer.on_plan(flight.report)
+
+    def _smallest(self) -> _Flight:
+        budget_bytes = self._room(self._plain_peak())
+        smallest_bytes, found = smallest_budget(self._chain)
+        if smallest_bytes > budget_bytes:
+            self._too_small(budget_bytes)
+        return self._flight_of(found.schedule, budget_bytes, "calibration")
+
+    def _for_budget(self, reason: str) -> _Flight:
+        budget_bytes = self._room(self._plain_peak())
+        try:
+            schedule = plan(self._chain, budget_bytes=budget_bytes).schedule
+        except BudgetTooSmallError:
+            self._too_small(budget_bytes)
+        return self._flight_of(schedule, budget_bytes, reason)
+
+    def _too_small(self, budget_bytes: int) -> None:
+        """Raise the planner's error again in the user's words."""
+        try:
+            plan(self._chain, budget_bytes=budget_bytes)
+        except BudgetTooSmallError as error:
+            taken = 0 if self._budget.size_bytes is None else max(0, self._budget.size_bytes - budget_bytes)
+            smallest_bytes = error.smallest_bytes + taken
+            raise BudgetTooSmallError(
+                f"`{self._budget.kind.value}={self._budget.text!r}` ({budget_bytes + taken} bytes) cannot be met by "
+                f"`{self._target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
+                f"{error.bottleneck}. Raise the budget or lower the batch size.",
+                budget_bytes=budget_bytes + taken,
+                smallest_bytes=smallest_bytes,
+                bottleneck=error.bottleneck,
+            ) from error
+
+    def _plain_peak(self) -> int:
+        return simulate(self._chain, keep_all(self._chain)).peak_bytes
+
+    def _flight_of(self, schedule: Schedule, budget_bytes: int, reason: str) -> _Flight:
+        timeline = simulate(self._chain, schedule)
+        script = split_schedule(schedule)
+        report = PlanReport(
+            target=self._target,
+            chain=self._chain,
+            schedule=schedule,
+            budget_bytes=budget_bytes,
+            predicted_peak_bytes=timeline.peak_bytes,
+            plain_peak_bytes=self._plain_peak(),
+            predicted_recompute_s=timeline.recompute_s,
+            predicted_step_s=timeline.total_s,
+            num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
+            reason=reason,
+        )
+        return _Flight(report, script)

@@ -1,0 +1,155 @@
+"""How is one traced forward trained? A `GraphProgram` is what Dynamo calls in place of the graph it captured.
+
+On its first call it records the graph, cuts it, measures the blocks and asks a `Pilot` for a plan; on every call it
+runs the pieces through the engine. Plans are kept per situation (autocast, gradients already there or not); shapes,
+dtypes and `requires_grad` are Dynamo's guards, which make a new program when they change.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
+from tinybp_lightning.capture.torch.record import record_graph
+from tinybp_lightning.config import BudgetKind, HCBConfig
+from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.runtime.profile import Observer, StepProfile
+from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
+from tinybp_lightning.runtime.torch.costs import measure_chain
+from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.memory import Room
+from tinybp_lightning.runtime.torch.pilot import Pilot
+from tinybp_lightning.runtime.torch.progress import planning_progress
+from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
+from tinybp_lightning.runtime.torch.watch import StepWatch
+
+__all__ = ["GraphProgram"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Situation:
+    """What a plan depends on beside the graph."""
+
+    autocast: tuple[Autocast, ...]
+    has_gradients: bool
+
+
+class GraphProgram:
+    """One captured graph, planned on its first call."""
+
+    def __init__(self, module: fx.GraphModule, target: str, config: HCBConfig, observers: Sequence[Observer]) -> None:
+        self._module = module
+        self._target = target
+        self._config = config
+        self._observers = observers
+        self._program: Program | None = None
+        self._pilots: dict[_Situation, Pilot] = {}
+        self._watch: StepWatch | None = None
+        self._constants = _constants(module)
+        self.profile: StepProfile | None = None
+        self.pilot: Pilot | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
+        values = self._values(args)
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        devices = sorted({t.device for t in tensors}, key=str)
+        device = _main_device(devices)
+        autocast = autocast_now(device_type_of(devices))
+        parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
+        situation = _Situation(autocast, any(p.grad is not None for p in parameters))
+        if situation not in self._pilots:
+            self._pilots[situation] = self._new_pilot(values, device, devices, situation)
+        self.pilot = self._pilots[situation]
+        return self._run(self.pilot, values, parameters, devices, autocast)
+
+    def _run(
+        self,
+        pilot: Pilot,
+        values: list[Any],
+        parameters: Sequence[torch.Tensor],
+        devices: Sequence[torch.device],
+        autocast: Sequence[Autocast],
+    ) -> Any:
+        program = self._program
+        assert program is not None, "a pilot exists only once the program is cut"
+        if self._watch is not None and not self._watch.ended:
+            self._watch.abandon()  # the last forward had no backward (yet): it can no longer be measured
+        self._watch = watch = pilot.begin_step(parameters)
+        externals = Externals.of(values)
+        run = Run(pilot.script, externals, devices=devices, autocast=autocast)
+        try:
+            run.begin([])
+            state: list[Any] = []
+            for piece in program.pieces:
+                state = run.sweep(GraphStep(piece, externals), state)
+        except BaseException:
+            watch.abandon()
+            raise
+        outputs = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in program.outputs]
+        del state
+        stats = run.stats
+        mine = weakref.ref(self)
+
+        def ended(watch: StepWatch) -> None:
+            me = mine()
+            if me is not None:
+                me.profile = pilot.end_step(watch, stats)
+
+        watch.forward_ended(outputs, ended)
+        return fill_template(program.template, outputs)
+
+    def _values(self, args: Sequence[Any]) -> list[Any]:
+        """Dynamo's arguments and the graph's constants, in the order of `Graph.inputs`."""
+        arguments = iter(args)
+        return [next(arguments) if constant is _ARGUMENT else constant for constant in self._constants]
+
+    def _new_pilot(
+        self, values: Sequence[Any], device: torch.device, devices: Sequence[torch.device], situation: _Situation
+    ) -> Pilot:
+        budget = self._config.budget
+        with planning_progress(self._target) as progress:
+            if self._program is None:
+                progress.stage("tracing")
+                graph = record_graph(self._module, values, name=self._target)
+                self._program = cut_program(self._module, graph, granularity=Granularity.FINE)
+            progress.stage("measuring", total=len(self._program.pieces))
+            chain = measure_chain(
+                self._program,
+                values,
+                device=device,
+                devices=devices,
+                autocast=situation.autocast,
+                counts_gradients=budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
+                on_block=progress.advance,
+            )
+            progress.stage("planning")
+            room = Room(self._config, device, [v for v in values if isinstance(v, torch.Tensor)])
+            return Pilot(
+                self._target, chain, budget=budget, room=room, device=device, observers=self._observers
+            )
+
+
+_ARGUMENT = object()
+
+
+def _constants(module: fx.GraphModule) -> list[Any]:
+    constants: list[Any] = []
+    for n in module.graph.nodes:
+        if n.op == "placeholder":
+            constants.append(_ARGUMENT)
+        elif n.op == "get_attr":
+            value: Any = module
+            for name in str(n.target).split("."):
+                value = getattr(value, name)
+            constants.append(value)
+    return constants
+
+
+def _main_device(devices: Sequence[torch.device]) -> torch.device:
+    """The device whose memory is planned: the first accelerator, else the CPU."""
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -1,0 +1,167 @@
+"""Where do saved tensors go while they are virtual? A `SlotBook` holds, for one block, what its first run saved.
+
+Every saved tensor is one of three things. A *reference*: it aliases an external (a parameter, the batch), which is
+alive anyway, and is kept as it is. An *alias*: it aliases a leaf of the boundary before the block, and is a view to be
+rebuilt. Or it must be *replayed*. Only slots that autograd still holds are filled: the book keeps weak references.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tinybp_lightning.errors import ReplayError
+from tinybp_lightning.runtime.torch.steps import has_storage, storage_key
+
+__all__ = ["Reference", "Slot", "SlotBook", "StopReplay"]
+
+
+class StopReplay(Exception):  # noqa: N818 - control flow, never an error
+    """The last saved tensor of the block has been filled; its outputs are not wanted."""
+
+
+class Slot:
+    """What autograd holds in place of one saved tensor; `value` is filled just before it is needed, and taken once."""
+
+    __slots__ = ("__weakref__", "block", "position", "value")
+
+    def __init__(self, block: int, position: int) -> None:
+        self.block = block
+        self.position = position
+        self.value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A saved tensor that aliases an external: held as plain autograd holds it, with the same version check."""
+
+    block: int
+    tensor: torch.Tensor
+    version: int
+
+    def tensor_checked(self, reader: str) -> torch.Tensor:
+        """Return the tensor. Raises `ReplayError` if it was changed in place since the forward."""
+        if self.tensor._version != self.version:
+            raise ReplayError(
+                f"block `{reader}` needs a tensor of shape {tuple(self.tensor.shape)} for its gradient, but it was "
+                f"changed in place after the forward (version {self.tensor._version}, expected {self.version})."
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a replay must save again at the same position."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Alias:
+    """A view of leaf `leaf` of the boundary before the block."""
+
+    slot: "weakref.ref[Slot]"
+    leaf: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset_bytes: int
+
+
+class SlotBook:
+    """One block's saved tensors, in the order in which autograd saved them."""
+
+    def __init__(self, block: int, external_storages: frozenset[int], state: Sequence[Any]) -> None:
+        self._block = block
+        self._external = external_storages
+        self._inputs: dict[int, tuple[int, torch.Tensor, int]] = {}
+        for i, t in enumerate(state):
+            if isinstance(t, torch.Tensor) and has_storage(t):
+                self._inputs.setdefault(storage_key(t), (i, t, t._version))
+        self._forms: list[_Form] = []
+        self._slots: list[weakref.ref[Slot] | None] = []
+        self._aliases: list[_Alias] = []
+        self.num_replayed = 0
+        self.dropped_bytes = 0
+
+    def pack(self, t: torch.Tensor) -> Slot | Reference:
+        """First sweep: take a saved tensor, return what autograd holds instead."""
+        position = len(self._slots)
+        self._forms.append(_Form(t.shape, t.dtype, t.device))
+        plain = has_storage(t)
+        if plain and storage_key(t) in self._external:
+            self._slots.append(None)
+            return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
+        slot = Slot(self._block, position)
+        self._slots.append(weakref.ref(slot))
+        source = self._inputs.get(storage_key(t)) if plain else None
+        if source is not None and source[2] == t._version:
+            offset = t.storage_offset() * t.element_size() - source[1].storage_offset() * source[1].element_size()
+            self._aliases.append(_Alias(weakref.ref(slot), source[0], t.dtype, t.shape, t.stride(), offset))
+        else:
+            self.num_replayed = position + 1
+            self.dropped_bytes += t.numel() * t.element_size()
+        return slot
+
+    def close(self) -> None:
+        """End of the block's first run: let go of the inputs."""
+        self._inputs.clear()
+
+    def fill_aliases(self, state: Sequence[Any]) -> None:
+        """Fill the slots that are views of the boundary's leaves."""
+        for alias in self._aliases:
+            slot = alias.slot()
+            if slot is not None:
+                slot.value = _view_of(state[alias.leaf], alias)
+
+    @contextlib.contextmanager
+    def filling(self, *, stops_early: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor | None]]:
+        """Give the pack hook of a replay: it fills the slots that are alive, in order."""
+        self._filled = 0
+
+        def pack(t: torch.Tensor) -> torch.Tensor | None:
+            position = self._filled
+            self._filled += 1
+            self._check(position, t)
+            reference = self._slots[position]
+            slot = reference() if reference is not None else None
+            if slot is not None:
+                slot.value = t.detach()  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
+            if stops_early and self._filled == self.num_replayed:
+                raise StopReplay
+            return None
+
+        yield pack
+
+    def check_complete(self, name: str) -> None:
+        """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
+        if self._filled != len(self._slots):
+            raise ReplayError(
+                f"block `{name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its replay. "
+                "It does not do the same thing twice."
+            )
+
+    def _check(self, position: int, t: torch.Tensor) -> None:
+        if position >= len(self._forms):
+            raise ReplayError(f"the replay of block {self._block} saved more than its {len(self._forms)} tensors.")
+        form = self._forms[position]
+        if (t.shape, t.dtype, t.device) != (form.shape, form.dtype, form.device):
+            raise ReplayError(
+                f"the replay of block {self._block} saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
+                f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}."
+            )
+
+
+def _view_of(leaf: torch.Tensor, alias: _Alias) -> torch.Tensor:
+    base = leaf.detach()
+    offset_bytes = base.storage_offset() * base.element_size() + alias.offset_bytes
+    if alias.dtype != base.dtype:
+        whole = torch.empty(0, dtype=alias.dtype, device=base.device)
+        whole.set_(base.untyped_storage(), offset_bytes // whole.element_size(), alias.shape, alias.stride)
+        return whole
+    return base.as_strided(alias.shape, alias.stride, offset_bytes // base.element_size())

@@ -1,0 +1,120 @@
+"""What does the engine run? A `Step`: one block as a function from one boundary's leaves to the next one's.
+
+A boundary's state is a flat list of leaves. *Externals* (parameters, buffers, the batch) are not part of any boundary:
+the caller holds them for the whole step, so they are passed by reference and cost nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
+from tinybp_lightning.errors import ReplayError
+
+__all__ = ["Externals", "GraphStep", "Step"]
+
+
+class Step(Protocol):
+    """One block, runnable any number of times with the same result."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, so that its generator state must be kept."""
+        ...
+
+    def first(self, state: list[Any]) -> list[Any]:
+        """Run for the first time: take the leaves of boundary i (emptied), return those of boundary i + 1."""
+        ...
+
+    def again(self, state: list[Any]) -> list[Any]:
+        """Run again: the same results, without repeating side effects such as running statistics."""
+        ...
+
+
+@dataclass(slots=True)
+class Externals:
+    """The values of one forward that no boundary carries, and the versions of those that are tensors."""
+
+    values: list[Any]
+    versions: list[int | None]
+    storages: frozenset[int]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> "Externals":
+        """Note the versions and storages of `values` as they are now."""
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        return cls(
+            list(values),
+            [v._version if isinstance(v, torch.Tensor) else None for v in values],
+            frozenset(storage_key(t) for t in tensors if has_storage(t)),
+        )
+
+    def value(self, index: int, reader: str) -> Any:
+        """Return external `index` for a replay. Raises `ReplayError` if it was changed in place since the forward."""
+        value, version = self.values[index], self.versions[index]
+        if version is not None and value._version != version:
+            raise ReplayError(
+                f"block `{reader}` cannot be replayed: an input or parameter of shape {tuple(value.shape)} was changed "
+                f"in place after the forward (version {value._version}, expected {version}). "
+                "Call backward before optimizer.step(), or change a copy."
+            )
+        return value
+
+
+def has_storage(t: torch.Tensor) -> bool:
+    """Whether `t` is a plain tensor whose storage can be compared (not a subclass that hides its own)."""
+    return type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided
+
+
+def storage_key(t: torch.Tensor) -> int:
+    """Identity of the storage behind `t`, valid while somebody holds it."""
+    return t.untyped_storage()._cdata
+
+
+class GraphStep:
+    """A piece of a traced graph, bound to the externals of one forward."""
+
+    def __init__(self, piece: Piece, externals: Externals) -> None:
+        self._piece = piece
+        self._externals = externals
+        self._snapshots: dict[int, torch.Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return self._piece.span.name
+
+    @property
+    def is_random(self) -> bool:
+        return self._piece.is_random
+
+    def first(self, state: list[Any]) -> list[Any]:
+        values = self._externals.values
+        # What the block changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
+        self._snapshots = {i: values[i].detach().clone() for i in self._piece.volatile}
+        return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=False)
+
+    def again(self, state: list[Any]) -> list[Any]:
+        return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=True)
+
+    def _run(self, state: list[Any], external: list[int | None], *, replay: bool) -> list[Any]:
+        arguments: list[Any] = []
+        for source, index in zip(self._piece.reads, external, strict=True):
+            if index is None:
+                arguments.append(state[source.index])
+            elif not replay:
+                arguments.append(self._externals.values[index])
+            elif index in self._snapshots:
+                arguments.append(self._snapshots[index].clone())
+            else:
+                arguments.append(self._externals.value(index, self.name))
+        carried = {s.index: state[s.index] for s in self._piece.state if s.origin == STATE}
+        state.clear()
+        made = self._piece.call(arguments)
+        return [made[s.index] if s.origin == MADE else carried[s.index] for s in self._piece.state]

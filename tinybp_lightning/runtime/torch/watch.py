@@ -1,0 +1,145 @@
+"""When does a training step begin and end, and what did it need? One `StepWatch` per forward.
+
+The forward's begin and end are ours to see; backward's begin is a pre-hook on the node that made the first output, its
+end a callback of the autograd engine. A *traced* watch also reads the allocator (`capture.torch.allocator`).
+Private API: `Variable._execution_engine.queue_callback`, as used by DDP and FSDP (torch 2.11 to 2.14).
+
+Note [Stopping a trace]
+    A profiler must not be stopped inside a backward callback: the engine puts the thread's state back afterwards, and
+    the dead profiler with it. So the callback only marks the end; the trace is closed at the next moment outside
+    backward that we hear of: an optimizer step, the next forward, or a look at the profile.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.config import Budget, BudgetKind
+
+__all__ = ["Measured", "StepWatch", "settle_pending"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A traced step, in bytes above what was alive at its start, newly made parameter gradients left out.
+
+    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
+    `backward_start_bytes` are levels at the two.
+    """
+
+    peak_bytes: int
+    forward_end_bytes: int
+    tail_peak_bytes: int
+    backward_start_bytes: int
+
+
+class StepWatch:
+    """Follows one forward and the first backward through it."""
+
+    def __init__(
+        self, device: torch.device, parameters: Sequence[torch.Tensor], *, traced: bool, counts_gradients: bool
+    ) -> None:
+        self._started = time.perf_counter()
+        self._forward_s = 0.0
+        self._backward_started = 0.0
+        self._counts_gradients = counts_gradients
+        self._without_grad = [p for p in parameters if p.grad is None and p.requires_grad]
+        self._trace: AllocatorTrace | None = open_trace(device) if traced else None
+        self._on_end: Callable[[StepWatch], None] | None = None
+        self.measured: Measured | None = None
+        self.step_s = 0.0
+        self.ended = False
+        self._mark("forward")
+
+    @classmethod
+    def traced_if_possible(
+        cls, device: torch.device, parameters: Sequence[torch.Tensor], budget: Budget
+    ) -> "StepWatch":
+        """Follow a step, and trace it unless something else traces already."""
+        counts = budget.kind is BudgetKind.MEMORY
+        return cls(device, parameters, traced=can_trace(device), counts_gradients=counts)
+
+    def _mark(self, label: str) -> None:
+        if self._trace is not None:
+            self._trace.mark(label)
+
+    def forward_ended(self, outputs: Sequence[Any], on_end: Callable[["StepWatch"], None]) -> None:
+        """Note the end of the forward and wait for backward; `on_end(self)` is called once backward has ended."""
+        self._forward_s = time.perf_counter() - self._started
+        self._on_end = on_end
+        self._mark("tail")
+        for t in outputs:
+            if isinstance(t, torch.Tensor) and t.grad_fn is not None:
+                t.grad_fn.register_prehook(self._backward_begins)
+
+    def _backward_begins(self, _: Any) -> None:
+        if self._backward_started or self.ended:
+            return
+        self._backward_started = time.perf_counter()
+        self._mark("backward")
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # pyright: ignore
+
+    def _backward_ended(self) -> None:
+        self.step_s = self._forward_s + time.perf_counter() - self._backward_started
+        if self._trace is None:
+            self._tell()
+            return
+        self._mark("after")
+        if not self._counts_gradients:
+            self._trace.leave_out([p.grad for p in self._without_grad if p.grad is not None])
+        self._without_grad = []
+        _PENDING.append(self)  # See Note [Stopping a trace]
+        _listen()
+
+    def settle(self) -> None:
+        """Close the trace of a step whose backward has ended, and tell `on_end`."""
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            parts: dict[str, Segment] = {}
+            for s in trace.close():
+                parts.setdefault(s.label, s)
+            tail, back = parts["tail"], parts["backward"]
+            peak = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
+            self.measured = Measured(peak, tail.start_bytes, tail.peak_bytes, back.start_bytes)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.ended = True
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(self)
+
+    def abandon(self) -> None:
+        """The step will not end (no backward, or an exception): let go of everything, measure nothing."""
+        trace, self._trace = self._trace, None
+        self._on_end = None
+        self.ended = True
+        if self in _PENDING:
+            _PENDING.remove(self)
+        if trace is not None:
+            trace.abandon()
+
+
+_PENDING: list[StepWatch] = []
+_HANDLES: list[RemovableHandle] = []
+
+
+def settle_pending() -> None:
+    """Close the traces of steps whose backward has ended. Called outside backward only."""
+    while _HANDLES:
+        _HANDLES.pop().remove()
+    while _PENDING:
+        _PENDING.pop().settle()
+
+
+def _listen() -> None:
+    """Hear of the next optimizer step; with a closure, forward and backward run inside it, so its end counts too."""
+    if not _HANDLES:
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+            _HANDLES.append(register(lambda *_: settle_pending()))
