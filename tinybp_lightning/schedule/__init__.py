@@ -12,6 +12,7 @@ from tinybp_lightning.schedule.actions import (
     Store,
 )
 from tinybp_lightning.schedule.baselines import every_k, every_sqrt_n, keep_all, per_block, revolve, revolve_cost
+from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
 from tinybp_lightning.schedule.text import from_text, to_text
 from tinybp_lightning.schedule.verify import verify_schedule
@@ -24,6 +25,8 @@ __all__ = [
     "ForwardSave",
     "Moment",
     "Offload",
+    "Plan",
+    "Planner",
     "Reload",
     "Schedule",
     "Store",
@@ -33,9 +36,11 @@ __all__ = [
     "from_text",
     "keep_all",
     "per_block",
+    "plan",
     "revolve",
     "revolve_cost",
     "simulate",
+    "smallest_budget",
     "to_text",
     "verify_schedule",
 ]

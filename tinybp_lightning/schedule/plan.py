@@ -1,0 +1,219 @@
+"""Which schedule is fastest under a byte budget? The planner: one pure function, and an object for many budgets.
+
+# Note [Monotone by construction]
+The candidates for a budget are: the baselines, the smallest tree, and the dynamic program's schedule for every number
+of slots up to a margin above the budget; those whose exactly simulated peak fits. The slot size depends on the chain
+alone. So every candidate for a budget is one for any larger budget, and time never rises with the budget. The table is
+sorted by time already: walking it down from the margin, the first schedule that fits is the best one in it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tinybp_lightning.errors import BudgetTooSmallError
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Backward, Schedule
+from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
+from tinybp_lightning.schedule.floor import Floor, Thrifty
+from tinybp_lightning.schedule.simulate import Timeline, simulate
+from tinybp_lightning.schedule.tables import Tables
+from tinybp_lightning.schedule.tree import IntervalTree
+
+__all__ = ["Plan", "Planner", "choose_cuts", "plan", "smallest_budget"]
+
+_WORK = 4e8
+"""Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
+_MAX_SLOTS = 2048
+_MAX_CUTS = 140
+_TIME_TOLERANCE = 1e-5
+"""The table's times are float32 sums; candidates this close are compared by their exact times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A schedule, what it costs, and how far from the best possible it can be.
+
+    `lower_bound_s` bounds the time of every legal schedule within `budget_bytes`; `gap = total_s / lower_bound_s - 1`.
+    """
+
+    schedule: Schedule
+    budget_bytes: int
+    peak_bytes: int
+    total_s: float
+    recompute_s: float
+    lower_bound_s: float
+    gap: float
+
+
+def plan(chain: Chain, *, budget_bytes: int) -> Plan:
+    """Return the fastest schedule found whose exact peak is at most `budget_bytes`.
+
+    **Arguments:** `budget_bytes`: limit for everything the chain counts, its workspace included.
+
+    **Returns:** a legal plan; deterministic, and never slower than the plan for a smaller budget.
+
+    **Raises:** `BudgetTooSmallError` that names the smallest feasible budget and what sets it.
+    """
+    return Planner(chain).plan(budget_bytes=budget_bytes)
+
+
+def smallest_budget(chain: Chain) -> tuple[int, Plan]:
+    """Return the smallest feasible budget in bytes, and the plan that meets it."""
+    planner = Planner(chain)
+    return planner.smallest_bytes, planner.plan(budget_bytes=planner.smallest_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    schedule: Schedule
+    timeline: Timeline
+
+
+class Planner:
+    """Plans one chain for many budgets; the tables are filled once and grow with the largest budget asked for."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._keep_all = self._candidate(keep_all(chain))
+        self._tables = Tables(chain, cuts=choose_cuts(chain, limit=_MAX_CUTS))
+        self._unit_bytes, self._max_slots = self._grid()
+        self._tree: IntervalTree | None = None
+        self._num_slots = -1
+        self._known: dict[int, _Candidate] = {}
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that `plan` accepts."""
+        return self._smallest.timeline.peak_bytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """The budget at which nothing is recomputed: plain training's peak."""
+        return self._keep_all.timeline.peak_bytes
+
+    def plan(self, *, budget_bytes: int) -> Plan:
+        """Return the fastest schedule found within `budget_bytes`; see the function `plan`."""
+        if budget_bytes < self.smallest_bytes:
+            raise self._too_small(budget_bytes)
+        candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
+        best = min(candidates, key=lambda c: (c.timeline.total_s, c.timeline.peak_bytes))
+        if self._keep_all.timeline.peak_bytes > budget_bytes:
+            best = self._search(budget_bytes, best)
+        lower_bound_s = self._plain_s
+        return Plan(
+            schedule=best.schedule,
+            budget_bytes=budget_bytes,
+            peak_bytes=best.timeline.peak_bytes,
+            total_s=best.timeline.total_s,
+            recompute_s=best.timeline.recompute_s,
+            lower_bound_s=lower_bound_s,
+            gap=best.timeline.total_s / lower_bound_s - 1 if lower_bound_s else 0.0,
+        )
+
+    @cached_property
+    def _plain_s(self) -> float:
+        """A trivial bound: every block once forward, and its fastest backward."""
+        backward_s = sum(min(option.backward_s for option in block.options) for block in self._chain.blocks)
+        return sum(block.forward_s for block in self._chain.blocks) + backward_s
+
+    @cached_property
+    def _floor(self) -> Floor:
+        return Floor(self._tables)
+
+    @cached_property
+    def _smallest(self) -> _Candidate:
+        left_bytes = self._floor.smallest_bytes
+        tree = self._tree_for(left_bytes)
+        return self._candidate(Thrifty(self._floor, tree, unit_bytes=self._unit_bytes).schedule(left_bytes))
+
+    @cached_property
+    def _fixed(self) -> list[_Candidate]:
+        """Candidates that do not depend on the budget."""
+        others = [self._candidate(f(self._chain)) for f in (per_block, every_sqrt_n)]
+        return [self._keep_all, *others, self._smallest]
+
+    def _candidate(self, schedule: Schedule) -> _Candidate:
+        return _Candidate(schedule, simulate(self._chain, schedule))
+
+    def _grid(self) -> tuple[int, int]:
+        """Choose the slot size: fine enough, one byte on small chains, and affordable on long ones."""
+        states, columns = len(self._tables.states), len(self._tables.cuts)
+        slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
+        unit_bytes = max(1, -(-self.largest_bytes // slots))
+        return unit_bytes, -(-self.largest_bytes // unit_bytes) + 1
+
+    def _tree_for(self, left_bytes: int) -> IntervalTree:
+        margin = 0 if self._unit_bytes == 1 else 4 + left_bytes // (50 * self._unit_bytes)
+        num_slots = min(self._max_slots, left_bytes // self._unit_bytes + margin)
+        if self._tree is None or num_slots > self._num_slots:
+            self._num_slots = num_slots
+            self._tree = IntervalTree(self._tables, unit_bytes=self._unit_bytes, num_slots=num_slots)
+        return self._tree
+
+    def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
+        """Walk the table down from the margin. See Note [Monotone by construction]."""
+        left_bytes = budget_bytes - self._chain.workspace_bytes
+        seconds = self._tree_for(left_bytes).seconds
+        margin = 0 if self._unit_bytes == 1 else 4 + left_bytes // (50 * self._unit_bytes)
+        for slots in _steps(seconds[: left_bytes // self._unit_bytes + margin + 1]):
+            if seconds[slots] > best.timeline.total_s * (1 + _TIME_TOLERANCE):
+                break
+            candidate = self._at(slots)
+            cost = (candidate.timeline.total_s, candidate.timeline.peak_bytes)
+            fits = candidate.timeline.peak_bytes <= budget_bytes
+            if fits and cost < (best.timeline.total_s, best.timeline.peak_bytes):
+                best = candidate
+        return best
+
+    def _at(self, slots: int) -> _Candidate:
+        if slots not in self._known:
+            assert self._tree is not None
+            self._known[slots] = self._candidate(self._tree.schedule(slots))
+        return self._known[slots]
+
+    def _too_small(self, budget_bytes: int) -> BudgetTooSmallError:
+        timeline, schedule = self._smallest.timeline, self._smallest.schedule
+        action = schedule.actions[timeline.peak_action]
+        if timeline.peak_in_tail:
+            bottleneck, phase = "the code after the last block", "tail"
+        else:
+            assert not hasattr(action, "boundary"), "no memory appears while a boundary is stored or dropped"
+            block = action.block  # pyright: ignore
+            bottleneck = self._chain.blocks[block].name
+            phase = "backward" if isinstance(action, Backward) else "forward"
+        return BudgetTooSmallError(
+            f"`budget_bytes={budget_bytes}` cannot be met: the smallest plan for this step needs "
+            f"{self.smallest_bytes} bytes ({bottleneck}, {phase}). Raise the budget or lower the batch size.",
+            budget_bytes=budget_bytes,
+            smallest_bytes=self.smallest_bytes,
+            bottleneck=bottleneck,
+        )
+
+
+def choose_cuts(chain: Chain, *, limit: int) -> tuple[int, ...]:
+    """Return the interior boundaries where a plan may store: all of them on short chains, else the narrowest near by.
+
+    **Arguments:** `limit`: the most cuts; a window widens until the minima within it are few enough.
+    """
+    interior = range(1, len(chain.blocks))
+    size = [sum(chain.storage_bytes[s] for s in boundary.storages) for boundary in chain.boundaries]
+    window, cuts = 0, tuple(interior)
+    while len(cuts) > limit:
+        window += 1
+        cuts = tuple(
+            i
+            for i in interior
+            if all(
+                (size[i], i) <= (size[j], j) for j in range(max(1, i - window), min(len(chain.blocks), i + window + 1))
+            )
+        )
+    return cuts
+
+
+def _steps(seconds: np.ndarray) -> list[int]:
+    """Return, from the largest down, the fewest slots for each distinct finite time."""
+    finite = np.isfinite(seconds)
+    starts = np.flatnonzero(finite & np.concatenate([[True], seconds[1:] < seconds[:-1]]))
+    return [int(slots) for slots in reversed(starts)]
