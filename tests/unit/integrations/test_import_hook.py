@@ -164,9 +164,7 @@ def test_import_order_in_a_fresh_process(adapter: Adapter, hook_first: bool) -> 
     script = ORDER.format(imports="\n".join(imports if hook_first else imports[::-1]), package=adapter.package)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    names = (
-        "['hcb', 'hcb_ddp', 'hcb_ddp_find_unused_parameters_true', 'hcb_ddp_notebook', 'hcb_ddp_spawn', 'hcb_single']"
-    )
+    names = ["hcb", "hcb_ddp", "hcb_ddp_find_unused_parameters_true", "hcb_ddp_notebook", "hcb_ddp_spawn", "hcb_single"]
     assert done.stdout.split() == names
 
 

@@ -68,10 +68,9 @@ def test_a_bad_budget_from_the_environment_names_its_variable(environ: Mapping[s
 
 
 @pytest.mark.parametrize(
-    "other", [{"memory_budget": "1GiB"}, {"activation_budget": "3%"}, {"executor": "eager"}], ids=str
+    ("name", "value"), [("memory_budget", "1GiB"), ("activation_budget", "3%"), ("executor", "eager")]
 )
-def test_a_config_stands_alone(other: Mapping[str, object]) -> None:
-    (name,) = other
+def test_a_config_stands_alone(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}=.*` was passed beside `config`"):
         config(None, config=HCBConfig(), **{name: value})
 

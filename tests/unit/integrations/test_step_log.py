@@ -14,10 +14,13 @@ MIB = 2**20
 def profile(*, predicted_mib: int, measured_mib: int | None = None, replay_s: float, step_s: float) -> StepProfile:
     measured_bytes = None if measured_mib is None else measured_mib * MIB
     return StepProfile(
+        target="Model",
         step=1,
         predicted_peak_bytes=predicted_mib * MIB,
         measured_peak_bytes=measured_bytes,
         replayed_blocks=1,
+        advanced_blocks=0,
+        rescued_blocks=0,
         replay_s=replay_s,
         step_s=step_s,
         plan_summary="",

@@ -47,10 +47,13 @@ class Session:
     def finish_step(self, _: nn.Parameter) -> None:
         self.steps += 1
         profile = StepProfile(
+            target="Model",
             step=self.steps,
             predicted_peak_bytes=self.steps * MIB,
             measured_peak_bytes=None,
             replayed_blocks=1,
+            advanced_blocks=0,
+            rescued_blocks=0,
             replay_s=1.0,
             step_s=4.0,
             plan_summary="",
