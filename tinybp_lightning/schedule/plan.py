@@ -2,9 +2,10 @@
 
 # Note [Monotone by construction]
 The candidates for a budget are: the baselines, the smallest tree, and the dynamic program's schedule for every number
-of slots up to a margin above the budget; those whose exactly simulated peak fits. The slot size depends on the chain
-alone. So every candidate for a budget is one for any larger budget, and time never rises with the budget. The table is
-sorted by time already: walking it down from the margin, the first schedule that fits is the best one in it.
+of slots up to a margin above the budget; those whose exactly simulated peak fits. Slot sizes depend on the chain alone:
+a coarse table spans all budgets, each finer one the lowest quarter of the one before; a budget uses the finest table
+that spans it and all finer ones. So every candidate for a budget is one for any larger budget, and time never rises
+with the budget. A table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.actions import Backward, Schedule
+from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.simulate import Timeline, simulate
@@ -26,7 +27,8 @@ __all__ = ["Plan", "Planner", "choose_cuts", "plan", "smallest_budget"]
 _WORK = 4e8
 """Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
 _MAX_SLOTS = 2048
-_MAX_CUTS = 140
+_MAX_CUTS = 90
+_FINER = 4
 _TIME_TOLERANCE = 1e-5
 """The table's times are float32 sums; candidates this close are compared by their exact times."""
 
@@ -70,6 +72,48 @@ class _Candidate:
     schedule: Schedule
     timeline: Timeline
 
+    @property
+    def cost(self) -> tuple[float, int]:
+        return self.timeline.total_s, self.timeline.peak_bytes
+
+
+class _Grid:
+    """One slot size: its table, filled as far as the largest budget asked for."""
+
+    def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
+        self.unit_bytes = unit_bytes
+        self.span_bytes = unit_bytes * num_slots
+        self._tables = tables
+        self._max_slots = num_slots
+        self._tree: IntervalTree | None = None
+
+    def spans(self, left_bytes: int) -> bool:
+        """Whether the table goes on past the margin above `left_bytes`."""
+        return self._wanted(left_bytes) <= self._max_slots
+
+    def tree(self, left_bytes: int) -> IntervalTree:
+        """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
+        num_slots = min(self._max_slots, self._wanted(left_bytes))
+        if self._tree is None or num_slots > self._tree.num_slots:
+            self._tree = IntervalTree(self._tables, unit_bytes=self.unit_bytes, num_slots=num_slots)
+        return self._tree
+
+    def steps(self, left_bytes: int) -> list[tuple[int, float]]:
+        """Return slots and seconds of the schedules worth trying, fastest first: the fewest slots for each time."""
+        seconds = self.tree(left_bytes).seconds[: self._wanted(left_bytes) + 1]
+        rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
+        starts = np.flatnonzero(np.isfinite(seconds) & rises)
+        return [(int(slots), float(seconds[slots])) for slots in reversed(starts)]
+
+    def schedule(self, slots: int) -> Schedule:
+        """Return the table's schedule for `slots`, which `steps` named."""
+        assert self._tree is not None
+        return self._tree.schedule(slots)
+
+    def _wanted(self, left_bytes: int) -> int:
+        margin = 0 if self.unit_bytes == 1 else 4 + left_bytes // (50 * self.unit_bytes)
+        return left_bytes // self.unit_bytes + margin
+
 
 class Planner:
     """Plans one chain for many budgets; the tables are filled once and grow with the largest budget asked for."""
@@ -78,10 +122,7 @@ class Planner:
         self._chain = chain
         self._keep_all = self._candidate(keep_all(chain))
         self._tables = Tables(chain, cuts=choose_cuts(chain, limit=_MAX_CUTS))
-        self._unit_bytes, self._max_slots = self._grid()
-        self._tree: IntervalTree | None = None
-        self._num_slots = -1
-        self._known: dict[int, _Candidate] = {}
+        self._known: dict[tuple[int, int], _Candidate] = {}
 
     @property
     def smallest_bytes(self) -> int:
@@ -98,7 +139,7 @@ class Planner:
         if budget_bytes < self.smallest_bytes:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
-        best = min(candidates, key=lambda c: (c.timeline.total_s, c.timeline.peak_bytes))
+        best = min(candidates, key=lambda c: c.cost)
         if self._keep_all.timeline.peak_bytes > budget_bytes:
             best = self._search(budget_bytes, best)
         lower_bound_s = self._plain_s
@@ -125,8 +166,9 @@ class Planner:
     @cached_property
     def _smallest(self) -> _Candidate:
         left_bytes = self._floor.smallest_bytes
-        tree = self._tree_for(left_bytes)
-        return self._candidate(Thrifty(self._floor, tree, unit_bytes=self._unit_bytes).schedule(left_bytes))
+        grid = self._grids[-1]
+        thrifty = Thrifty(self._floor, grid.tree(left_bytes), unit_bytes=grid.unit_bytes)
+        return self._candidate(thrifty.schedule(left_bytes))
 
     @cached_property
     def _fixed(self) -> list[_Candidate]:
@@ -137,41 +179,35 @@ class Planner:
     def _candidate(self, schedule: Schedule) -> _Candidate:
         return _Candidate(schedule, simulate(self._chain, schedule))
 
-    def _grid(self) -> tuple[int, int]:
-        """Choose the slot size: fine enough, one byte on small chains, and affordable on long ones."""
+    @cached_property
+    def _grids(self) -> list["_Grid"]:
+        """The tables for this chain, coarsest first, down to slots of one byte or to the smallest budget."""
         states, columns = len(self._tables.states), len(self._tables.cuts)
-        slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
-        unit_bytes = max(1, -(-self.largest_bytes // slots))
-        return unit_bytes, -(-self.largest_bytes // unit_bytes) + 1
-
-    def _tree_for(self, left_bytes: int) -> IntervalTree:
-        margin = 0 if self._unit_bytes == 1 else 4 + left_bytes // (50 * self._unit_bytes)
-        num_slots = min(self._max_slots, left_bytes // self._unit_bytes + margin)
-        if self._tree is None or num_slots > self._num_slots:
-            self._num_slots = num_slots
-            self._tree = IntervalTree(self._tables, unit_bytes=self._unit_bytes, num_slots=num_slots)
-        return self._tree
+        num_slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
+        grids = [_Grid(self._tables, unit_bytes=-(-self.largest_bytes // num_slots), num_slots=num_slots)]
+        while grids[-1].unit_bytes > 1 and grids[-1].span_bytes > _FINER * self._floor.smallest_bytes:
+            grids.append(_Grid(self._tables, unit_bytes=-(-grids[-1].unit_bytes // _FINER), num_slots=num_slots))
+        return grids
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
-        """Walk the table down from the margin. See Note [Monotone by construction]."""
+        """Walk the tables down from the margin. See Note [Monotone by construction]."""
         left_bytes = budget_bytes - self._chain.workspace_bytes
-        seconds = self._tree_for(left_bytes).seconds
-        margin = 0 if self._unit_bytes == 1 else 4 + left_bytes // (50 * self._unit_bytes)
-        for slots in _steps(seconds[: left_bytes // self._unit_bytes + margin + 1]):
-            if seconds[slots] > best.timeline.total_s * (1 + _TIME_TOLERANCE):
+        for grid in reversed(self._grids):
+            for slots, seconds in grid.steps(left_bytes):
+                if seconds > best.timeline.total_s * (1 + _TIME_TOLERANCE):
+                    break
+                candidate = self._at(grid, slots)
+                if candidate.timeline.peak_bytes <= budget_bytes and candidate.cost < best.cost:
+                    best = candidate
+            if grid.spans(left_bytes):
                 break
-            candidate = self._at(slots)
-            cost = (candidate.timeline.total_s, candidate.timeline.peak_bytes)
-            fits = candidate.timeline.peak_bytes <= budget_bytes
-            if fits and cost < (best.timeline.total_s, best.timeline.peak_bytes):
-                best = candidate
         return best
 
-    def _at(self, slots: int) -> _Candidate:
-        if slots not in self._known:
-            assert self._tree is not None
-            self._known[slots] = self._candidate(self._tree.schedule(slots))
-        return self._known[slots]
+    def _at(self, grid: "_Grid", slots: int) -> _Candidate:
+        key = (grid.unit_bytes, slots)
+        if key not in self._known:
+            self._known[key] = self._candidate(grid.schedule(slots))
+        return self._known[key]
 
     def _too_small(self, budget_bytes: int) -> BudgetTooSmallError:
         timeline, schedule = self._smallest.timeline, self._smallest.schedule
@@ -179,8 +215,8 @@ class Planner:
         if timeline.peak_in_tail:
             bottleneck, phase = "the code after the last block", "tail"
         else:
-            assert not hasattr(action, "boundary"), "no memory appears while a boundary is stored or dropped"
-            block = action.block  # pyright: ignore
+            assert isinstance(action, Forward | ForwardSave | Backward), f"`{action}` alone makes no peak"
+            block = action.block
             bottleneck = self._chain.blocks[block].name
             phase = "backward" if isinstance(action, Backward) else "forward"
         return BudgetTooSmallError(
@@ -210,10 +246,3 @@ def choose_cuts(chain: Chain, *, limit: int) -> tuple[int, ...]:
             )
         )
     return cuts
-
-
-def _steps(seconds: np.ndarray) -> list[int]:
-    """Return, from the largest down, the fewest slots for each distinct finite time."""
-    finite = np.isfinite(seconds)
-    starts = np.flatnonzero(finite & np.concatenate([[True], seconds[1:] < seconds[:-1]]))
-    return [int(slots) for slots in reversed(starts)]

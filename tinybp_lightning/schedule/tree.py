@@ -20,7 +20,7 @@ from tinybp_lightning.schedule.unfold import KeepHere, Node, RunOut, SplitAt, un
 __all__ = ["IntervalTree"]
 
 _Times = NDArray[np.float32]
-_INFINITE = np.float32(np.inf)
+_INFINITE = float(np.inf)
 
 
 class IntervalTree:
@@ -29,6 +29,7 @@ class IntervalTree:
     def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
         self._tables = tables
         self._unit = unit_bytes
+        self.num_slots = num_slots
         self._width = num_slots + 1
         self._offsets = self._keep_offsets()
         num_states = len(tables.states)
@@ -55,7 +56,7 @@ class IntervalTree:
         """Return the least time from `node` on; infinite where nothing fits."""
         slots = min(node.left, self._width - 1)
         if slots < 0:
-            return float(_INFINITE)
+            return _INFINITE
         if node.end is None:
             return float(self._sweeps[node.state][slots])
         row = node.end - self._tables.first_cut(self._tables.states[node.state].boundary)
@@ -102,7 +103,7 @@ class IntervalTree:
                 keep.next_state,
                 shift=self.held_slots(index, keep.held_bytes),
                 needs=needs,
-                extra=np.float32(state.forward_s + keep.backward_s),
+                seconds=state.forward_s + keep.backward_s,
             )
 
     def _relax_split(self, index: int, number: int, target: int, times: _Times, ends: NDArray[np.int64]) -> None:
@@ -115,7 +116,8 @@ class IntervalTree:
             target,
             shift=self.held_slots(index, int(state.split_held_bytes[number])),
             needs=int(state.split_need_bytes[number]) + ends[number + 1 :],
-            extra=row + np.float32(state.split_forward_s[number]),
+            seconds=float(state.split_forward_s[number]),
+            beside=row,
             low=low,
         )
 
@@ -126,19 +128,19 @@ class IntervalTree:
         *,
         shift: int,
         needs: NDArray[np.int64],
-        extra: _Times | np.float32,
+        seconds: float,
+        beside: _Times | None = None,
         low: int = 0,
     ) -> None:
-        """`times[j, m] = min(itself, T[target][j, m - shift] + extra[m])` wherever `m` slots cover `needs[j]`."""
+        """`times[j, m] = min(itself, T[target][j, m - shift] + seconds + beside[m])` where `m` covers `needs[j]`."""
         if not len(times):
             return
         child, lowest = self._segments[target], self._lowest[target] + shift
         start = max(shift, low, int(lowest.min()))
         if start >= self._width:
             return
-        through = child[:, start - shift : self._width - shift] + (
-            extra if isinstance(extra, np.float32) else extra[start:]
-        )
+        shifted: _Times = child[:, start - shift : self._width - shift]
+        through = shifted + (np.float32(seconds) if beside is None else beside[start:] + np.float32(seconds))
         need_slots = -(-needs // self._unit)
         for row in np.flatnonzero(need_slots > np.maximum(lowest, start)):
             through[row, : need_slots[row] - start] = _INFINITE
@@ -154,10 +156,10 @@ class IntervalTree:
         for keep in state.keeps:
             self._relax_sweep(
                 times,
-                self._sweeps[keep.next_state],
+                self._sweeps[int(keep.next_state)],
                 shift=self.held_slots(index, keep.held_bytes),
                 need_bytes=max(keep.save_need_bytes, keep.backward_need_bytes),
-                extra=np.float32(state.forward_s + keep.backward_s),
+                seconds=state.forward_s + keep.backward_s,
             )
         for number, target in enumerate(state.split_states):
             self._relax_sweep(
@@ -165,25 +167,25 @@ class IntervalTree:
                 self._sweeps[target],
                 shift=self.held_slots(index, int(state.split_held_bytes[number])),
                 need_bytes=int(state.split_need_bytes[number]),
-                extra=self._segments[index][number] + np.float32(state.split_forward_s[number]),
+                seconds=float(state.split_forward_s[number]),
+                beside=self._segments[index][number],
             )
         need_bytes, forward_s = tables.run_out(state.boundary)
         low = self._slots(need_bytes)
         np.minimum(times[low:], self._segments[index][-1, low:] + np.float32(forward_s), out=times[low:])
 
     def _relax_sweep(
-        self, times: _Times, child: _Times, *, shift: int, need_bytes: int, extra: _Times | np.float32
+        self, times: _Times, child: _Times, *, shift: int, need_bytes: int, seconds: float, beside: _Times | None = None
     ) -> None:
         low = max(shift, self._slots(need_bytes))
         if low < self._width:
-            through = child[low - shift : self._width - shift] + (
-                extra if isinstance(extra, np.float32) else extra[low:]
-            )
+            shifted: _Times = child[low - shift : self._width - shift]
+            through = shifted + (np.float32(seconds) if beside is None else beside[low:] + np.float32(seconds))
             np.minimum(times[low:], through, out=times[low:])
 
     def _choose_sweep(self, node: Node) -> KeepHere | SplitAt | RunOut:
         tables, state = self._tables, self._tables.states[node.state]
-        best_s, best = float(_INFINITE), None
+        best_s, best = _INFINITE, None
         for option, keep in enumerate(state.keeps):
             rest = Node(keep.next_state, None, node.left - self.held_slots(node.state, keep.held_bytes))
             total_s = state.forward_s + keep.backward_s + self.rest_s(rest)
@@ -199,7 +201,7 @@ class IntervalTree:
     def _choose_segment(self, node: Node, end: int) -> KeepHere | SplitAt | RunOut:
         tables, state = self._tables, self._tables.states[node.state]
         standing_bytes = tables.standing_bytes[tables.cuts[end]]
-        best_s, best = float(_INFINITE), None
+        best_s, best = _INFINITE, None
         for option, keep in enumerate(state.keeps):
             if tables.cuts[end] == state.boundary + 1:
                 rest, forward_s, need_bytes = None, keep.replay_s, keep.replay_need_bytes
@@ -213,7 +215,7 @@ class IntervalTree:
         return self._best_split(node, end - tables.first_cut(state.boundary), best_s, best)
 
     def _best_split(
-        self, node: Node, count: int, best_s: float, best: KeepHere | RunOut | None
+        self, node: Node, count: int, best_s: float, best: KeepHere | SplitAt | RunOut | None
     ) -> KeepHere | SplitAt | RunOut:
         """Compare the first `count` splits of a node with the best other move."""
         tables, state = self._tables, self._tables.states[node.state]
@@ -235,5 +237,7 @@ class IntervalTree:
 
 def _first_finite(times: _Times) -> NDArray[np.int64]:
     """Return, for each row, the first finite column, or the number of columns."""
-    finite = np.isfinite(times)
-    return np.where(finite.any(axis=1), finite.argmax(axis=1), times.shape[1])
+    finite: NDArray[np.bool_] = np.isfinite(times)
+    first: NDArray[np.int64] = finite.argmax(axis=1)
+    first[~finite.any(axis=1)] = times.shape[1]
+    return first
