@@ -116,6 +116,8 @@ def _total_bytes(saved: Sequence[_Saved]) -> int:
 def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved], start: int, stop: int) -> int | None:
     """Return the allowed position at which to split nodes `start` to `stop`, `None` where none is worthwhile."""
     total_bytes = _total_bytes(saved)
+    if stop - start < 2 * MIN_OPS or total_bytes == 0:
+        return None
     left, right = [0] * (stop - start), [0] * (stop - start)
     for one in saved:
         left[one.first_save - start] += one.size_bytes
@@ -128,7 +130,7 @@ def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved],
     ]
     places = [p for p in range(start + MIN_OPS - 1, stop - MIN_OPS) if profile.is_allowed(p)]
     best = min(places, key=lambda p: (working[p - start], profile.num_elements[p], -p), default=None)
-    if best is None or working[best - start] > _WORTHWHILE_SHARE * total_bytes or total_bytes == 0:
+    if best is None or working[best - start] > _WORTHWHILE_SHARE * total_bytes:
         return None
     return best
 
