@@ -24,6 +24,11 @@ class GraphBuilder:
     def parameter(self, size: int = 1) -> ValueId:
         return self.input(size, StorageKind.PARAMETER, "w")
 
+    def flag_input(self) -> ValueId:
+        """Add a graph input that is not a tensor."""
+        self.inputs.append(self.value(1, None, "n"))
+        return self.inputs[-1]
+
     def op(
         self,
         op: str,

@@ -14,7 +14,7 @@ def graphs(draw: st.DrawFn, *, max_nodes: int = 14) -> Graph:
         build.input(draw(st.integers(0, 9)), kind)
         for kind in (StorageKind.INPUT, StorageKind.PARAMETER, StorageKind.BUFFER)
     ]
-    flags: list[ValueId] = []
+    flags = [build.flag_input()]
     for _ in range(draw(st.integers(1, max_nodes))):
         readable = draw(st.lists(st.sampled_from([*tensors, *flags]), max_size=3))
         match draw(st.sampled_from(["op", "op", "op", "op", "split", "view", "write", "flag"])):

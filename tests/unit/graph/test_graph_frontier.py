@@ -120,6 +120,13 @@ def test_no_cut_under_a_value_that_is_no_tensor() -> None:
     assert profile.obstacles == (None, CutObstacle.NOT_A_TENSOR, CutObstacle.NOT_A_TENSOR, None, None)
 
 
+def test_an_input_that_is_no_tensor_crosses_nothing() -> None:
+    build = GraphBuilder()
+    num_heads = build.flag_input()
+    a = build.op("op", [build.input(4), num_heads], 4)
+    assert frontier_profile(build.build(build.op("op", [a, num_heads], 4))).obstacles == (None, None)
+
+
 def test_time_is_about_linear() -> None:
     """Ten times the graph takes far less than the hundred times that a quadratic pass would."""
     transformer_seconds = [_profile_seconds(transformer_graph(layers)) for layers in (150, 1500)]
