@@ -202,8 +202,8 @@ def _allocations(roots: Sequence[Any]) -> Iterator[Any]:
 def _record_cuda(step: Callable[[], None], model: nn.Module, device: torch.device) -> _Recorded:
     memory = cast(Any, torch.cuda.memory)
     torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    alive_bytes = torch.cuda.memory_allocated(device)
+    # Not `max_memory_allocated`: a mode may reset that counter inside the step, and then it has missed the peak.
+    reserved_bytes = torch.cuda.memory_reserved(device)
     memory._record_memory_history(enabled="all", context=None, max_entries=MAX_CUDA_EVENTS)
     try:
         step()
@@ -218,11 +218,8 @@ def _record_cuda(step: Callable[[], None], model: nn.Module, device: torch.devic
         MemoryEvent((entry["time_us"] - begin_us) * MICROSECONDS, entry["addr"], sign[entry["action"]] * entry["size"])
         for entry in changes
     ]
-    traced = account(events, gradient_addresses=_gradient_addresses(model))
-    # The allocator rounds sizes up; its own counter is what a user sees.
-    peak_bytes = torch.cuda.max_memory_allocated(device) - alive_bytes
-    counted = StepMemory(peak_bytes, traced.activation_peak_bytes, traced.residue_bytes, traced.timeline)
-    return _Recorded(counted, torch.cuda.max_memory_reserved(device))
+    memory_of_step = account(events, gradient_addresses=_gradient_addresses(model))
+    return _Recorded(memory_of_step, max(reserved_bytes, torch.cuda.memory_reserved(device)))
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -254,7 +251,7 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)".replace(" 1 threads", " 1 thread")
 
 
 def _versions() -> Versions:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes.forecast import Prediction
 from recipes.measure import Measurement, Versions
-from recipes.peers import Mode, Prediction
+from recipes.peers import Mode
 from recipes.timeline import Timeline
 
 __all__ = ["Failed", "Finished", "Outcome", "median_outcome", "read_outcome", "write_outcome"]
@@ -74,8 +75,7 @@ def _measurement(fields: dict[str, Any]) -> Measurement:
 
 
 def _prediction(fields: dict[str, Any]) -> Prediction:
-    timeline: dict[str, Any] | None = fields["timeline"]
-    return Prediction(fields["peak_bytes"], None if timeline is None else _timeline(timeline))
+    return Prediction(fields["peak_bytes"], _timeline(fields["timeline"]), fields["summary"])
 
 
 def _timeline(fields: dict[str, Any]) -> Timeline:

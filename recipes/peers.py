@@ -10,7 +10,6 @@ settings are global: a process applies one mode, once.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never, cast
 
@@ -24,12 +23,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,  # pyright: ignore[reportUnknownVariableType]  # likewise
 )
 
-from recipes.budget import budget_share
+from recipes.budget import budget_bytes, budget_share
+from recipes.forecast import PlanRecorder, Prediction
 from recipes.models import Workload
-from recipes.timeline import Timeline
+from tinybp_lightning import hcb
 from tinybp_lightning.errors import ConfigError
 
-__all__ = ["Mode", "Prediction", "apply_mode", "parse_modes"]
+__all__ = ["Mode", "apply_mode", "parse_modes"]
 
 # More than any recipe's model has distinct blocks: past the default of 8 Dynamo would give up and run eagerly.
 MAX_COMPILED_VARIANTS = 256
@@ -64,14 +64,6 @@ class Mode(Enum):
     compile_layers_memory_budget = "compile_layers_memory_budget"
     hcb_eager = "hcb_eager"
     hcb_inductor = "hcb_inductor"
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a mode said about the memory of its own step; `timeline` lasts as long as the mode thinks the step does."""
-
-    peak_bytes: int
-    timeline: Timeline | None
 
 
 Forecast = Callable[[], Prediction | None]
@@ -127,9 +119,9 @@ def apply_mode(mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes:
             _set_memory_budget(budget, naive_peak_bytes)
             _compile_blocks(workload)
         case Mode.hcb_eager:
-            return _hcb(workload, budget, executor="eager")
+            return _hcb(workload, budget, naive_peak_bytes, executor="eager")
         case Mode.hcb_inductor:
-            return _hcb(workload, budget, executor="inductor")
+            return _hcb(workload, budget, naive_peak_bytes, executor="inductor")
         case _:
             assert_never(mode)
     return _no_forecast
@@ -171,5 +163,9 @@ def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
     torch._functorch.config.activation_memory_budget = budget_share(budget, naive_peak_bytes=naive_peak_bytes)
 
 
-def _hcb(workload: Workload, budget: str, *, executor: str) -> Forecast:
-    raise NotImplementedError(executor)
+def _hcb(workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str) -> Forecast:
+    """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
+    recorder = PlanRecorder()
+    activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
+    hcb(workload.model, activation_budget=activation_budget, executor=executor, observers=(recorder,))
+    return recorder.prediction

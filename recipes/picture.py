@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ COLORS = {
     Mode.checkpoint: "#1f77b4",
     Mode.selective: "#17becf",
     Mode.compile: "#8c564b",
-    Mode.compile_layers: "#bcbd22",
+    Mode.compile_layers: "#8f9000",
     Mode.compile_layers_checkpoint: "#2ca02c",
     Mode.activation_memory_budget: "#e377c2",
     Mode.compile_layers_memory_budget: "#9467bd",
@@ -35,6 +36,16 @@ COLORS = {
     Mode.hcb_inductor: "#ff7f0e",
 }
 OURS = (Mode.hcb_eager, Mode.hcb_inductor)
+BUDGET_COLOR = "#666666"
+PREDICTED_COLOR = "#000000"
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    text: str
+    wall_ms: float
+    peak: float
+    color: str
 
 
 def draw_comparison(config: CompareConfig, outcomes: Sequence[Outcome], path: Path) -> None:
@@ -69,32 +80,38 @@ def _draw_peaks(axes: Axes, config: CompareConfig, finished: Sequence[Finished],
     axes.set_ylim(0.0, top)
     margin_ms = 0.08 * max(max(walls_ms) - min(walls_ms), 0.1 * max(walls_ms))
     axes.set_xlim(min(walls_ms) - margin_ms, max(walls_ms) + margin_ms)
-    heights = spread([peak / top for peak in peaks], spacing=LABEL_SPACING)
-    for outcome, wall_ms, peak, height in zip(finished, walls_ms, peaks, heights, strict=True):
-        color = COLORS[outcome.mode]
-        is_ours = outcome.mode in OURS
-        axes.plot(wall_ms, peak, marker="D" if is_ours else "o", markersize=9 if is_ours else 7, color=color, zorder=3)
-        cast(Any, axes).annotate(
-            f"{outcome.mode.value}  {wall_ms:.0f} ms, {peak:.1f} {unit}",
-            xy=(wall_ms, peak),
-            xycoords="data",
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            color=color,
-            fontsize=9,
-            fontweight="bold" if is_ours else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)},
-        )
+    marks = [
+        _Mark(f"{outcome.mode.value}  {wall_ms:.0f} ms, {peak:.1f} {unit}", wall_ms, peak, COLORS[outcome.mode])
+        for outcome, wall_ms, peak in zip(finished, walls_ms, peaks, strict=True)
+    ]
+    for outcome, mark in zip(finished, marks, strict=True):
+        shape, extent = ("D", 9) if outcome.mode in OURS else ("o", 7)
+        axes.plot(mark.wall_ms, mark.peak, marker=shape, markersize=extent, color=mark.color, zorder=3)
     naive = naive_of(finished)
     if naive is not None:
         allowed = budget_bytes(config.budget, naive_peak_bytes=naive.activation_peak_bytes) / unit_bytes
-        axes.axhline(allowed, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
-        axes.text(0.01, allowed / top + 0.01, f"budget {config.budget}", transform=axes.transAxes, color="#666666")
+        axes.axhline(allowed, color=BUDGET_COLOR, linestyle=":", linewidth=1.2, zorder=1)
+        marks.append(_Mark(f"budget {config.budget}  {allowed:.1f} {unit}", axes.get_xlim()[1], allowed, BUDGET_COLOR))
+    for mark, height in zip(marks, spread([mark.peak / top for mark in marks], spacing=LABEL_SPACING), strict=True):
+        _write_beside(axes, mark, height)
     axes.set_xlabel("time of a step (ms)")
     axes.set_ylabel(f"activation peak ({unit})")
     axes.set_title("Peak against time: lower left is better")
     axes.grid(alpha=0.25)
+
+
+def _write_beside(axes: Axes, mark: _Mark, height: float) -> None:
+    cast(Any, axes).annotate(
+        mark.text,
+        xy=(mark.wall_ms, mark.peak),
+        xycoords="data",
+        xytext=(1.03, height),
+        textcoords="axes fraction",
+        va="center",
+        color=mark.color,
+        fontsize=9,
+        arrowprops={"arrowstyle": "-", "color": mark.color, "alpha": 0.4, "linewidth": 0.8, "relpos": (0.0, 0.5)},
+    )
 
 
 def spread(heights: Sequence[float], *, spacing: float) -> list[float]:
@@ -126,18 +143,17 @@ def _draw_timelines(axes: Axes, finished: Sequence[Finished], unit_bytes: int, u
         width, opacity = (1.4, 1.0) if is_front else (0.9, 0.55)
         times_ms, live = _points(measured.timeline, measured.wall_s, unit_bytes)
         axes.plot(times_ms, live, color=color, linewidth=width, alpha=opacity, zorder=3 if is_front else 2)
-        if outcome.prediction is not None and outcome.prediction.timeline is not None:
+        if outcome.prediction is not None:
             times_ms, live = _points(outcome.prediction.timeline, measured.wall_s, unit_bytes)
-            axes.plot(times_ms, live, color="black", linewidth=2.6, alpha=0.5, zorder=4)
-            axes.plot(times_ms, live, color=color, linewidth=1.3, linestyle="--", zorder=5)
+            axes.plot(times_ms, live, color=PREDICTED_COLOR, linewidth=0.9, linestyle=(0, (3, 1.5)), zorder=4)
     axes.plot([], [], color="#666666", linewidth=1.4, label="measured (colours as on the left)")
-    if any(outcome.prediction is not None and outcome.prediction.timeline is not None for outcome in finished):
-        axes.plot([], [], color="#666666", linewidth=1.3, linestyle="--", label="predicted by hcb")
+    if any(outcome.prediction is not None for outcome in finished):
+        axes.plot([], [], color=PREDICTED_COLOR, linewidth=0.9, linestyle=(0, (3, 1.5)), label="predicted by hcb")
     axes.set_ylim(bottom=0.0)
     axes.set_xlim(left=0.0)
-    # Above the curves: plain training fills the top of the axes.
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
-    axes.set_title("Memory of one step", loc="left")
+    # A step ends low, so the upper right is free.
+    axes.legend(loc="upper right", framealpha=0.85, fontsize=9)
+    axes.set_title("Memory in the course of a step")
     axes.set_xlabel("time in the step (ms)")
     axes.set_ylabel(f"activations alive ({unit})")
     axes.grid(alpha=0.25)
