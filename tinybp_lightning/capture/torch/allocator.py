@@ -5,6 +5,7 @@ CUDA the caching allocator keeps a running peak. Both are read here and nowhere 
 tree (`torch._C._profiler`), unchanged from torch 2.11 to 2.14.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 __all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace"]
 
 _MARK = "tinybp::mark"
+# Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen  # private; torch 2.11 to 2.14
 
 from tinybp_lightning.capture.torch.record import is_op
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
-from tinybp_lightning.graph.ir import Graph, StorageKind
+from tinybp_lightning.graph.ir import Graph
 
-__all__ = ["Piece", "Program", "Source", "cut_program"]
+__all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +158,3 @@ def _piece(
         is_random=any(node.is_random for node in nodes),
         span=span,
     )
-
-
-def parameter_positions(graph: Graph) -> tuple[int, ...]:
-    """Positions in the externals that hold parameters."""
-    return tuple(
-        i
-        for i, v in enumerate(graph.inputs)
-        if (s := graph.values[v].storage) is not None and graph.storages[s].kind is StorageKind.PARAMETER
-    )
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor (kept here so that callers need no torch import for it)."""
-    return isinstance(value, torch.Tensor)

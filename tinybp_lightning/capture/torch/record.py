@@ -26,6 +26,8 @@ __all__ = ["is_op", "record_graph"]
 
 _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 # These change their running statistics without raising the version counter (seen on torch 2.13, CPU and fake).
+# Dynamo spells a module's place as `L['self']._modules['layers'][0]` or `L['fn'].__self__.layers.0`, by version.
+_NOISE = frozenset({"", "L", "__dict__", "_modules", "__self__"})
 _SILENT_WRITES = ("running_mean", "running_var")
 
 
@@ -225,7 +227,5 @@ def _module_path(n: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
-    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part]
-    return ".".join(parts[2:]) if parts[:1] == ["L"] else ".".join(parts)
+    parts = [part for part in re.split(r"[\.\[\]'\"]+", path) if part not in _NOISE]
+    return ".".join(parts[1:])  # the first names the traced callable itself

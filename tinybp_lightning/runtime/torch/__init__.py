@@ -1,5 +1,5 @@
 """The torch backend: attach to a module, trace it, measure it, replay it."""
 
-from tinybp_lightning.runtime.torch.attach import Session, attach, hcb, restore, targets
+from tinybp_lightning.runtime.torch.session import Session, attach, hcb, restore, targets
 
 __all__ = ["Session", "attach", "hcb", "restore", "targets"]

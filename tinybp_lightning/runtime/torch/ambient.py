@@ -5,12 +5,20 @@ back around a replay. A replay never draws new random numbers; the generators en
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Autocast", "RandomState", "autocast_now", "device_type_of", "random_state_now", "set_random_state"]
+__all__ = [
+    "Autocast",
+    "RandomState",
+    "autocast_as",
+    "autocast_now",
+    "device_type_of",
+    "random_state_now",
+    "set_random_state",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ def autocast_now(device_types: Sequence[str]) -> tuple[Autocast, ...]:
 
 
 @contextlib.contextmanager
-def autocast_as(settings: Sequence[Autocast]) -> Iterator[None]:
+def autocast_as(settings: Sequence[Autocast]) -> Generator[None]:
     """Run the body under the given autocast settings."""
     with contextlib.ExitStack() as stack:
         for s in settings:

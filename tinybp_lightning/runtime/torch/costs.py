@@ -28,7 +28,11 @@ __all__ = ["BlockCosts", "measure_chain"]
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """One unique block, measured. `saved_reads` and `saved_made` are positions in its reads and in what it makes."""
+    """One unique block, measured. `saved_reads` and `saved_made` are positions in its reads and in what it makes.
+
+    `input_gradients`: for each position in its reads that got a gradient, the storage the gradient lives on (a number
+    of its own for each) and that storage's bytes. The gradients of a concatenation's parts are views of one storage.
+    """
 
     forward_s: float
     forward_peak_bytes: int
@@ -40,7 +44,7 @@ class BlockCosts:
     replay_peak_bytes: int
     backward_s: float
     backward_peak_bytes: int
-    input_gradient_bytes: int
+    input_gradients: tuple[tuple[int, int, int], ...]
 
 
 def measure_chain(
@@ -170,7 +174,7 @@ class _Probe:
             replay_peak_bytes=max(min(_peak(parts["replay"]), max(_peak(save), saved)), saved),
             backward_s=run.backward_s,
             backward_peak_bytes=max(0, back.peak_bytes - back.start_bytes - run.seeded_bytes),
-            input_gradient_bytes=run.gradient_bytes,
+            input_gradients=run.input_gradients,
         )
 
     def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
@@ -235,8 +239,9 @@ class _Probe:
 
     def _save_and_backward(self, mark: Callable[[str], None], clock: "_Clock") -> "_BackwardRun":
         state = self._state()
-        inputs = [state[s.index] for s in self._piece.reads if s.origin == STATE]
-        inputs = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
+        reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
+        inputs = [t for _, t in reads]
         parameters = [self._externals.values[s.index] for s in self._piece.reads if s.origin == EXTERNAL]
         parameters = list({id(p): p for p in parameters if isinstance(p, torch.Tensor) and p.requires_grad}.values())
         mark("save")
@@ -245,7 +250,7 @@ class _Probe:
         made = [t for t in made if isinstance(t, torch.Tensor) and t.requires_grad]
         if not made:
             mark("backward")
-            return _BackwardRun(0.0, 0, 0, ())
+            return _BackwardRun(0.0, 0, (), ())
         seeded_bytes = sum(t.numel() * t.element_size() for t in made)
         loss = _Seed.apply(*made)
         del out, made
@@ -254,20 +259,22 @@ class _Probe:
         seconds = clock.time(
             lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True))
         )
-        mine = [g for g in grads[: len(inputs)] if g is not None]
-        gradient_bytes = sum({storage_key(g): g.untyped_storage().nbytes() for g in mine}.values())
-        return _BackwardRun(
-            seconds, seeded_bytes, gradient_bytes, tuple(g for g in grads[len(inputs) :] if g is not None)
+        numbers: dict[int, int] = {}
+        mine = tuple(
+            (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
+            for (k, _), g in zip(reads, grads, strict=False)
+            if g is not None
         )
+        return _BackwardRun(seconds, seeded_bytes, mine, tuple(g for g in grads[len(inputs) :] if g is not None))
 
 
 @dataclass(frozen=True, slots=True)
 class _BackwardRun:
-    """One measured backward: `seeded_bytes` of output gradients went in, `gradient_bytes` of input gradients came out."""
+    """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
 
     backward_s: float
     seeded_bytes: int
-    gradient_bytes: int
+    input_gradients: tuple[tuple[int, int, int], ...]
     parameter_gradients: tuple[torch.Tensor, ...]
 
 
@@ -326,46 +333,82 @@ def _assemble(
 
     frontiers = [chain_ids(values) for values in program.boundaries]
     gradients = [_gradient_bytes(program, i, costs, wants) for i in range(len(program.boundaries))]
-    parameters = _parameter_gradient_bytes(program) if counts_gradients else [0] * len(program.pieces)
+    parameters = [0] * len(program.pieces)
+    if counts_gradients:
+        parameters = _parameter_gradient_bytes(program)
+    else:
+        gradients = [own + shared for own, shared in zip(gradients, _shared_gradient_bytes(program), strict=True)]
     blocks: list[Block] = []
     for i, (piece, c) in enumerate(zip(program.pieces, costs, strict=True)):
         before, after = program.boundaries[i], program.boundaries[i + 1]
         made = [v for v, s in zip(after, piece.state, strict=True) if s.origin == MADE]
         saved = [before[piece.reads[k].index] for k in c.saved_reads] + [made[k] for k in c.saved_made]
+        made_bytes = sum(sizes[s] for s in set(frontiers[i + 1]) - set(frontiers[i]))
+        forward_peak = max(c.forward_peak_bytes, made_bytes)
+        save_peak = max(c.save_peak_bytes, forward_peak, c.saved_bytes + made_bytes)
         option = SavedSet(
             name="all",
             storages=chain_ids(saved),
             saved_bytes=c.saved_bytes,
-            save_peak_bytes=c.save_peak_bytes,
+            save_peak_bytes=save_peak,
             replay_s=c.replay_s,
             replay_peak_bytes=c.replay_peak_bytes,
             backward_s=c.backward_s,
             backward_peak_bytes=c.backward_peak_bytes,
         )
         span = piece.span
-        blocks.append(
-            Block(span.name, span.signature, c.forward_s, min(c.forward_peak_bytes, c.save_peak_bytes), parameters[i], (option,))
-        )
+        blocks.append(Block(span.name, span.signature, c.forward_s, forward_peak, parameters[i], (option,)))
     boundaries = tuple(Boundary(f, g) for f, g in zip(frontiers, gradients, strict=True))
-    return Chain(storage_bytes=tuple(sizes), blocks=tuple(blocks), boundaries=boundaries)
+    workspace_bytes = _bookkeeping_bytes(program)
+    return Chain(tuple(sizes), tuple(blocks), boundaries, workspace_bytes=workspace_bytes)
+
+
+def _bookkeeping_bytes(program: Program) -> int:
+    """What the engine itself keeps for replays: generator states, and buffers as they were before each block."""
+    state_bytes = torch.get_rng_state().nbytes
+    graph = program.graph
+    buffers = [graph.values[graph.inputs[i]] for piece in program.pieces for i in piece.volatile]
+    num_random = sum(piece.is_random for piece in program.pieces)
+    return num_random * state_bytes + sum(_dense_bytes(v.shape, v.dtype) for v in buffers)
 
 
 def _gradient_bytes(
     program: Program, boundary: int, costs: Sequence[BlockCosts], wants: Sequence[Sequence[bool]]
 ) -> int:
-    """Bytes of the gradients of one boundary's leaves: measured for those the next block reads, dense for the rest."""
-    values = program.boundaries[boundary]
-    if boundary == len(program.pieces):
-        reads, measured = set[int](), 0
-    else:
-        reads = {s.index for s in program.pieces[boundary].reads if s.origin == STATE}
-        measured = costs[boundary].input_gradient_bytes
+    """Bytes of the gradients of one boundary's leaves, once every later block's backward has run.
+
+    A gradient that one block made is held as that block made it, with the whole storage it lives on; one that several
+    blocks contributed to was summed into a tensor of its own.
+    """
     graph = program.graph
-    carried = 0
-    for i, (value, wanted) in enumerate(zip(values, wants[boundary], strict=True)):
-        if wanted and i not in reads:
-            carried += _dense_bytes(graph.values[value].shape, graph.values[value].dtype)
-    return measured + carried
+    total = 0
+    storages: dict[tuple[int, int], int] = {}
+    for value, wanted in zip(program.boundaries[boundary], wants[boundary], strict=True):
+        if not wanted:
+            continue
+        made = _contributions(program, boundary, value, costs)
+        if len(made) == 1:
+            (block, number, size_bytes), *_ = made
+            storages[block, number] = size_bytes
+        else:
+            total += _dense_bytes(graph.values[value].shape, graph.values[value].dtype)
+    return total + sum(storages.values())
+
+
+def _contributions(
+    program: Program, boundary: int, value: ValueId, costs: Sequence[BlockCosts]
+) -> list[tuple[int, int, int]]:
+    """Return (block, storage number, bytes) of each gradient that blocks after `boundary` give `value`."""
+    found: list[tuple[int, int, int]] = []
+    for block in range(boundary, len(program.pieces)):
+        before = program.boundaries[block]
+        for position, number, size_bytes in costs[block].input_gradients:
+            if before[program.pieces[block].reads[position].index] == value:
+                found.append((block, number, size_bytes))
+    if value in program.boundaries[-1]:
+        value_bytes = _dense_bytes(program.graph.values[value].shape, program.graph.values[value].dtype)
+        found.append((len(program.pieces), value, value_bytes))  # the caller's own gradient for an output
+    return found
 
 
 def _dense_bytes(shape: Sequence[int], dtype: str) -> int:
@@ -375,17 +418,30 @@ def _dense_bytes(shape: Sequence[int], dtype: str) -> int:
     return count * getattr(torch, dtype).itemsize
 
 
-def _parameter_gradient_bytes(program: Program) -> list[int]:
-    """Gradient bytes that each block's backward leaves behind; a parameter used twice counts at its last use."""
-    graph = program.graph
-    last: dict[int, int] = {}
+def _uses(program: Program) -> dict[int, list[int]]:
+    """Blocks that read each external that wants a gradient, in order."""
+    uses: dict[int, list[int]] = {}
     for i, piece in enumerate(program.pieces):
         for s in piece.reads:
-            if s.origin == EXTERNAL:
-                last[s.index] = i
+            if s.origin == EXTERNAL and program.graph.values[program.graph.inputs[s.index]].requires_grad:
+                uses.setdefault(s.index, []).append(i)
+    return uses
+
+
+def _shared_gradient_bytes(program: Program) -> list[int]:
+    """Bytes, at each boundary, of gradients of parameters used twice: autograd holds the first until the second is in."""
+    sums = [0] * len(program.boundaries)
+    for index, blocks in _uses(program).items():
+        value = program.graph.values[program.graph.inputs[index]]
+        for boundary in range(blocks[0] + 1, blocks[-1] + 1):
+            sums[boundary] += _dense_bytes(value.shape, value.dtype)
+    return sums
+
+
+def _parameter_gradient_bytes(program: Program) -> list[int]:
+    """Gradient bytes that each block's backward leaves behind; a parameter used twice counts at its last use."""
     sums = [0] * len(program.pieces)
-    for index, block in last.items():
-        value = graph.values[graph.inputs[index]]
-        if value.requires_grad and value.storage is not None:
-            sums[block] += _dense_bytes(value.shape, value.dtype)
+    for index, blocks in _uses(program).items():
+        value = program.graph.values[program.graph.inputs[index]]
+        sums[blocks[-1]] += _dense_bytes(value.shape, value.dtype)
     return sums

@@ -22,7 +22,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -248,7 +248,7 @@ class Run:
             return [t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in fresh]
 
     @contextlib.contextmanager
-    def _as_first_run(self, block: int) -> Iterator[None]:
+    def _as_first_run(self, block: int) -> Generator[None]:
         if block in self._random:
             set_random_state(self._random[block])
         # Gradients stay on even where nothing is saved: without them other kernels would be picked.
@@ -256,7 +256,7 @@ class Run:
             yield
 
     @contextlib.contextmanager
-    def _restoring_random_state(self) -> Iterator[None]:
+    def _restoring_random_state(self) -> Generator[None]:
         if not self._random:
             yield
             return

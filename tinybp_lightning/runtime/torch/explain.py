@@ -9,6 +9,6 @@ from torch import nn
 
 from tinybp_lightning.analysis import analyse
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile, format_bytes
-from tinybp_lightning.runtime.torch.attach import targets
+from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule.simulate import simulate
 from tinybp_lightning.schedule.text import to_text

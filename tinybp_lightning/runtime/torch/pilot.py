@@ -29,6 +29,8 @@ from tinybp_lightning.schedule.simulate import simulate
 
 __all__ = ["Pilot"]
 
+# Until a step has been measured, this share of the smallest plan's peak is left free for what the model does not see.
+_MARGIN = 0.03
 # A prediction this far under the measurement is worth a new plan that uses the room.
 _SLACK = 0.02
 _MAX_TRACES = 5
@@ -75,6 +77,9 @@ class Pilot:
         self._traces = 0
         self._steps = 0
         self._good: _Flight | None = None
+        self._base_bytes = chain.workspace_bytes
+        smallest_bytes, _ = smallest_budget(chain)
+        self._chain = replace(chain, workspace_bytes=self._base_bytes + int(_MARGIN * smallest_bytes))
         self._flight = self._smallest()
 
     @property
@@ -139,12 +144,11 @@ class Pilot:
                     self._settle(measured)
 
     def _learn_tail(self, measured: Measured) -> None:
+        self._chain = replace(self._chain, workspace_bytes=self._base_bytes)
         timeline = simulate(self._chain, self._flight.report.schedule)
-        self._chain = replace(
-            self._chain,
-            tail_peak_bytes=max(0, measured.tail_peak_bytes - measured.forward_end_bytes),
-            tail_live_bytes=max(0, measured.backward_start_bytes - timeline.tail.after_bytes),
-        )
+        live = max(0, measured.backward_start_bytes - timeline.tail.after_bytes)
+        peak = max(0, measured.tail_peak_bytes - measured.forward_end_bytes)
+        self._chain = replace(self._chain, tail_peak_bytes=max(peak, live), tail_live_bytes=live)
         self._learn_residual(measured, may_shrink=False)
 
     def _learn_residual(self, measured: Measured, *, may_shrink: bool) -> None:
@@ -213,7 +217,8 @@ class Pilot:
             ) from error
 
     def _plain_peak(self) -> int:
-        return simulate(self._chain, keep_all(self._chain)).peak_bytes
+        """Predicted peak of plain training, which needs neither the engine's bookkeeping nor a margin."""
+        return simulate(replace(self._chain, workspace_bytes=0), keep_all(self._chain)).peak_bytes
 
     def _flight_of(self, schedule: Schedule, budget_bytes: int, reason: str) -> _Flight:
         timeline = simulate(self._chain, schedule)

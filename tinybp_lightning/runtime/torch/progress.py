@@ -1,7 +1,7 @@
 """What does the user see while the first step is planned? A bar on a terminal, nothing elsewhere."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -27,7 +27,7 @@ class PlanningProgress:
 
 
 @contextlib.contextmanager
-def planning_progress(target: str) -> Iterator[PlanningProgress]:
+def planning_progress(target: str) -> Generator[PlanningProgress]:
     """Show progress on stderr while the body runs, if stderr is a terminal; the bar is removed at the end."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

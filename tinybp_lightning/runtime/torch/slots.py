@@ -7,7 +7,7 @@ rebuilt. Or it must be *replayed*. Only slots that autograd still holds are fill
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ class SlotBook:
                 slot.value = _view_of(state[alias.leaf], alias)
 
     @contextlib.contextmanager
-    def filling(self, *, stops_early: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor | None]]:
+    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
         """Give the pack hook of a replay: it fills the slots that are alive, in order."""
         self._filled = 0
 

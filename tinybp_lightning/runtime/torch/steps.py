@@ -13,7 +13,7 @@ import torch
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["Externals", "GraphStep", "Step"]
+__all__ = ["Externals", "GraphStep", "Step", "has_storage", "storage_key"]
 
 
 class Step(Protocol):

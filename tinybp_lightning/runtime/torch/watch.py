@@ -10,6 +10,7 @@ Note [Stopping a trace]
     backward that we hear of: an optimizer step, the next forward, or a look at the profile.
 """
 
+import atexit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,5 +142,6 @@ def settle_pending() -> None:
 def _listen() -> None:
     """Hear of the next optimizer step; with a closure, forward and backward run inside it, so its end counts too."""
     if not _HANDLES:
+        atexit.register(settle_pending)  # a profiler left on complains when the process ends
         for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
             _HANDLES.append(register(lambda *_: settle_pending()))
