@@ -8,12 +8,13 @@ tree (`torch._C._profiler`), unchanged from torch 2.11 to 2.14.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType  # pyright: ignore[reportPrivateUsage] - the one place for Kineto's events
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from tinybp_lightning.capture.torch.private import is_profiling
 
 __all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace"]
 
@@ -54,7 +55,7 @@ class AllocatorTrace(Protocol):
 
 def can_trace(device: torch.device) -> bool:
     """Whether a trace can be opened now: on CPU only one profiler may run at a time."""
-    return device.type == "cuda" or (device.type == "cpu" and not torch.autograd._profiler_enabled())
+    return device.type == "cuda" or (device.type == "cpu" and not is_profiling())
 
 
 def open_trace(device: torch.device) -> AllocatorTrace:
@@ -89,7 +90,8 @@ class _CpuTrace:
         return _segments(self._labels, events, marks)
 
     def _read(self) -> tuple[list[tuple[int, int, int]], list[int]]:
-        results = self._profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+        results: Any = getattr(self._profile.profiler, "kineto_results", None)
+        assert results is not None, "the profiler was stopped"
         events: list[tuple[int, int, int]] = []
         marks = [0] * len(self._labels)
         stack: list[Any] = list(results.experimental_event_tree())

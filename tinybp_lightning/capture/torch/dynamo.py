@@ -30,9 +30,7 @@ class CannotTraceError(CaptureError):
         self.reason = reason
 
 
-def traced(
-    forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]
-) -> Callable[..., Any]:
+def traced(forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
     """Return `forward`, traced on each new signature; `on_graph` turns a captured graph into what runs it.
 
     **Raises:** (when called) `CannotTraceError` if the forward breaks the graph. Nothing of it has run then.
@@ -57,10 +55,11 @@ def _settings() -> Any:
     # A log line is no reason to break a graph: HF models log in their forwards.
     loggers = {getattr(logging.Logger, n) for n in ("debug", "info", "warning", "error", "exception", "critical")}
     loggers |= {f for n in ("warning_once", "info_once", "warning_advice") if (f := getattr(logging.Logger, n, None))}
-    return torch._dynamo.config.patch(
+    settings: Any = torch._dynamo.config.patch(
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
         # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
         optimize_ddp=False,
         ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | loggers,
     )
+    return settings

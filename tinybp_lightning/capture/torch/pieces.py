@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch.fx.graph import _BoxedCodeGen  # private; torch 2.11 to 2.14
+from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] - torch 2.11 to 2.14
 
 from tinybp_lightning.capture.torch.record import is_op
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks

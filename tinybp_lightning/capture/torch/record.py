@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key
 from tinybp_lightning.errors import CaptureError
 from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
@@ -92,6 +93,7 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, name: str) -> None:
         super().__init__(module, garbage_collect_values=False)  # storages must not be freed: their address is their id
         self._name = name
+        self._graph_module = module
         self._facts = _OpFacts()
         self._storages: list[Storage] = []
         self._storage_of: dict[int, StorageId] = {}
@@ -116,7 +118,8 @@ class _Recorder(fx.Interpreter):
             ) from error
         finally:
             torch.set_grad_enabled(grad_mode)
-        outputs = tuple(self._value_of[n] for n in self.module.graph.output_node().all_input_nodes)
+        ends: list[fx.Node] = self._graph_module.graph.output_node().all_input_nodes
+        outputs = tuple(self._value_of[n] for n in ends)
         return Graph(
             name=self._name,
             nodes=tuple(self._nodes),
@@ -177,7 +180,7 @@ class _Recorder(fx.Interpreter):
         The value made where gradients go off is read where they come back: a value that is no tensor crosses every
         cut in between, and such cuts are not allowed.
         """
-        if n.target is not torch._C._set_grad_enabled:
+        if n.target is not set_grad_enabled_op:
             return []
         if self._grad_region is None:
             self._grad_region = made
@@ -186,7 +189,7 @@ class _Recorder(fx.Interpreter):
         return [opened]
 
     def _storage(self, t: torch.Tensor, kind: StorageKind) -> StorageId:
-        key = t.untyped_storage()._cdata
+        key = storage_key(t)
         if key not in self._storage_of:
             self._storage_of[key] = StorageId(len(self._storages))
             self._storages.append(Storage(self._storage_of[key], t.untyped_storage().nbytes(), kind))

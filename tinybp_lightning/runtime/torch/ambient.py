@@ -71,7 +71,7 @@ class RandomState:
 
 def random_state_now(devices: Sequence[torch.device]) -> RandomState:
     """Return the generators' states for the CPU and the CUDA devices among `devices`."""
-    indices = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
+    indices = sorted({d.index for d in devices if d.type == "cuda"})
     return RandomState(torch.get_rng_state(), tuple((i, torch.cuda.get_rng_state(i)) for i in indices))
 
 

@@ -9,19 +9,20 @@ the generators are put back, so nothing of the user's is touched. Costs are kept
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tinybp_lightning.capture.torch.allocator import Segment, open_trace
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece, Program
+from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import StorageKind
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay
-from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, has_storage, storage_key
+from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, has_storage
 
 __all__ = ["BlockCosts", "measure_chain"]
 
@@ -146,7 +147,7 @@ class _Probe:
 
     def run_dropping(self) -> list[Any]:
         """Run forward, keep nothing but the outputs."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(forget, never_unpacked):
             return self._step().first(self._state())
 
     def measure(self) -> BlockCosts:
@@ -216,7 +217,7 @@ class _Probe:
             slots.append(book.pack(t))
             return slots[-1]
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked):
             self._step().first(state)
         book.close()
         if book.num_replayed == 0:
@@ -224,7 +225,7 @@ class _Probe:
             return 0.0
 
         def replay() -> None:
-            with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, lambda _: None):
+            with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
                 try:
                     self._step().first(self._state())
                 except StopReplay:
@@ -252,13 +253,11 @@ class _Probe:
             mark("backward")
             return _BackwardRun(0.0, 0, (), ())
         seeded_bytes = sum(t.numel() * t.element_size() for t in made)
-        loss = _Seed.apply(*made)
+        loss = cast("torch.Tensor", _Seed.apply(*made))
         del out, made
         grads: list[torch.Tensor | None] = []
         mark("backward")
-        seconds = clock.time(
-            lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True))
-        )
+        seconds = clock.time(lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)))
         numbers: dict[int, int] = {}
         mine = tuple(
             (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
@@ -306,8 +305,9 @@ def _joined(segments: Sequence[Segment]) -> list[Segment]:
     for s in segments:
         if joined and joined[-1].label == s.label:
             last = joined.pop()
-            s = Segment(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes)
-        joined.append(s)
+            joined.append(Segment(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes))
+        else:
+            joined.append(s)
     return joined
 
 
@@ -429,7 +429,7 @@ def _uses(program: Program) -> dict[int, list[int]]:
 
 
 def _shared_gradient_bytes(program: Program) -> list[int]:
-    """Bytes, at each boundary, of gradients of parameters used twice: autograd holds the first until the second is in."""
+    """Bytes, at each boundary, of gradients of parameters used twice: autograd holds one until the other is in."""
     sums = [0] * len(program.boundaries)
     for index, blocks in _uses(program).items():
         value = program.graph.values[program.graph.inputs[index]]

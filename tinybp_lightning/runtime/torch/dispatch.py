@@ -15,6 +15,7 @@ from torch import fx, nn
 from tinybp_lightning.capture.torch.dynamo import CannotTraceError, traced
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.program import GraphProgram
@@ -26,7 +27,9 @@ __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 class Target:
     """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
 
-    def __init__(self, module: nn.Module, plain: Callable[..., Any], config: HCBConfig, observers: Sequence[Observer]):
+    def __init__(
+        self, module: nn.Module, plain: Callable[..., Any], config: HCBConfig, observers: Sequence[Observer]
+    ) -> None:
         self.name = type(module).__name__
         self._module = module
         self._plain = plain
@@ -55,6 +58,11 @@ class Target:
         if self.module_steps is not None:
             pilots.append(self.module_steps.pilot)
         return tuple(pilot.report for pilot in pilots if pilot is not None)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs traced so far."""
+        return tuple(g for p in self.programs if (g := p.graph) is not None)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -122,7 +130,8 @@ class Dispatcher:
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        return self._own_forward or type(self.module).forward.__get__(self.module)
+        bound: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        return self._own_forward or bound
 
     @property
     def __signature__(self) -> inspect.Signature:

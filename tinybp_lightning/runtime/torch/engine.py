@@ -28,6 +28,7 @@ from typing import Any, assert_never
 
 import torch
 
+from tinybp_lightning.capture.torch.private import graph_task_id
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.graph.ids import BlockId, BoundaryId
 from tinybp_lightning.runtime.torch.ambient import (
@@ -38,7 +39,7 @@ from tinybp_lightning.runtime.torch.ambient import (
     set_random_state,
 )
 from tinybp_lightning.runtime.torch.script import Move, Script
-from tinybp_lightning.runtime.torch.slots import Reference, SlotBook, StopReplay
+from tinybp_lightning.runtime.torch.slots import Reference, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, Step
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
@@ -148,7 +149,7 @@ class Run:
         if isinstance(packed, Reference):
             return packed.tensor_checked(self._steps[packed.block].name)
         with self._lock:
-            task = torch._C._current_graph_task_id()
+            task = graph_task_id()
             if packed.value is None:
                 self._materialise(BlockId(packed.block), task)
             value, packed.value = packed.value, None
@@ -206,7 +207,7 @@ class Run:
     def _forward(self, block: BlockId) -> None:
         self.stats.advanced_blocks += 1
         state = self._read(block)
-        with torch.autograd.graph.saved_tensors_hooks(_forget, _never_unpacked), self._as_first_run(block):
+        with torch.autograd.graph.saved_tensors_hooks(forget, never_unpacked), self._as_first_run(block):
             out = self._steps[block].again(state)
         self._cursor = (block + 1, [_detached(t) for t in out])
 
@@ -222,9 +223,13 @@ class Run:
             return
         self.stats.replayed_blocks += 1
         out: list[Any] | None = None
-        with book.filling(stops_early=stops_early) as pack, contextlib.suppress(StopReplay):
-            with torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked), self._as_first_run(block):
-                out = self._steps[block].again(state)
+        with (
+            contextlib.suppress(StopReplay),
+            book.filling(stops_early=stops_early) as pack,
+            torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked),
+            self._as_first_run(block),
+        ):
+            out = self._steps[block].again(state)
         state.clear()
         if out is not None:
             book.check_complete(self._steps[block].name)
@@ -278,11 +283,3 @@ def _detached(t: Any) -> Any:
 
 def _wants_grad(t: Any) -> bool:
     return isinstance(t, torch.Tensor) and t.requires_grad
-
-
-def _forget(_: torch.Tensor) -> None:
-    return None
-
-
-def _never_unpacked(_: Any) -> torch.Tensor:
-    raise AssertionError("a replayed graph is never run backward")

@@ -3,12 +3,102 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from tinybp_lightning.analysis import analyse
-from tinybp_lightning.runtime.profile import PlanReport, StepProfile, format_bytes
+from tinybp_lightning.analysis import GraphReport, report_graph
+from tinybp_lightning.errors import ConfigError
+from tinybp_lightning.runtime.profile import PlanReport, format_bytes
 from tinybp_lightning.runtime.torch.session import targets
-from tinybp_lightning.schedule.simulate import simulate
-from tinybp_lightning.schedule.text import to_text
+from tinybp_lightning.schedule import simulate, to_text
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The plans of one module: a report of each traced graph, and of the plan in force for it."""
+
+    graphs: tuple[GraphReport, ...]
+    plans: tuple[PlanReport, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join([*(_plan_text(p) for p in self.plans), *(g.to_text() for g in self.graphs)])
+
+    def to_markdown(self) -> str:
+        """Return the same as Markdown, with one table row per block."""
+        return "\n\n".join([*(_plan_markdown(p) for p in self.plans), *(g.to_markdown() for g in self.graphs)])
+
+    def to_json(self) -> str:
+        """Return the same as JSON with sorted keys; sizes in bytes, times in seconds."""
+        plans = [_plan_data(p) for p in self.plans]
+        graphs = [json.loads(g.to_json()) for g in self.graphs]
+        return json.dumps({"plans": plans, "graphs": graphs}, indent=2, sort_keys=True)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the predicted memory of each plan over the step's time, against plain training, and return the path.
+
+        **Raises:** `ImportError` if matplotlib is not there (`pip install tinybp-lightning[recipes]`).
+        """
+        from tinybp_lightning.runtime.torch.plot import plot_plans  # noqa: PLC0415 - matplotlib is an extra
+
+        return plot_plans(self.plans, Path(path))
+
+
+def explain(module: nn.Module) -> Explanation:
+    """Explain the plans under which `module` (or parts of it) is trained.
+
+    **Raises:** `ConfigError` if nothing at or below `module` has been planned yet.
+    """
+    found = targets(module)
+    plans = tuple(report for target in found for report in target.reports)
+    if not plans:
+        raise ConfigError(
+            f"`{type(module).__name__}` has no plan yet: call `tbp.hcb(model, ...)` and run one training step "
+            "(plans are made from the real inputs)."
+        )
+    graphs = tuple(report_graph(graph) for target in found for graph in target.graphs)
+    return Explanation(graphs, plans)
+
+
+def _plan_text(plan: PlanReport) -> str:
+    notation = to_text(plan.schedule)
+    shown = notation if len(notation) <= 400 else notation[:400] + " ..."
+    num_unique = len({b.signature for b in plan.chain.blocks})
+    lines = [
+        f"plan for {plan.target}",
+        f"  blocks          {len(plan.chain.blocks)} ({num_unique} unique), {plan.num_kept} kept in the first sweep",
+        f"  budget          {format_bytes(plan.budget_bytes)}",
+        f"  predicted peak  {format_bytes(plan.predicted_peak_bytes)} (plain {format_bytes(plan.plain_peak_bytes)})",
+        f"  recompute       {plan.predicted_recompute_s * 1e3:.2f} ms of {plan.predicted_step_s * 1e3:.2f} ms",
+        f"  why             {plan.reason}",
+        f"  schedule        {shown}",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_markdown(plan: PlanReport) -> str:
+    rows = [
+        f"| {i} | `{b.name}` | {b.forward_s * 1e3:.3f} | {format_bytes(b.options[0].saved_bytes)} "
+        f"| {format_bytes(b.options[0].backward_peak_bytes)} |"
+        for i, b in enumerate(plan.chain.blocks)
+    ]
+    head = "| block | where | forward (ms) | saved | backward's own peak |\n|---|---|---|---|---|"
+    return "\n".join([f"## {plan.summary}", "", head, *rows])
+
+
+def _plan_data(plan: PlanReport) -> dict[str, object]:
+    timeline = simulate(plan.chain, plan.schedule)
+    return {
+        "target": plan.target,
+        "num_blocks": len(plan.chain.blocks),
+        "num_kept": plan.num_kept,
+        "budget_bytes": plan.budget_bytes,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "plain_peak_bytes": plan.plain_peak_bytes,
+        "predicted_recompute_s": plan.predicted_recompute_s,
+        "predicted_step_s": plan.predicted_step_s,
+        "reason": plan.reason,
+        "schedule": to_text(plan.schedule),
+        "timeline": [[m.start_s, m.end_s, m.peak_bytes] for m in timeline.moments],
+    }

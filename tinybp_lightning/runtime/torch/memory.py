@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
 
@@ -24,7 +25,7 @@ def static_bytes(device: torch.device, tensors: Sequence[torch.Tensor]) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+    storages = {storage_key(t): t.untyped_storage().nbytes() for t in held}
     return sum(storages.values())
 
 

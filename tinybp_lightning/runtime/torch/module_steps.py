@@ -18,6 +18,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tinybp_lightning.capture.torch.private import call_impl, set_call_impl, swap_buffer
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
@@ -28,7 +29,7 @@ from tinybp_lightning.runtime.torch.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.memory import Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Move, Script
-from tinybp_lightning.runtime.torch.steps import Externals, storage_key
+from tinybp_lightning.runtime.torch.steps import Externals
 from tinybp_lightning.runtime.torch.watch import StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave
 
@@ -86,7 +87,9 @@ class _ModuleStep:
 
     is_random = True
 
-    def __init__(self, name: str, module: nn.Module, impl: Callable[..., Any], spec: TreeSpec, volatile: set[str]):
+    def __init__(
+        self, name: str, module: nn.Module, impl: Callable[..., Any], spec: TreeSpec, volatile: set[str]
+    ) -> None:
         self.name = name
         self._module = module
         self._impl = impl
@@ -107,16 +110,13 @@ class _ModuleStep:
         state.clear()
         # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
         owners = [(self._module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self._snapshots]
-        own = [owner._buffers[key] for owner, key, _ in owners]
+        own = [swap_buffer(owner, key, self._snapshots[name].clone()) for owner, key, name in owners]
         try:
-            for owner, key, name in owners:
-                owner._buffers[key] = self._snapshots[name].clone()
             self._impl(*args, **kwargs)
         finally:
             for (owner, key, _), buffer in zip(owners, own, strict=True):
-                owner._buffers[key] = buffer
+                swap_buffer(owner, key, buffer)
         return []
-
 
     def changed_buffers(self) -> set[str]:
         """Names of the buffers that the first run changed."""
@@ -155,13 +155,13 @@ class ModuleSteps:
         self.pilot: Pilot | None = None
         self.profile: StepProfile | None = None
         for unit_name, unit in self._units.items():
-            impl = unit._compiled_call_impl or unit._call_impl
-            unit._compiled_call_impl = torch._dynamo.disable(_Interceptor(self, unit_name, unit, impl))
+            interceptor = _Interceptor(self, unit_name, unit, call_impl(unit))
+            set_call_impl(unit, torch._dynamo.disable(interceptor))
 
     def remove(self) -> None:
         """Take the interceptors out."""
         for unit in self._units.values():
-            unit._compiled_call_impl = None
+            set_call_impl(unit, None)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward of the whole module."""
@@ -254,7 +254,9 @@ class ModuleSteps:
             return True
         if unit not in self._warned:
             self._warned.add(unit)
-            why = f"gets a `{type(odd[0]).__name__}`, which a replay might change again" if odd else "synchronises ranks"
+            why = (
+                f"gets a `{type(odd[0]).__name__}`, which a replay might change again" if odd else "synchronises ranks"
+            )
             warnings.warn(f"`{self._name}.{unit}` is not replayed: it {why}.", HCBWarning, stacklevel=2)
         return False
 

@@ -24,7 +24,7 @@ from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.plan import plan, smallest_budget
+from tinybp_lightning.schedule.plan import Plan, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import simulate
 
 __all__ = ["Pilot"]
@@ -101,9 +101,7 @@ class Pilot:
         """Start to follow a step."""
         wants = self._phase is not _Phase.STEADY or self._device.type == "cuda"
         counts = self._budget.kind is BudgetKind.MEMORY
-        return StepWatch(
-            self._device, parameters, traced=wants and can_trace(self._device), counts_gradients=counts
-        )
+        return StepWatch(self._device, parameters, traced=wants and can_trace(self._device), counts_gradients=counts)
 
     def end_step(self, watch: StepWatch, stats: RunStats) -> StepProfile:
         """Learn from a step that has ended, tell the observers, and decide what the next one flies."""
@@ -189,32 +187,31 @@ class Pilot:
         budget_bytes = self._room(self._plain_peak())
         smallest_bytes, found = smallest_budget(self._chain)
         if smallest_bytes > budget_bytes:
-            self._too_small(budget_bytes)
+            self._plan(budget_bytes)
         return self._flight_of(found.schedule, budget_bytes, "calibration")
 
     def _for_budget(self, reason: str) -> _Flight:
         budget_bytes = self._room(self._plain_peak())
-        try:
-            schedule = plan(self._chain, budget_bytes=budget_bytes).schedule
-        except BudgetTooSmallError:
-            self._too_small(budget_bytes)
-        return self._flight_of(schedule, budget_bytes, reason)
+        return self._flight_of(self._plan(budget_bytes).schedule, budget_bytes, reason)
 
-    def _too_small(self, budget_bytes: int) -> None:
-        """Raise the planner's error again in the user's words."""
+    def _plan(self, budget_bytes: int) -> Plan:
         try:
-            plan(self._chain, budget_bytes=budget_bytes)
+            return plan(self._chain, budget_bytes=budget_bytes)
         except BudgetTooSmallError as error:
-            taken = 0 if self._budget.size_bytes is None else max(0, self._budget.size_bytes - budget_bytes)
-            smallest_bytes = error.smallest_bytes + taken
-            raise BudgetTooSmallError(
-                f"`{self._budget.kind.value}={self._budget.text!r}` ({budget_bytes + taken} bytes) cannot be met by "
-                f"`{self._target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
-                f"{error.bottleneck}. Raise the budget or lower the batch size.",
-                budget_bytes=budget_bytes + taken,
-                smallest_bytes=smallest_bytes,
-                bottleneck=error.bottleneck,
-            ) from error
+            raise self._in_users_words(error, budget_bytes) from error
+
+    def _in_users_words(self, error: BudgetTooSmallError, budget_bytes: int) -> BudgetTooSmallError:
+        """Return the planner's error in terms of the user's budget."""
+        taken = 0 if self._budget.size_bytes is None else max(0, self._budget.size_bytes - budget_bytes)
+        smallest_bytes = error.smallest_bytes + taken
+        return BudgetTooSmallError(
+            f"`{self._budget.kind.value}={self._budget.text!r}` ({budget_bytes + taken} bytes) cannot be met by "
+            f"`{self._target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
+            f"{error.bottleneck}. Raise the budget or lower the batch size.",
+            budget_bytes=budget_bytes + taken,
+            smallest_bytes=smallest_bytes,
+            bottleneck=error.bottleneck,
+        )
 
     def _plain_peak(self) -> int:
         """Predicted peak of plain training, which needs neither the engine's bookkeeping nor a margin."""

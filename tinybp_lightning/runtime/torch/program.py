@@ -17,6 +17,7 @@ from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, HCBConfig
 from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.costs import measure_chain
@@ -52,6 +53,11 @@ class GraphProgram:
         self._constants = _constants(module)
         self.profile: StepProfile | None = None
         self.pilot: Pilot | None = None
+
+    @property
+    def graph(self) -> Graph | None:
+        """The graph, once the first call has recorded it."""
+        return None if self._program is None else self._program.graph
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
@@ -129,9 +135,7 @@ class GraphProgram:
             )
             progress.stage("planning")
             room = Room(self._config, device, [v for v in values if isinstance(v, torch.Tensor)])
-            return Pilot(
-                self._target, chain, budget=budget, room=room, device=device, observers=self._observers
-            )
+            return Pilot(self._target, chain, budget=budget, room=room, device=device, observers=self._observers)
 
 
 _ARGUMENT = object()

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from tinybp_lightning.capture.torch.private import compiled_call_impl
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
@@ -133,7 +134,7 @@ def _check(root: nn.Module) -> None:
         )
     if not isinstance(root, nn.Module):
         raise UnsupportedModuleError(f"`{type(root).__name__}` is no torch.nn.Module: pass the model itself.")
-    if root._compiled_call_impl is not None:
+    if compiled_call_impl(root) is not None:
         raise UnsupportedModuleError(
             f"`{type(root).__name__}.compile()` was called: leave it out, "
             'and use `executor="inductor"` to have blocks compiled.'

@@ -13,10 +13,21 @@ from typing import Any
 
 import torch
 
+from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.steps import has_storage, storage_key
+from tinybp_lightning.runtime.torch.steps import has_storage
 
-__all__ = ["Reference", "Slot", "SlotBook", "StopReplay"]
+__all__ = ["Reference", "Slot", "SlotBook", "StopReplay", "forget", "never_unpacked"]
+
+
+def forget(_: torch.Tensor) -> Any:
+    """Pack hook that throws a saved tensor away: its graph is never run backward."""
+    return None
+
+
+def never_unpacked(_: Any) -> torch.Tensor:
+    """Unpack hook of a graph that is never run backward."""
+    raise AssertionError("a replayed graph is never run backward")
 
 
 class StopReplay(Exception):  # noqa: N818 - control flow, never an error
@@ -101,7 +112,7 @@ class SlotBook:
         self._slots.append(weakref.ref(slot))
         source = self._inputs.get(storage_key(t)) if plain else None
         if source is not None and source[2] == t._version:
-            offset = t.storage_offset() * t.element_size() - source[1].storage_offset() * source[1].element_size()
+            offset = _offset_bytes(t) - _offset_bytes(source[1])
             self._aliases.append(_Alias(weakref.ref(slot), source[0], t.dtype, t.shape, t.stride(), offset))
         else:
             self.num_replayed = position + 1
@@ -159,9 +170,13 @@ class SlotBook:
 
 def _view_of(leaf: torch.Tensor, alias: _Alias) -> torch.Tensor:
     base = leaf.detach()
-    offset_bytes = base.storage_offset() * base.element_size() + alias.offset_bytes
+    offset_bytes = _offset_bytes(base) + alias.offset_bytes
     if alias.dtype != base.dtype:
         whole = torch.empty(0, dtype=alias.dtype, device=base.device)
         whole.set_(base.untyped_storage(), offset_bytes // whole.element_size(), alias.shape, alias.stride)
         return whole
     return base.as_strided(alias.shape, alias.stride, offset_bytes // base.element_size())
+
+
+def _offset_bytes(t: torch.Tensor) -> int:
+    return int(t.storage_offset()) * t.element_size()

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
+from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["Externals", "GraphStep", "Step", "has_storage", "storage_key"]
+__all__ = ["Externals", "GraphStep", "Step", "has_storage"]
 
 
 class Step(Protocol):
@@ -73,11 +74,6 @@ def has_storage(t: torch.Tensor) -> bool:
     return type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided
 
 
-def storage_key(t: torch.Tensor) -> int:
-    """Identity of the storage behind `t`, valid while somebody holds it."""
-    return t.untyped_storage()._cdata
-
-
 class GraphStep:
     """A piece of a traced graph, bound to the externals of one forward."""
 
@@ -88,19 +84,23 @@ class GraphStep:
 
     @property
     def name(self) -> str:
+        """For messages."""
         return self._piece.span.name
 
     @property
     def is_random(self) -> bool:
+        """Whether some op of it draws random numbers."""
         return self._piece.is_random
 
     def first(self, state: list[Any]) -> list[Any]:
+        """Run for the first time, on the caller's own values."""
         values = self._externals.values
         # What the block changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
         self._snapshots = {i: values[i].detach().clone() for i in self._piece.volatile}
         return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=False)
 
     def again(self, state: list[Any]) -> list[Any]:
+        """Run again, on copies of what the first run changed."""
         return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=True)
 
     def _run(self, state: list[Any], external: list[int | None], *, replay: bool) -> list[Any]:

@@ -2,7 +2,6 @@
 
 The forward's begin and end are ours to see; backward's begin is a pre-hook on the node that made the first output, its
 end a callback of the autograd engine. A *traced* watch also reads the allocator (`capture.torch.allocator`).
-Private API: `Variable._execution_engine.queue_callback`, as used by DDP and FSDP (torch 2.11 to 2.14).
 
 Note [Stopping a trace]
     A profiler must not be stopped inside a backward callback: the engine puts the thread's state back afterwards, and
@@ -21,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 
 __all__ = ["Measured", "StepWatch", "settle_pending"]
@@ -84,7 +84,7 @@ class StepWatch:
             return
         self._backward_started = time.perf_counter()
         self._mark("backward")
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # pyright: ignore
+        queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
         self.step_s = self._forward_s + time.perf_counter() - self._backward_started
@@ -143,5 +143,9 @@ def _listen() -> None:
     """Hear of the next optimizer step; with a closure, forward and backward run inside it, so its end counts too."""
     if not _HANDLES:
         atexit.register(settle_pending)  # a profiler left on complains when the process ends
-        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
-            _HANDLES.append(register(lambda *_: settle_pending()))
+        _HANDLES.append(register_optimizer_step_pre_hook(_on_optimizer))
+        _HANDLES.append(register_optimizer_step_post_hook(_on_optimizer))
+
+
+def _on_optimizer(*_: Any) -> None:
+    settle_pending()
