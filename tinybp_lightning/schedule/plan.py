@@ -15,6 +15,7 @@ import numpy as np
 
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.floor import Floor, Thrifty
@@ -22,12 +23,13 @@ from tinybp_lightning.schedule.simulate import Timeline, simulate
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
 
-__all__ = ["Plan", "Planner", "choose_cuts", "plan", "smallest_budget"]
+__all__ = ["Plan", "Planner", "plan", "smallest_budget", "storable_boundaries"]
 
 _WORK = 4e8
 """Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
 _MAX_SLOTS = 2048
-_MAX_CUTS = 90
+_MAX_CUTS = 100
+_MAX_WINDOW = 4
 _FINER = 4
 _TIME_TOLERANCE = 1e-5
 """The table's times are float32 sums; candidates this close are compared by their exact times."""
@@ -120,8 +122,8 @@ class Planner:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._keep_all = self._candidate(keep_all(chain))
-        self._tables = Tables(chain, cuts=choose_cuts(chain, limit=_MAX_CUTS))
+        self._fastest = self._candidate(_keep_fastest(chain))
+        self._tables = Tables(chain, cuts=storable_boundaries(chain, limit=_MAX_CUTS))
         self._known: dict[tuple[int, int], _Candidate] = {}
 
     @property
@@ -131,8 +133,8 @@ class Planner:
 
     @property
     def largest_bytes(self) -> int:
-        """The budget at which nothing is recomputed: plain training's peak."""
-        return self._keep_all.timeline.peak_bytes
+        """The budget above which no plan gets faster: every block keeps the option with the fastest backward."""
+        return self._fastest.timeline.peak_bytes
 
     def plan(self, *, budget_bytes: int) -> Plan:
         """Return the fastest schedule found within `budget_bytes`; see the function `plan`."""
@@ -140,7 +142,7 @@ class Planner:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
         best = min(candidates, key=lambda c: c.cost)
-        if self._keep_all.timeline.peak_bytes > budget_bytes:
+        if best.timeline.total_s > self._plain_s:
             best = self._search(budget_bytes, best)
         lower_bound_s = self._plain_s
         return Plan(
@@ -173,8 +175,8 @@ class Planner:
     @cached_property
     def _fixed(self) -> list[_Candidate]:
         """Candidates that do not depend on the budget."""
-        others = [self._candidate(f(self._chain)) for f in (per_block, every_sqrt_n)]
-        return [self._keep_all, *others, self._smallest]
+        known = [self._candidate(method(self._chain)) for method in (keep_all, per_block, every_sqrt_n)]
+        return [self._fastest, *known, self._smallest]
 
     def _candidate(self, schedule: Schedule) -> _Candidate:
         return _Candidate(schedule, simulate(self._chain, schedule))
@@ -184,7 +186,7 @@ class Planner:
         """The tables for this chain, coarsest first, down to slots of one byte or to the smallest budget."""
         states, columns = len(self._tables.states), len(self._tables.cuts)
         num_slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
-        grids = [_Grid(self._tables, unit_bytes=-(-self.largest_bytes // num_slots), num_slots=num_slots)]
+        grids = [_Grid(self._tables, unit_bytes=max(1, -(-self.largest_bytes // num_slots)), num_slots=num_slots)]
         while grids[-1].unit_bytes > 1 and grids[-1].span_bytes > _FINER * self._floor.smallest_bytes:
             grids.append(_Grid(self._tables, unit_bytes=-(-grids[-1].unit_bytes // _FINER), num_slots=num_slots))
         return grids
@@ -228,21 +230,24 @@ class Planner:
         )
 
 
-def choose_cuts(chain: Chain, *, limit: int) -> tuple[int, ...]:
-    """Return the interior boundaries where a plan may store: all of them on short chains, else the narrowest near by.
+def _keep_fastest(chain: Chain) -> Schedule:
+    """Keep every block with the option whose backward is fastest: no schedule takes less time."""
+    fastest = [min(range(len(b.options)), key=lambda o: (b.options[o].backward_s, o)) for b in chain.blocks]
+    saves = [ForwardSave(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
+    backwards = [Backward(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
+    return Schedule(num_blocks=len(fastest), actions=(*saves, *reversed(backwards)))
 
-    **Arguments:** `limit`: the most cuts; a window widens until the minima within it are few enough.
+
+def storable_boundaries(chain: Chain, *, limit: int) -> tuple[int, ...]:
+    """Return the interior boundaries where a plan may store: all of them on short chains, else the narrow ones.
+
+    **Arguments:** `limit`: the most cuts. A window widens until those that are narrowest in theirs, ties included, are
+    few enough; where all are alike, every second or third one is as good.
     """
-    interior = range(1, len(chain.blocks))
+    num_blocks = len(chain.blocks)
     size = [sum(chain.storage_bytes[s] for s in boundary.storages) for boundary in chain.boundaries]
-    window, cuts = 0, tuple(interior)
-    while len(cuts) > limit:
-        window += 1
-        cuts = tuple(
-            i
-            for i in interior
-            if all(
-                (size[i], i) <= (size[j], j) for j in range(max(1, i - window), min(len(chain.blocks), i + window + 1))
-            )
-        )
-    return cuts
+    cuts = tuple(range(1, num_blocks))
+    for window in range(1, _MAX_WINDOW + 1):
+        if len(cuts) > limit:
+            cuts = tuple(i for i in range(1, num_blocks) if size[i] <= min(size[max(1, i - window) : i + window + 1]))
+    return cuts[:: -(-len(cuts) // limit) or 1]

@@ -164,7 +164,7 @@ class IntervalTree:
         for number, target in enumerate(state.split_states):
             self._relax_sweep(
                 times,
-                self._sweeps[target],
+                self._sweeps[int(target)],
                 shift=self.held_slots(index, int(state.split_held_bytes[number])),
                 need_bytes=int(state.split_need_bytes[number]),
                 seconds=float(state.split_forward_s[number]),
