@@ -77,6 +77,7 @@ class Pilot:
         self._traces = 0
         self._steps = 0
         self._good: _Flight | None = None
+        self._plain_fits = True  # until it is seen not to
         self._base_bytes = chain.workspace_bytes
         smallest_bytes, _ = smallest_budget(chain)
         self._chain = replace(chain, workspace_bytes=self._base_bytes + int(_MARGIN * smallest_bytes))
@@ -159,6 +160,7 @@ class Pilot:
     def _settle(self, measured: Measured) -> None:
         flown = self._flight.report
         fits = measured.peak_bytes <= flown.budget_bytes
+        self._plain_fits = self._plain_fits and (fits or flown.schedule != keep_all(self._chain))
         before = self._chain.workspace_bytes
         self._learn_residual(measured, may_shrink=fits)
         shown = replace(flown, chain=self._chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
@@ -192,6 +194,8 @@ class Pilot:
 
     def _for_budget(self, reason: str) -> _Flight:
         budget_bytes = self._room(self._plain_peak())
+        if self._plain_fits and self._plain_peak() <= budget_bytes:
+            return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         return self._flight_of(self._plan(budget_bytes).schedule, budget_bytes, reason)
 
     def _plan(self, budget_bytes: int) -> Plan:

@@ -15,12 +15,12 @@ from torch import fx
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
-from tinybp_lightning.config import BudgetKind, HCBConfig
+from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
-from tinybp_lightning.runtime.torch.costs import measure_chain
+from tinybp_lightning.runtime.torch.costs import compile_program, measure_chain
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.memory import Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
@@ -48,6 +48,8 @@ class GraphProgram:
         self._config = config
         self._observers = observers
         self._program: Program | None = None
+        self._executor = Executor(config.executor)
+        self._compiled: dict[_Situation, Program] = {}
         self._pilots: dict[_Situation, Pilot] = {}
         self._watch: StepWatch | None = None
         self._constants = _constants(module)
@@ -71,18 +73,17 @@ class GraphProgram:
         if situation not in self._pilots:
             self._pilots[situation] = self._new_pilot(values, device, devices, situation)
         self.pilot = self._pilots[situation]
-        return self._run(self.pilot, values, parameters, devices, autocast)
+        return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
 
     def _run(
         self,
         pilot: Pilot,
+        program: Program,
         values: list[Any],
         parameters: Sequence[torch.Tensor],
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
     ) -> Any:
-        program = self._program
-        assert program is not None, "a pilot exists only once the program is cut"
         if self._watch is not None and not self._watch.ended:
             self._watch.abandon()  # the last forward had no backward (yet): it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
@@ -109,6 +110,16 @@ class GraphProgram:
         watch.forward_ended(outputs, ended)
         return fill_template(program.template, outputs)
 
+    def _cut(self, values: Sequence[Any]) -> Program:
+        graph = record_graph(self._module, values, name=self._target)
+        # A compiled block wants to be large, so that there is something to fuse; an eager one small.
+        granularity = Granularity.COARSE if self._executor is Executor.INDUCTOR else Granularity.FINE
+        return cut_program(self._module, graph, granularity=granularity)
+
+    def _pieces(self, situation: _Situation) -> Program:
+        assert self._program is not None, "a situation is met only once the program is cut"
+        return self._compiled.get(situation, self._program)
+
     def _values(self, args: Sequence[Any]) -> list[Any]:
         """Dynamo's arguments and the graph's constants, in the order of `Graph.inputs`."""
         arguments = iter(args)
@@ -121,11 +132,13 @@ class GraphProgram:
         with planning_progress(self._target) as progress:
             if self._program is None:
                 progress.stage("tracing")
-                graph = record_graph(self._module, values, name=self._target)
-                self._program = cut_program(self._module, graph, granularity=Granularity.FINE)
+                self._program = self._cut(values)
+            if self._executor is Executor.INDUCTOR and situation not in self._compiled:
+                progress.stage("compiling", total=len(self._program.pieces))
+                self._compiled[situation] = compile_program(self._program, values, devices, progress.advance)
             progress.stage("measuring", total=len(self._program.pieces))
             chain = measure_chain(
-                self._program,
+                self._pieces(situation),
                 values,
                 device=device,
                 devices=devices,
