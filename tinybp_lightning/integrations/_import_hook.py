@@ -23,7 +23,7 @@ __all__ = ["ADAPTERS", "Adapter", "RegisteringFinder", "install"]
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One Lightning namespace and the module of ours that has its strategies and a `register()`."""
+    """One Lightning namespace and the module of ours whose import registers strategies there."""
 
     package: str
     module: str
@@ -82,14 +82,17 @@ class RegisteringFinder(MetaPathFinder):
         return spec
 
     def register(self, adapter: Adapter) -> None:
-        """Let `adapter` register its strategies, once; a failure warns and leaves Lightning as it is."""
+        """Import the adapter, which registers its strategies; a failure warns and leaves Lightning as it is.
+
+        Where the adapter's own import has brought Lightning in, this finds it half done and leaves it to finish.
+        """
         with self._lock:
             if self._awaited.pop(adapter.package, None) is None:
                 return
             if not self._awaited and self in sys.meta_path:
                 sys.meta_path.remove(self)
         try:
-            importlib.import_module(adapter.module).register()
+            importlib.import_module(adapter.module)
         # Whatever goes wrong in our adapter must not break the user's `import lightning`: it is told, with the cause.
         except Exception as error:  # noqa: BLE001 - reported below
             message = (

@@ -1,4 +1,7 @@
-"""The HCB strategies of `pytorch_lightning`. See Note [Two registries, separate trees] in `_strategy`."""
+"""The HCB strategies of `pytorch_lightning`, registered there by the import of this module.
+
+See Note [Two registries, separate trees] in `_strategy`.
+"""
 
 from pytorch_lightning import Callback
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
@@ -7,7 +10,7 @@ from tinybp_lightning.integrations._registry import register_all
 from tinybp_lightning.integrations._step_log import StepLogMixin
 from tinybp_lightning.integrations._strategy import AutoMixin, ManyDevicesMixin, OneDeviceMixin
 
-__all__ = ["HCBDDPStrategy", "HCBSingleDeviceStrategy", "HCBStepLog", "HCBStrategy", "register"]
+__all__ = ["HCBDDPStrategy", "HCBSingleDeviceStrategy", "HCBStepLog", "HCBStrategy"]
 
 
 class HCBStepLog(StepLogMixin, Callback):
@@ -38,6 +41,5 @@ class HCBStrategy(AutoMixin, SingleDeviceStrategy):
     _many_devices_type = HCBDDPStrategy
 
 
-def register() -> None:
-    """Add the `hcb…` names to the `StrategyRegistry` of `pytorch_lightning`; again is the same as once."""
-    register_all(StrategyRegistry, auto=HCBStrategy, single=HCBSingleDeviceStrategy, ddp=HCBDDPStrategy)
+# At the end of the import, whoever began it: the import hook, a `class_path` or a pickle that names a class above.
+register_all(StrategyRegistry, auto=HCBStrategy, single=HCBSingleDeviceStrategy, ddp=HCBDDPStrategy)

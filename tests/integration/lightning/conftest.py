@@ -29,7 +29,7 @@ class Batches:
 
     def __init__(self, length: int, *, width: int = WIDTH) -> None:
         generator = torch.Generator().manual_seed(7)
-        self.batches = list(torch.randn(length, 8, width, generator=generator))
+        self.batches = list(torch.randn(length, 64, width, generator=generator))
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -99,9 +99,7 @@ def pl(adapter: Adapter) -> ModuleType:
 
 @pytest.fixture
 def hcb(adapter: Adapter) -> ModuleType:
-    module = importlib.import_module(adapter.module)
-    module.register()
-    return module
+    return importlib.import_module(adapter.module)
 
 
 @pytest.fixture
