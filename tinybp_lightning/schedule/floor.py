@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
-from tinybp_lightning.schedule.unfold import KeepHere, Node, RunOut, SplitAt, unfold
+from tinybp_lightning.schedule.unfold import KeepHere, Move, Node, PassBy, RunOut, SplitAt, unfold
 
 __all__ = ["Floor", "Thrifty"]
 
@@ -89,7 +89,7 @@ class Thrifty:
         """Return a schedule whose peak, workspace left out, is at most `left_bytes`."""
         return unfold(self._tables, self, Node(self._tables.start, None, left_bytes))
 
-    def choose(self, node: Node) -> KeepHere | SplitAt | RunOut:
+    def choose(self, node: Node) -> Move:
         """Return the fastest move at `node` that surely fits (`Chooser`)."""
         moves = [*self._keeps(node), *self._splits(node)]
         if node.end is None:
@@ -104,11 +104,11 @@ class Thrifty:
         assert fitting, f"no move at {node}: it was entered with less than it needs"
         return moves[min(fitting)[2]][2]
 
-    def _keeps(self, node: Node) -> list[tuple[int, float, KeepHere | SplitAt | RunOut]]:
+    def _keeps(self, node: Node) -> list[tuple[int, float, Move]]:
         state = self._tables.states[node.state]
         standing_bytes = 0 if node.end is None else self._tables.standing_bytes[self._tables.cuts[node.end]]
         is_leaf = node.end is not None and self._tables.cuts[node.end] == state.boundary + 1
-        moves: list[tuple[int, float, KeepHere | SplitAt | RunOut]] = []
+        moves: list[tuple[int, float, Move]] = []
         for option, keep in enumerate(state.keeps):
             need_bytes = (keep.replay_need_bytes if is_leaf else keep.save_need_bytes) + standing_bytes
             seconds = (keep.replay_s if is_leaf else state.forward_s) + keep.backward_s
@@ -116,12 +116,12 @@ class Thrifty:
             moves.append((max(need_bytes, keep.backward_need_bytes), seconds, KeepHere(option, rest)))
         return moves
 
-    def _splits(self, node: Node) -> list[tuple[int, float, KeepHere | SplitAt | RunOut]]:
+    def _splits(self, node: Node) -> list[tuple[int, float, Move]]:
         tables, state = self._tables, self._tables.states[node.state]
         first = tables.first_cut(state.boundary)
         count = len(state.split_states) if node.end is None else node.end - first
         standing_bytes = 0 if node.end is None else tables.standing_bytes[tables.cuts[node.end]]
-        moves: list[tuple[int, float, KeepHere | SplitAt | RunOut]] = []
+        moves: list[tuple[int, float, Move]] = []
         for number in range(count):
             right = Node(int(state.split_states[number]), node.end, node.left - int(state.split_held_bytes[number]))
             move = SplitAt(tables.cuts[first + number], right, Node(node.state, first + number, node.left))
@@ -129,16 +129,18 @@ class Thrifty:
             moves.append((need_bytes, float(state.split_forward_s[number]), move))
         return moves
 
-    def _seconds(self, seconds: float, move: KeepHere | SplitAt | RunOut) -> float:
+    def _seconds(self, seconds: float, move: Move) -> float:
         slots = [Node(part.state, part.end, -(-part.left // self._unit)) for part in _parts(move)]
         return seconds + sum(self._tree.rest_s(part) for part in slots)
 
 
-def _parts(move: KeepHere | SplitAt | RunOut) -> list[Node]:
+def _parts(move: Move) -> list[Node]:
     match move:
         case KeepHere(_, rest):
             return [] if rest is None else [rest]
         case SplitAt(_, right, left):
             return [right, left]
+        case PassBy(rest):
+            return [rest]
         case RunOut(left):
             return [left]

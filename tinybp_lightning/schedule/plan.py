@@ -19,6 +19,7 @@ from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.floor import Floor, Thrifty
+from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
@@ -30,6 +31,8 @@ _WORK = 4e8
 _MAX_SLOTS = 2048
 _MAX_CUTS = 100
 _MAX_WINDOW = 4
+_SHORT_BLOCKS = 10
+_SHORT_SLOTS = 512
 _FINER = 4
 _TIME_TOLERANCE = 1e-5
 """The table's times are float32 sums; candidates this close are compared by their exact times."""
@@ -80,24 +83,30 @@ class _Candidate:
 
 
 class _Grid:
-    """One slot size: its table, filled as far as the largest budget asked for."""
+    """One slot size: its table, filled as far as the largest budget asked for.
 
-    def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
+    **Arguments:** `kind`: the dynamic program that fills the table.
+    """
+
+    def __init__(
+        self, tables: Tables, *, unit_bytes: int, num_slots: int, kind: type[IntervalTree] | type[ShortTree]
+    ) -> None:
+        self._kind = kind
         self.unit_bytes = unit_bytes
         self.span_bytes = unit_bytes * num_slots
         self._tables = tables
         self._max_slots = num_slots
-        self._tree: IntervalTree | None = None
+        self._tree: IntervalTree | ShortTree | None = None
 
     def spans(self, left_bytes: int) -> bool:
         """Whether the table goes on past the margin above `left_bytes`."""
         return self._wanted(left_bytes) <= self._max_slots
 
-    def tree(self, left_bytes: int) -> IntervalTree:
+    def tree(self, left_bytes: int) -> IntervalTree | ShortTree:
         """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
         num_slots = min(self._max_slots, self._wanted(left_bytes))
         if self._tree is None or num_slots > self._tree.num_slots:
-            self._tree = IntervalTree(self._tables, unit_bytes=self.unit_bytes, num_slots=num_slots)
+            self._tree = self._kind(self._tables, unit_bytes=self.unit_bytes, num_slots=num_slots)
         return self._tree
 
     def steps(self, left_bytes: int) -> list[tuple[int, float]]:
@@ -169,7 +178,9 @@ class Planner:
     def _smallest(self) -> _Candidate:
         left_bytes = self._floor.smallest_bytes
         grid = self._grids[-1]
-        thrifty = Thrifty(self._floor, grid.tree(left_bytes), unit_bytes=grid.unit_bytes)
+        tree = grid.tree(left_bytes)
+        assert isinstance(tree, IntervalTree)
+        thrifty = Thrifty(self._floor, tree, unit_bytes=grid.unit_bytes)
         return self._candidate(thrifty.schedule(left_bytes))
 
     @cached_property
@@ -186,27 +197,43 @@ class Planner:
         """The tables for this chain, coarsest first, down to slots of one byte or to the smallest budget."""
         states, columns = len(self._tables.states), len(self._tables.cuts)
         num_slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
-        grids = [_Grid(self._tables, unit_bytes=max(1, -(-self.largest_bytes // num_slots)), num_slots=num_slots)]
+        unit_bytes = max(1, -(-self.largest_bytes // num_slots))
+        grids = [_Grid(self._tables, unit_bytes=unit_bytes, num_slots=num_slots, kind=IntervalTree)]
         while grids[-1].unit_bytes > 1 and grids[-1].span_bytes > _FINER * self._floor.smallest_bytes:
-            grids.append(_Grid(self._tables, unit_bytes=-(-grids[-1].unit_bytes // _FINER), num_slots=num_slots))
+            unit_bytes = -(-unit_bytes // _FINER)
+            grids.append(_Grid(self._tables, unit_bytes=unit_bytes, num_slots=num_slots, kind=IntervalTree))
         return grids
+
+    @cached_property
+    def _short_grid(self) -> "_Grid | None":
+        """One more table for a short chain; see `short`."""
+        num_blocks = len(self._chain.blocks)
+        if num_blocks > _SHORT_BLOCKS:
+            return None
+        tables = Tables(self._chain, cuts=tuple(range(1, num_blocks)), passing=True)
+        unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
+        return _Grid(tables, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS, kind=ShortTree)
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
         left_bytes = budget_bytes - self._chain.workspace_bytes
         for grid in reversed(self._grids):
-            for slots, seconds in grid.steps(left_bytes):
-                if seconds > best.timeline.total_s * (1 + _TIME_TOLERANCE):
-                    break
-                candidate = self._at(grid, slots)
-                if candidate.timeline.peak_bytes <= budget_bytes and candidate.cost < best.cost:
-                    best = candidate
+            best = self._walk(grid, budget_bytes, best)
             if grid.spans(left_bytes):
                 break
+        return best if self._short_grid is None else self._walk(self._short_grid, budget_bytes, best)
+
+    def _walk(self, grid: "_Grid", budget_bytes: int, best: _Candidate) -> _Candidate:
+        for slots, seconds in grid.steps(budget_bytes - self._chain.workspace_bytes):
+            if seconds > best.timeline.total_s * (1 + _TIME_TOLERANCE):
+                break
+            candidate = self._at(grid, slots)
+            if candidate.timeline.peak_bytes <= budget_bytes and candidate.cost < best.cost:
+                best = candidate
         return best
 
     def _at(self, grid: "_Grid", slots: int) -> _Candidate:
-        key = (grid.unit_bytes, slots)
+        key = (id(grid), slots)
         if key not in self._known:
             self._known[key] = self._candidate(grid.schedule(slots))
         return self._known[key]

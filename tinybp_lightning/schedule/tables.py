@@ -62,17 +62,22 @@ class State:
     split_held_bytes: NDArray[np.int64]
     split_need_bytes: NDArray[np.int64]
     split_forward_s: NDArray[np.float64]
+    pass_state: int
+    """Where running the block and releasing the boundary leads; -1 unless the tables are made for it."""
+    pass_held_bytes: int
 
 
 class Tables:
     """A chain's states in order of their boundaries; `cuts` are the boundaries a segment may end at, the last included.
 
     **Arguments:** `cuts`: ascending interior boundaries where a plan may store; others are only passed.
+    `passing`: also find the states that `short` needs, where a boundary is released with its block not kept.
     """
 
-    def __init__(self, chain: Chain, *, cuts: tuple[int, ...]) -> None:
+    def __init__(self, chain: Chain, *, cuts: tuple[int, ...], passing: bool = False) -> None:
         self.chain = chain
         self.num_blocks = len(chain.blocks)
+        self._passing = passing
         self.cuts = (*cuts, self.num_blocks)
         size = chain.storage_bytes
         self._first_cuts = [int(x) for x in np.searchsorted(self.cuts, range(self.num_blocks + 1), side="right")]
@@ -153,6 +158,8 @@ class Tables:
                 for held in found[i]:
                     for option in self.chain.blocks[i].options:
                         found[i + 1][self._after_keep(i, held, option)] = None
+                    if self._passing:
+                        found[i + 1][held & self._sets[i + 1]] = None
             for cut in self.cuts[self.first_cut(i) : -1]:
                 found[cut][storages & self._sets[cut]] = None
         return [tuple(subsets) for subsets in found]
@@ -177,7 +184,7 @@ class Tables:
     def _state(self, i: int, held: frozenset[int]) -> State:
         if i == self.num_blocks:
             nothing = np.zeros(0, np.int64)
-            return State(i, held, 0.0, (), nothing, nothing, nothing, np.zeros(0))
+            return State(i, held, 0.0, (), nothing, nothing, nothing, np.zeros(0), -1, 0)
         cuts = np.array(self.cuts[self.first_cut(i) : -1], np.int64)
         targets = [self._locate(int(k), self._sets[i] & self._sets[int(k)]) for k in cuts]
         return State(
@@ -189,6 +196,8 @@ class Tables:
             split_held_bytes=self.boundary_bytes[i] - self._overlap[i, cuts],
             split_need_bytes=self._run_need[i, cuts],
             split_forward_s=self._elapsed[cuts] - self._elapsed[i],
+            pass_state=self._locate(i + 1, held & self._sets[i + 1]) if self._passing else -1,
+            pass_held_bytes=self._bytes(held - self._sets[i + 1]),
         )
 
     def _keep(self, i: int, held: frozenset[int], index: int) -> Keep:

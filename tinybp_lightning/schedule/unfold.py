@@ -11,19 +11,21 @@ from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Schedule, Store
 from tinybp_lightning.schedule.tables import Tables
 
-__all__ = ["Chooser", "KeepHere", "Node", "RunOut", "SplitAt", "unfold"]
+__all__ = ["Chooser", "KeepHere", "Move", "Node", "PassBy", "RunOut", "SplitAt", "unfold"]
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """A segment from `state` to the cut with index `end`, or with `None` the rest of the first sweep.
 
-    `left` is the chooser's own measure of the bytes left.
+    `left` is the chooser's own measure of the bytes left. `low` is the boundary down to which blocks are reversed, left
+    out when it is the state's own.
     """
 
     state: int
     end: int | None
     left: int
+    low: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +46,26 @@ class SplitAt:
 
 
 @dataclass(frozen=True, slots=True)
+class PassBy:
+    """Run the first block, which a later part reverses, and release its boundary; `rest` is what follows."""
+
+    rest: Node
+
+
+@dataclass(frozen=True, slots=True)
 class RunOut:
     """Run the first sweep to its end keeping nothing, then reverse `left` from here."""
 
     left: Node
 
 
+Move = KeepHere | SplitAt | PassBy | RunOut
+
+
 class Chooser(Protocol):
     """Decides at every node of the tree."""
 
-    def choose(self, node: Node) -> KeepHere | SplitAt | RunOut:
+    def choose(self, node: Node) -> Move:
         """Return the move at `node`."""
         ...
 
@@ -83,6 +95,10 @@ def unfold(tables: Tables, chooser: Chooser, root: Node) -> Schedule:
                 actions += [] if stored else [Store(BoundaryId(i))]
                 actions += [Forward(BlockId(block)) for block in range(i, boundary)]
                 pending += [(left, True), (right, False)]
+            case PassBy(rest):
+                actions.append(Forward(BlockId(i)))
+                actions += [Drop(BoundaryId(i))] if stored and i else []
+                pending.append((rest, False))
             case RunOut(left):
                 actions += [] if stored else [Store(BoundaryId(i))]
                 actions += [Forward(BlockId(block)) for block in range(i, tables.num_blocks)]
