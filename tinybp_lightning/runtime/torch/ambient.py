@@ -15,10 +15,13 @@ __all__ = [
     "RandomState",
     "autocast_as",
     "autocast_now",
+    "closing_regions",
     "device_type_of",
     "random_state_now",
     "set_random_state",
 ]
+
+_REGION_DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,37 @@ def autocast_as(settings: Sequence[Autocast]) -> Generator[None]:
                 torch.amp.autocast(s.device_type, enabled=s.enabled, dtype=s.dtype, cache_enabled=s.cache_enabled)
             )
         yield
+
+
+@contextlib.contextmanager
+def closing_regions() -> Generator[None]:
+    """Leave every autocast and `no_grad` region that the body entered and an exception kept it from leaving.
+
+    A traced block enters and leaves a region by two plain calls, and a replay that stops early never gets to the
+    second. The cache of cast weights is emptied when the outermost region is left; were one never left, later steps
+    would run on the weights of this one.
+    """
+    nesting = _autocast_nesting()
+    settings = autocast_now(_REGION_DEVICE_TYPES)
+    grad_mode = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad_mode)
+        if _autocast_nesting() > nesting:
+            while torch.autocast_decrement_nesting() > nesting:
+                pass
+            if nesting == 0:
+                torch.clear_autocast_cache()
+            for s in settings:
+                torch.set_autocast_enabled(s.device_type, s.enabled)
+                torch.set_autocast_dtype(s.device_type, s.dtype)
+                torch.set_autocast_cache_enabled(s.cache_enabled)
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from tinybp_lightning.runtime.torch.ambient import (
     Autocast,
     RandomState,
     autocast_as,
+    closing_regions,
     random_state_now,
     set_random_state,
 )
@@ -120,11 +121,12 @@ class Run:
         if step.is_random:
             self._random[index] = self._random_state()
         if self._script.kept[index]:
-            out = step.first(state)
+            with closing_regions():
+                out = step.first(state)
         else:
             book = SlotBook(index, self._externals.storages, state)
             self._books[index] = book
-            with torch.autograd.graph.saved_tensors_hooks(book.pack, self._unpack):
+            with torch.autograd.graph.saved_tensors_hooks(book.pack, self._unpack), closing_regions():
                 out = step.first(state)
             book.close()
         self._requires_grad.append([_wants_grad(t) for t in out])
@@ -178,11 +180,12 @@ class Run:
         self.stats.rescued_blocks += 1
         start = max(b for b in self._stored if b <= block)
         stride = math.isqrt(block - start) + 1
+        moves: list[Move] = []  # one list: the cursor does not outlive a `_play`
         for b in range(start, block):
-            self._play((Move(Forward(BlockId(b)), stops_early=False),))
+            moves.append(Move(Forward(BlockId(b)), stops_early=False))
             if (b + 1 - start) % stride == 0 and b + 1 < block:
-                self._play((Move(Store(BoundaryId(b + 1)), stops_early=False),))
-        self._play((Move(ForwardSave(block), stops_early=True),))
+                moves.append(Move(Store(BoundaryId(b + 1)), stops_early=False))
+        self._play([*moves, Move(ForwardSave(block), stops_early=True)])
         for b in [b for b in self._stored if b > block]:
             del self._stored[b]
 
@@ -257,7 +260,7 @@ class Run:
         if block in self._random:
             set_random_state(self._random[block])
         # Gradients stay on even where nothing is saved: without them other kernels would be picked.
-        with torch.enable_grad(), autocast_as(self._autocast):
+        with torch.enable_grad(), autocast_as(self._autocast), closing_regions():
             yield
 
     @contextlib.contextmanager

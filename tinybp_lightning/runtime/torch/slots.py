@@ -15,6 +15,7 @@ import torch
 
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
+from tinybp_lightning.runtime.torch.ambient import closing_regions
 from tinybp_lightning.runtime.torch.steps import has_storage
 
 __all__ = ["Reference", "Slot", "SlotBook", "StopReplay", "forget", "never_unpacked"]
@@ -147,7 +148,8 @@ class SlotBook:
                 raise StopReplay
             return None
 
-        yield pack
+        with closing_regions():
+            yield pack
 
     def check_complete(self, name: str) -> None:
         """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
