@@ -16,8 +16,8 @@ from rich.console import Console
 from recipes.compare import write_report
 from recipes.config import CompareConfig, ModelName, compose_config
 from recipes.launch import run_modes
+from recipes.modes import Mode, parse_modes
 from recipes.outcome import Failed, Finished, Outcome, median_outcome
-from recipes.peers import Mode, parse_modes
 from recipes.table import comparison_rows
 
 __all__ = ["export_json", "make_app", "run_trials"]

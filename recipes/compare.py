@@ -15,8 +15,8 @@ from rich.markdown import Markdown
 
 from recipes.config import CompareConfig, conf_dir, register_schemas, to_compare_config
 from recipes.launch import run_modes
+from recipes.modes import parse_modes
 from recipes.outcome import Finished, Outcome
-from recipes.peers import parse_modes
 from recipes.picture import draw_comparison
 from recipes.table import markdown_report, naive_of
 

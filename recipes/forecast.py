@@ -31,10 +31,14 @@ class PlanRecorder:
     def on_replay(self, profile: StepProfile) -> None:
         """The referee measures steps itself."""
 
+    @property
+    def plan(self) -> PlanReport | None:
+        """The last plan of the target that needs most memory; `None` when nothing was planned."""
+        return max(self.plans.values(), key=lambda plan: plan.plain_peak_bytes, default=None)
+
     def prediction(self) -> Prediction | None:
-        """Return what the plan of the largest target predicted; `None` when nothing was planned."""
-        largest = max(self.plans.values(), key=lambda plan: plan.plain_peak_bytes, default=None)
-        return None if largest is None else predict(largest)
+        """Return what that plan predicted; `None` when nothing was planned."""
+        return None if self.plan is None else predict(self.plan)
 
 
 def predict(plan: PlanReport) -> Prediction:

@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from recipes.config import CompareConfig, save_config
+from recipes.modes import Mode
 from recipes.outcome import Failed, Finished, Outcome, read_outcome, write_outcome
-from recipes.peers import Mode
 
 __all__ = ["error_line", "run_modes"]
 

@@ -25,53 +25,16 @@ from torch._C._profiler import _EventType  # pyright: ignore[reportPrivateUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from recipes.data import Batch
+from recipes.measurement import Measurement, Versions
 from recipes.models import Workload
 from recipes.timeline import MemoryEvent, StepMemory, Timeline, account, downsample
 
-__all__ = ["Measurement", "Versions", "measure", "record_memory", "tensors_sha256"]
+__all__ = ["cpu_memory", "measure", "record_memory", "tensors_sha256"]
 
 NANOSECONDS = 1e-9
 MICROSECONDS = 1e-6
 # Past this the CUDA allocator's history would overwrite its own beginning.
 MAX_CUDA_EVENTS = 4_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """Versions of what computed a result; an empty one is not installed."""
-
-    python: str
-    torch: str
-    transformers: str
-    diffusers: str
-    torchvision: str
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One mode's training run.
-
-    `losses` are those of every optimizer step and of the profiled step after them. `wall_s` is the median of the timed
-    steps, `first_step_s` the first one (compilation and planning included). Peaks are bytes above what was alive
-    before the step: `activation_peak_bytes` without the parameters' gradients, `peak_bytes` with them;
-    `residue_bytes` is alive after the step beside them. `reserved_peak_bytes` is the CUDA allocator's, of the whole
-    process. `timeline` shows the activations of the profiled step, stretched to last `wall_s`.
-    """
-
-    losses: tuple[float, ...]
-    wall_s: float
-    step_walls_s: tuple[float, ...]
-    first_step_s: float
-    peak_bytes: int
-    activation_peak_bytes: int
-    residue_bytes: int
-    reserved_peak_bytes: int | None
-    timeline: Timeline
-    gradients_sha256: str
-    parameters_sha256: str
-    buffers_sha256: str
-    device: str
-    versions: Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +141,11 @@ def record_memory(step: Callable[[], None], model: nn.Module) -> _Recorded:
 def _record_cpu(step: Callable[[], None], model: nn.Module) -> _Recorded:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
         step()
+    return _Recorded(cpu_memory(profiler, model), None)
+
+
+def cpu_memory(profiler: profile, model: nn.Module) -> StepMemory:
+    """Return what a profiled step (`profile_memory=True`) allocated, given the model whose gradients it left behind."""
     kineto = cast(Any, profiler).profiler.kineto_results
     # Sorted as integers: seconds since 1970 in a float cannot tell two allocations apart.
     nodes = sorted(_allocations(kineto.experimental_event_tree()), key=lambda node: node.start_time_ns)
@@ -186,7 +154,7 @@ def _record_cpu(step: Callable[[], None], model: nn.Module) -> _Recorded:
         MemoryEvent((node.start_time_ns - begin_ns) * NANOSECONDS, node.extra_fields.ptr, node.extra_fields.alloc_size)
         for node in nodes
     ]
-    return _Recorded(account(events, gradient_addresses=_gradient_addresses(model)), None)
+    return account(events, gradient_addresses=_gradient_addresses(model))
 
 
 def _allocations(roots: Sequence[Any]) -> Iterator[Any]:

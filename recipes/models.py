@@ -138,6 +138,8 @@ def _gpt2(shape: TransformerShape, dropout: float) -> _Network:
         eos_token_id=None,
     )
     model = GPT2LMHeadModel(config)
+    # Left unset, the loss warns at every trace, and the warning breaks a compiled graph.
+    model.loss_type = "ForCausalLM"
     return _Network(model, tuple(model.transformer.h), _own_loss, "transformers.GPT2LMHeadModel")
 
 

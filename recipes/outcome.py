@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.forecast import Prediction
-from recipes.measure import Measurement, Versions
-from recipes.peers import Mode
+from recipes.measurement import Measurement, Versions
+from recipes.modes import Mode
 from recipes.timeline import Timeline
 
 __all__ = ["Failed", "Finished", "Outcome", "median_outcome", "read_outcome", "write_outcome"]

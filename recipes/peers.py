@@ -9,8 +9,7 @@ settings are global: a process applies one mode, once.
 # pyright: reportUnknownMemberType=false
 
 import functools
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Callable
 from typing import Any, assert_never, cast
 
 import torch
@@ -26,10 +25,9 @@ from torch.utils.checkpoint import (
 from recipes.budget import budget_bytes, budget_share
 from recipes.forecast import PlanRecorder, Prediction
 from recipes.models import Workload
-from tinybp_lightning import hcb
-from tinybp_lightning.errors import ConfigError
+from recipes.modes import Mode
 
-__all__ = ["Mode", "apply_mode", "parse_modes"]
+__all__ = ["apply_mode"]
 
 # More than any recipe's model has distinct blocks: past the default of 8 Dynamo would give up and run eagerly.
 MAX_COMPILED_VARIANTS = 256
@@ -51,39 +49,7 @@ KEPT_OPS: frozenset[Any] = frozenset(
 )
 
 
-class Mode(Enum):
-    """A way to train; `naive` is plain autograd."""
-
-    naive = "naive"
-    checkpoint = "checkpoint"
-    selective = "selective"
-    compile = "compile"
-    compile_layers = "compile_layers"
-    compile_layers_checkpoint = "compile_layers_checkpoint"
-    activation_memory_budget = "activation_memory_budget"
-    compile_layers_memory_budget = "compile_layers_memory_budget"
-    hcb_eager = "hcb_eager"
-    hcb_inductor = "hcb_inductor"
-
-
 Forecast = Callable[[], Prediction | None]
-
-
-def parse_modes(mode: object) -> tuple[Mode, ...]:
-    """Return the modes that a configuration's `mode` names: `all`, one name, or a list of names.
-
-    **Returns:** each mode once, in the order given.
-
-    **Raises:** `ConfigError` when a name is not a mode.
-    """
-    if mode == "all":
-        return tuple(Mode)
-    names = cast(Sequence[object], mode) if isinstance(mode, list | tuple) else [mode]
-    known = {known_mode.value: known_mode for known_mode in Mode}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"`mode={unknown[0]}` is not a mode: take `all` or some of {', '.join(known)}.")
-    return tuple(known[str(name)] for name in dict.fromkeys(names))
 
 
 def apply_mode(mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes: int) -> Forecast:
@@ -165,6 +131,8 @@ def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
 
 def _hcb(workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str) -> Forecast:
     """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
+    from tinybp_lightning import hcb  # noqa: PLC0415  the peers' processes do without it
+
     recorder = PlanRecorder()
     activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
     hcb(workload.model, activation_budget=activation_budget, executor=executor, observers=(recorder,))

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from recipes.budget import budget_bytes
 from recipes.config import CompareConfig
+from recipes.modes import Mode
 from recipes.outcome import Finished, Outcome
-from recipes.peers import Mode
 from recipes.table import naive_of
 from recipes.timeline import Timeline
 

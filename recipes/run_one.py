@@ -19,8 +19,9 @@ from recipes.config import CompareConfig, load_config
 from recipes.data import batches_sha256, make_batches
 from recipes.measure import measure
 from recipes.models import build_workload, make_optimizer
+from recipes.modes import Mode
 from recipes.outcome import Finished, write_outcome
-from recipes.peers import Mode, apply_mode
+from recipes.peers import apply_mode
 from tinybp_lightning.errors import ConfigError
 
 __all__ = ["main", "pick_device", "run_one"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from recipes.budget import budget_bytes
 from recipes.config import CompareConfig
-from recipes.measure import Measurement
+from recipes.measurement import Measurement
+from recipes.modes import Mode
 from recipes.outcome import Failed, Finished, Outcome
-from recipes.peers import Mode
 
 __all__ = ["Row", "Sameness", "comparison_rows", "markdown_report", "naive_of"]
 
