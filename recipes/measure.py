@@ -14,7 +14,7 @@ import hashlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -29,7 +29,7 @@ from recipes.measurement import Measurement, Versions
 from recipes.models import Workload
 from recipes.timeline import MemoryEvent, StepMemory, Timeline, account, downsample
 
-__all__ = ["cpu_memory", "measure", "record_memory", "tensors_sha256"]
+__all__ = ["cpu_memory", "cuda_events", "measure", "record_memory", "tensors_sha256"]
 
 NANOSECONDS = 1e-9
 MICROSECONDS = 1e-6
@@ -179,15 +179,23 @@ def _record_cuda(step: Callable[[], None], model: nn.Module, device: torch.devic
         entries = memory._snapshot(device)["device_traces"][device.index or 0]
     finally:
         memory._record_memory_history(enabled=None)
+    memory_of_step = account(cuda_events(entries), gradient_addresses=_gradient_addresses(model))
+    return _Recorded(memory_of_step, max(reserved_bytes, torch.cuda.memory_reserved(device)))
+
+
+def cuda_events(entries: Sequence[Mapping[str, Any]]) -> list[MemoryEvent]:
+    """Return the allocations and releases in one device's trace of the caching allocator, in its order.
+
+    **Arguments:** `entries`: as in `torch.cuda.memory._snapshot()["device_traces"]`. A release counts when it is asked
+    for, as in `memory_allocated`: completed releases, and segments taken from the driver, are left out.
+    """
     sign = {"alloc": 1, "free_requested": -1}
     changes = [entry for entry in entries if entry["action"] in sign]
     begin_us = changes[0]["time_us"] if changes else 0
-    events = [
+    return [
         MemoryEvent((entry["time_us"] - begin_us) * MICROSECONDS, entry["addr"], sign[entry["action"]] * entry["size"])
         for entry in changes
     ]
-    memory_of_step = account(events, gradient_addresses=_gradient_addresses(model))
-    return _Recorded(memory_of_step, max(reserved_bytes, torch.cuda.memory_reserved(device)))
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:

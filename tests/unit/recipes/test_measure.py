@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 from recipes.config import Precision
 from recipes.data import Batch
-from recipes.measure import measure, record_memory, tensors_sha256
+from recipes.measure import cuda_events, measure, record_memory, tensors_sha256
 from recipes.measurement import Measurement
 from recipes.models import Workload
+from recipes.timeline import account
 
 ROWS, WIDTH = 64, 256
 SQUARE_BYTES = WIDTH * WIDTH * 4
@@ -97,6 +98,23 @@ def test_every_step_is_announced() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     measure(workload(model), optimizer, batches(4), warmup_steps=0, seed=0, on_step=steps.append)
     assert steps == [0, 1, 2, 3]
+
+
+def test_the_caching_allocators_trace_is_read_by_requests() -> None:
+    trace = [
+        ("segment_alloc", 7, 2048, 5),
+        ("alloc", 7, 1024, 10),
+        ("alloc", 8, 512, 1_000_010),
+        ("free_requested", 7, 1024, 1_500_010),
+        ("free_completed", 7, 1024, 1_500_011),
+        ("snapshot", 0, 0, 1_600_000),
+    ]
+    entries = [dict(zip(("action", "addr", "size", "time_us"), entry, strict=True)) for entry in trace]
+    events = cuda_events(entries)
+    assert [(event.address, event.size_bytes) for event in events] == [(7, 1024), (8, 512), (7, -1024)]
+    assert [event.time_s for event in events] == pytest.approx([0.0, 1.0, 1.5])
+    memory = account(events, gradient_addresses=[8])
+    assert (memory.peak_bytes, memory.activation_peak_bytes, memory.residue_bytes) == (1536, 1024, 0)
 
 
 def test_a_digest_sees_one_bit_a_name_and_a_type() -> None:
