@@ -40,8 +40,8 @@ def config_from(
     if not found:
         return HCBConfig(executor=executor)
     try:
-        budgets = {name: _budget_from_text(found.get(name)) for name in _VARIABLES}
-        return HCBConfig(**budgets, executor=executor)
+        memory, activation = (_budget_from_text(found.get(name)) for name in _VARIABLES)
+        return HCBConfig(memory_budget=memory, activation_budget=activation, executor=executor)
     except ConfigError as error:
         source = " ".join(f"{_VARIABLES[name]}={text}" for name, text in found.items())
         raise BudgetError(f"in the environment, `{source}`: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanSquaredError
 
 from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
@@ -114,8 +115,12 @@ def trainer_for(pl: ModuleType) -> Callable[..., Any]:
 
 @pytest.fixture
 def models(pl: ModuleType) -> dict[str, type[Any]]:
-    """LightningModules by their way to optimise; each keeps its losses."""
+    """LightningModules by name; each keeps its losses."""
+    base = base_model(pl)
+    return {cls.__name__: cls for cls in (base, *models_by_optimisation(base), *models_by_composition(base))}
 
+
+def base_model(pl: ModuleType) -> type[Any]:
     class Model(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -139,7 +144,11 @@ def models(pl: ModuleType) -> dict[str, type[Any]]:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
-    class OwnForward(Model):
+    return Model
+
+
+def models_by_optimisation(base: type[Any]) -> tuple[type[Any], ...]:
+    class OwnForward(base):
         """Calls itself, so that the LightningModule is the target."""
 
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
@@ -150,11 +159,11 @@ def models(pl: ModuleType) -> dict[str, type[Any]]:
             self.losses.append(loss.detach().clone())
             return loss
 
-    class Validated(Model):
+    class Validated(base):
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             self.log("val", self.net(batch).mean(), batch_size=len(batch))
 
-    class Manual(Model):
+    class Manual(base):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -167,7 +176,7 @@ def models(pl: ModuleType) -> dict[str, type[Any]]:
                 self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
                 optimizer.step()
 
-    class GAN(Model):
+    class GAN(base):
         """Two networks, two optimizers, and `toggle_optimizer` switching `requires_grad` in every step."""
 
         def __init__(self) -> None:
@@ -195,4 +204,49 @@ def models(pl: ModuleType) -> dict[str, type[Any]]:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (self.generator, self.critic)]
 
-    return {cls.__name__: cls for cls in (Model, OwnForward, Validated, Manual, GAN)}
+    return OwnForward, Validated, Manual, GAN
+
+
+def models_by_composition(base: type[Any]) -> tuple[type[Any], ...]:
+    class Parts(base):
+        """Two networks called in turn, with the user's own code between them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = network()[:4], network()
+            del self.net
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            code = self.encoder(batch)
+            loss = self.decoder(code + 0.1 * torch.randn_like(code)).square().mean()
+            self.losses.append(loss.detach().clone())
+            return loss
+
+    class Measured(base):
+        """A loss and a metric that are modules without parameters: nothing to plan there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mse, self.metric = nn.MSELoss(), MeanSquaredError()
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            out = self.net(batch)
+            loss = self.mse(out, torch.zeros_like(out))
+            self.metric(out.detach(), torch.zeros_like(out))
+            self.log("mse", self.metric, on_step=True, on_epoch=True)
+            self.losses.append(loss.detach().clone())
+            return loss
+
+    class Distilled(base):
+        """A frozen teacher, called with gradients enabled: it has no backward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = network().requires_grad_(False)
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            loss = (self.net(batch) - self.teacher(batch)).square().mean()
+            self.losses.append(loss.detach().clone())
+            return loss
+
+    return Parts, Measured, Distilled

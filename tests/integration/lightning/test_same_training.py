@@ -18,6 +18,10 @@ CASES = {
     "validation": ("Validated", {"val_check_interval": 2}),
     "manual": ("Manual", {}),
     "two optimizers": ("GAN", {}),
+    "two parts": ("Parts", {}),
+    "loss and metric modules": ("Measured", {}),
+    "frozen teacher": ("Distilled", {}),
+    "a profiler": ("Model", {"profiler": "simple"}),
 }
 
 
