@@ -153,7 +153,8 @@ class Planner:
         best = min(candidates, key=lambda c: c.cost)
         if best.timeline.total_s > self._plain_s:
             best = self._search(budget_bytes, best)
-        lower_bound_s = self._plain_s
+        # The bound sums in another order than the clock: keep the last bit from making the gap negative.
+        lower_bound_s = min(self._plain_s, best.timeline.total_s)
         return Plan(
             schedule=best.schedule,
             budget_bytes=budget_bytes,
@@ -176,6 +177,15 @@ class Planner:
 
     @cached_property
     def _smallest(self) -> _Candidate:
+        """The candidate with the smallest peak; on a short chain helpers can reach below the smallest tree."""
+        persistent = self._smallest_tree
+        steps = [] if self._short_grid is None else self._short_grid.steps(self._floor.smallest_bytes)
+        if self._short_grid is None or not steps:
+            return persistent
+        return min(persistent, self._at(self._short_grid, steps[-1][0]), key=lambda c: c.timeline.peak_bytes)
+
+    @cached_property
+    def _smallest_tree(self) -> _Candidate:
         left_bytes = self._floor.smallest_bytes
         grid = self._grids[-1]
         tree = grid.tree(left_bytes)
@@ -187,7 +197,7 @@ class Planner:
     def _fixed(self) -> list[_Candidate]:
         """Candidates that do not depend on the budget."""
         known = [self._candidate(method(self._chain)) for method in (keep_all, per_block, every_sqrt_n)]
-        return [self._fastest, *known, self._smallest]
+        return [self._fastest, *known, self._smallest_tree, self._smallest]
 
     def _candidate(self, schedule: Schedule) -> _Candidate:
         return _Candidate(schedule, simulate(self._chain, schedule))
