@@ -1,8 +1,15 @@
 """How many bytes were alive, when? The allocator's own events, cut into marked segments.
 
 On CPU the only witness is the profiler (`profile_memory=True`), whose allocation events carry address and size; on
-CUDA the caching allocator keeps a running peak. Both are read here and nowhere else. Private API used: Kineto's event
-tree (`torch._C._profiler`), unchanged from torch 2.11 to 2.14.
+CUDA the caching allocator keeps a history of the same. Both are read here and nowhere else; nobody's own counters are
+reset. Private API used: starting the profiler and Kineto's event tree (`torch._C._profiler`), unchanged from torch 2.11
+to 2.14.
+
+Note [Nothing but allocations]
+    The profiler is started for a scope that nothing runs in, so that it records no ops. That is cheaper, and it is
+    needed: an op or `record_function` range that begins under one profiler and ends under the next writes into the
+    first one's freed memory, and a trace ends and begins anywhere, in particular inside ranges of DDP, of Dynamo and of
+    `Optimizer.step`. Marks are therefore allocations themselves, known by their size and address.
 """
 
 import os
@@ -11,14 +18,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch._C._profiler import _EventType  # pyright: ignore[reportPrivateUsage] - the one place for Kineto's events
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch._C._profiler import RecordScope, _EventType  # pyright: ignore[reportPrivateUsage] - the one place
+from torch.autograd import profiler as torch_profiler
+from torch.profiler import ProfilerActivity
 
-from tinybp_lightning.capture.torch.private import is_profiling
+from tinybp_lightning.capture.torch.private import (
+    cuda_history,
+    cuda_history_is_on,
+    is_profiling,
+    start_cuda_history,
+    stop_cuda_history,
+)
 
 __all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace"]
 
-_MARK = "tinybp::mark"
+profiler: Any = torch_profiler  # its stub hides the functions that start and stop it
+_MARK_BYTES = 739  # a size that no tensor is likely to have
+_NO_SCOPES = {RecordScope.LITE_INTERPRETER}  # an empty set would mean all
+_MAX_CUDA_EVENTS = 2_000_000  # past this the allocator's history would overwrite its own beginning
 # Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -64,113 +81,137 @@ def open_trace(device: torch.device) -> AllocatorTrace:
 
 
 class _CpuTrace:
+    """Reads the profiler's allocation events. See Note [Nothing but allocations]."""
+
     def __init__(self) -> None:
         self._labels: list[str] = []
+        self._marks: list[int] = []
         self._left_out: list[tuple[int, tuple[int, ...]]] = []
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
-        self._profile.start()
+        config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
+        activities = {ProfilerActivity.CPU}
+        profiler._prepare_profiler(config, activities)
+        profiler._enable_profiler(config, activities, _NO_SCOPES)
         self.mark("start")
 
     def mark(self, label: str) -> None:
-        with record_function(f"{_MARK}{len(self._labels)}"):
-            self._labels.append(label)
+        """Start the segment `label` here."""
+        self._labels.append(label)
+        self._marks.append(torch.empty(_MARK_BYTES, dtype=torch.uint8).data_ptr())
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Do not count these tensors, from their allocation on."""
         addresses = tuple(t.untyped_storage().data_ptr() for t in tensors)
         self._left_out.append((len(self._labels), addresses))
         self.mark(self._labels[-1])
 
     def abandon(self) -> None:
-        self._profile.stop()
+        """Stop without reading."""
+        profiler._disable_profiler()
 
     def close(self) -> tuple[Segment, ...]:
-        self._profile.stop()
-        events, marks = self._read()
-        self._drop_left_out(events, marks)
+        """Stop and return the segments."""
+        events, marks = self._read(profiler._disable_profiler())
+        _drop_left_out(self._left_out, events, marks)
         return _segments(self._labels, events, marks)
 
-    def _read(self) -> tuple[list[tuple[int, int, int]], list[int]]:
-        results: Any = getattr(self._profile.profiler, "kineto_results", None)
-        assert results is not None, "the profiler was stopped"
-        events: list[tuple[int, int, int]] = []
-        marks = [0] * len(self._labels)
-        stack: list[Any] = list(results.experimental_event_tree())
-        while stack:
-            event = stack.pop()
-            if event.tag == _EventType.Allocation:
-                if event.extra_fields.device.type == "cpu":
-                    events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-            elif event.name.startswith(_MARK):
-                marks[int(event.name.removeprefix(_MARK))] = event.start_time_ns
-            stack.extend(event.children)
-        events.sort(key=lambda e: e[0])
+    def _read(self, results: Any) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return `(address, bytes)` of every event in order, and how many events came before each mark."""
+        events: list[tuple[int, int]] = []
+        marks: list[int] = []
+        for event in results.experimental_event_tree():
+            assert event.tag == _EventType.Allocation, f"the profiler recorded {event.name} too"
+            fields = event.extra_fields
+            if fields.device.type != "cpu":
+                continue
+            if fields.alloc_size == _MARK_BYTES and fields.ptr == self._marks[min(len(marks), len(self._marks) - 1)]:
+                marks.append(len(events))
+            elif fields.alloc_size != -_MARK_BYTES:
+                events.append((fields.ptr, fields.alloc_size))
+        assert len(marks) == len(self._marks), f"{len(marks)} of {len(self._marks)} marks were found"
         return events, marks
 
-    def _drop_left_out(self, events: list[tuple[int, int, int]], marks: list[int]) -> None:
-        for mark, addresses in self._left_out:
-            wanted = set(addresses)
-            for i in range(len(events) - 1, -1, -1):
-                when, address, size = events[i]
-                if when < marks[mark] and address in wanted and size > 0:
-                    wanted.discard(address)
-                    _erase(events, i)
+
+def _drop_left_out(
+    left_out: Sequence[tuple[int, tuple[int, ...]]], events: list[tuple[int, int]], marks: Sequence[int]
+) -> None:
+    """Take the newest allocation at each left-out address, before its mark, out of the events."""
+    for mark, addresses in left_out:
+        wanted = set(addresses)
+        for i in range(marks[mark] - 1, -1, -1):
+            address, size = events[i]
+            if address in wanted and size > 0:
+                wanted.discard(address)
+                _erase(events, i)
 
 
-def _erase(events: list[tuple[int, int, int]], allocation: int) -> None:
-    """Take one allocation and the free that ends it out of the events."""
-    when, address, _ = events[allocation]
-    events[allocation] = (when, address, 0)
+def _erase(events: list[tuple[int, int]], allocation: int) -> None:
+    """Take one allocation and the release that ends it out of the events."""
+    address, _ = events[allocation]
+    events[allocation] = (address, 0)
     for j in range(allocation + 1, len(events)):
-        if events[j][1] == address:
-            if events[j][2] < 0:
-                events[j] = (events[j][0], address, 0)
+        if events[j][0] == address and events[j][1] < 0:
+            events[j] = (address, 0)
             return
 
 
-def _segments(labels: list[str], events: list[tuple[int, int, int]], marks: list[int]) -> tuple[Segment, ...]:
+def _segments(labels: Sequence[str], events: Sequence[tuple[int, int]], marks: Sequence[int]) -> tuple[Segment, ...]:
+    """Cut the events at the marks. `marks[k]` is the number of events before mark `k`."""
     segments: list[Segment] = []
-    live, position = 0, 0
-    for k, label in enumerate(labels):
-        end = marks[k + 1] if k + 1 < len(marks) else None
-        start = peak = live
-        while position < len(events) and (end is None or events[position][0] < end):
-            live += events[position][2]
+    live = sum(size for _, size in events[: marks[0]])
+    for label, start, end in zip(labels, marks, [*marks[1:], len(events)], strict=True):
+        first = peak = live
+        for _, size in events[start:end]:
+            live += size
             peak = max(peak, live)
-            position += 1
-        segments.append(Segment(label, start, peak, live))
+        segments.append(Segment(label, first, peak, live))
     return tuple(segments)
 
 
 class _CudaTrace:
-    """Reads the caching allocator's running peak at each mark. Left-out tensors leave the levels, not the peaks."""
+    """Reads the caching allocator's own history. A mark is a tiny tensor: its address is the mark's place in it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._base = torch.cuda.memory_allocated(device)
-        self._left_out = 0
-        self._segments: list[Segment] = []
-        self._open: tuple[str, int] = ("start", 0)
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def _level(self) -> int:
-        return torch.cuda.memory_allocated(self._device) - self._base - self._left_out
+        self._labels: list[str] = []
+        self._marks: list[torch.Tensor] = []
+        self._left_out: list[tuple[int, tuple[int, ...]]] = []
+        self._was_on = cuda_history_is_on()
+        if not self._was_on:
+            start_cuda_history(_MAX_CUDA_EVENTS)
+        self.mark("start")
 
     def mark(self, label: str) -> None:
-        self._end_segment()
-        self._open = (label, self._level())
-        torch.cuda.reset_peak_memory_stats(self._device)
+        """Start the segment `label` here."""
+        self._labels.append(label)
+        self._marks.append(torch.empty(1, dtype=torch.uint8, device=self._device))
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._left_out += sum(t.untyped_storage().nbytes() for t in tensors)
+        """Do not count these tensors, from their allocation on."""
+        addresses = tuple(t.untyped_storage().data_ptr() for t in tensors)
+        self._left_out.append((len(self._labels), addresses))
+        self.mark(self._labels[-1])
 
     def abandon(self) -> None:
-        return  # the caching allocator counts by itself; nothing runs
+        """Stop without reading."""
+        self._marks.clear()
+        if not self._was_on:
+            stop_cuda_history()
 
     def close(self) -> tuple[Segment, ...]:
-        self._end_segment()
-        return tuple(self._segments)
-
-    def _end_segment(self) -> None:
-        label, start = self._open
-        peak = torch.cuda.max_memory_allocated(self._device) - self._base
-        self._segments.append(Segment(label, start, max(peak, start), self._level()))
+        """Stop and return the segments."""
+        raw = cuda_history(self._device)
+        # Marks are alive to the end, so the newest allocation at a mark's address is the mark itself.
+        places = {t.data_ptr(): k for k, t in enumerate(self._marks)}
+        newest = {address: i for i, (address, size) in enumerate(raw) if size > 0 and address in places}
+        at = {i: places[address] for address, i in newest.items()}
+        events: list[tuple[int, int]] = []
+        marks: list[int] = []
+        for i, event in enumerate(raw):
+            if i in at:
+                marks.append(len(events))
+            elif marks:
+                events.append(event)
+        assert len(marks) == len(self._labels), "the allocator's history lost a mark"
+        self.abandon()
+        _drop_left_out(self._left_out, events, marks)
+        return _segments(self._labels, events, marks)

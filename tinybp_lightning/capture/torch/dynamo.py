@@ -1,18 +1,33 @@
-"""How is a module's forward traced? By Dynamo, as one graph or not at all.
+"""How is a module's forward traced? By Dynamo, as one graph or not at all, and as it runs *without* a compiler.
 
 `torch.compile` with a backend of ours gives guards (new shapes make a new graph), side effects in the right place and
-the user's output structure. Its graph is at torch level: no functionalisation, the user's own calls. Private API:
-`torch._dynamo.config`, `torch._dynamo.exc` (torch 2.11 to 2.14).
+the user's output structure. Its graph is at torch level: no functionalisation, the user's own calls.
+
+Note [As it runs]
+    Libraries ask `torch.compiler.is_compiling()` and then take another path: transformers builds an attention mask
+    that it leaves out in eager mode, and other kernels with other bits (and no flash attention) follow. The blocks run
+    in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`. Where that path reads
+    values of tensors, and the graph breaks, the compiler's path is traced instead; `runtime` then checks on the
+    first step that its results are the plain forward's, bit for bit.
+
+Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Dynamo is private and barely annotated; it is reached from here only.
+
+import contextlib
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import fx
 from torch._dynamo import exc
+from torch._dynamo.comptime import comptime
+from torch._dynamo.variables.torch import tracing_state_functions
 
 from tinybp_lightning.errors import CaptureError
 
@@ -30,8 +45,12 @@ class CannotTraceError(CaptureError):
         self.reason = reason
 
 
-def traced(forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
+def traced(
+    forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]], *, as_it_runs: bool
+) -> Callable[..., Any]:
     """Return `forward`, traced on each new signature; `on_graph` turns a captured graph into what runs it.
+
+    **Arguments:** `as_it_runs`: take the paths of eager execution (see Note [As it runs]), else the compiler's.
 
     **Raises:** (when called) `CannotTraceError` if the forward breaks the graph. Nothing of it has run then.
     """
@@ -43,7 +62,7 @@ def traced(forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Cal
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            with _settings():
+            with _settings(), _as_it_runs() if as_it_runs else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
@@ -52,14 +71,61 @@ def traced(forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Cal
 
 
 def _settings() -> Any:
-    # A log line is no reason to break a graph: HF models log in their forwards.
-    loggers = {getattr(logging.Logger, n) for n in ("debug", "info", "warning", "error", "exception", "critical")}
-    loggers |= {f for n in ("warning_once", "info_once", "warning_advice") if (f := getattr(logging.Logger, n, None))}
-    settings: Any = torch._dynamo.config.patch(
+    # A log line is no reason to break a graph: HF models log in their forwards. A tuple, because Dynamo sorts sets of
+    # settings when it reports them, and functions have no order.
+    names = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
+    ignored = (*torch._dynamo.config.ignore_logging_functions, *(getattr(logging.Logger, n, None) for n in names))
+    return torch._dynamo.config.patch(
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
         # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
         optimize_ddp=False,
-        ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | loggers,
+        ignore_logging_functions=tuple(f for f in ignored if f is not None),
     )
-    return settings
+
+
+@contextlib.contextmanager
+def _as_it_runs() -> Generator[None]:
+    """Let traced code see that it is not being compiled. See Note [As it runs]."""
+    answers = tracing_state_functions()
+    compiling = [question for question, answer in answers.items() if answer is True]
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    original = getattr(masks, "find_packed_sequence_indices", None)
+    try:
+        for question in compiling:
+            answers[question] = False
+        if original is not None:
+            masks.find_packed_sequence_indices = _no_packed_sequences
+        yield
+    finally:
+        for question in compiling:
+            answers[question] = True
+        if original is not None:
+            masks.find_packed_sequence_indices = original
+
+
+def _no_packed_sequences(position_ids: torch.Tensor) -> None:
+    """What transformers' function returns for positions 0, 1, 2 …, without reading them at run time.
+
+    It reads the positions to find several sequences in one row. Where the model made them itself they are constants:
+    they are computed and looked at once, while tracing. Where they come from the caller, tracing gives up.
+    """
+    comptime(_check_positions)
+    _ = position_ids
+
+
+def _check_positions(context: Any) -> None:
+    positions = _constant(context.get_local("position_ids").as_proxy().node)
+    if not bool((positions.diff(dim=-1) == 1).all()):
+        raise CannotTraceError("the positions hold several packed sequences")
+
+
+def _constant(node: fx.Node) -> Any:
+    """Compute a traced value that depends on no input."""
+    if node.op not in ("call_function", "call_method"):
+        raise CannotTraceError("the positions come from the caller, and the attention mask depends on their values")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _constant)  # pyright: ignore[reportGeneralTypeIssues]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target), "call_function names a callable"
+    return node.target(*args, **kwargs)

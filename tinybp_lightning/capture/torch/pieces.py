@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] - torch 2.11 to 2.14
 
-from tinybp_lightning.capture.torch.record import is_op
+from tinybp_lightning.capture.torch.private import leaving_transforms
+from tinybp_lightning.capture.torch.record import enters_transform, is_op
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.ir import Graph
@@ -149,8 +150,9 @@ def _piece(
     position = {v: i for i, v in enumerate(before)}
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
+    has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
-        call=body.forward,
+        call=_leaving_transforms(body.forward) if has_transforms else body.forward,
         module=body,
         reads=sources,
         state=state,
@@ -158,3 +160,13 @@ def _piece(
         is_random=any(node.is_random for node in nodes),
         span=span,
     )
+
+
+def _leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A replay that stops early inside a `vmap` never gets to the call that leaves it."""
+
+    def left(arguments: list[Any]) -> Sequence[Any]:
+        with leaving_transforms():
+            return call(arguments)
+
+    return left

@@ -7,7 +7,8 @@ hold the other two concerns).
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # Everything here is private by definition.
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -16,13 +17,19 @@ from torch import nn
 __all__ = [
     "call_impl",
     "compiled_call_impl",
+    "cuda_history",
+    "cuda_history_is_on",
     "graph_task_id",
     "is_profiling",
+    "leaving_transforms",
     "queue_callback",
     "set_call_impl",
     "set_grad_enabled_op",
+    "start_cuda_history",
+    "stop_cuda_history",
     "storage_key",
     "swap_buffer",
+    "untransformed",
 ]
 
 set_grad_enabled_op: Any = torch._C._set_grad_enabled
@@ -32,6 +39,24 @@ set_grad_enabled_op: Any = torch._C._set_grad_enabled
 def storage_key(t: torch.Tensor) -> int:
     """Return the identity of the storage behind `t`, valid while somebody holds it."""
     return t.untyped_storage()._cdata
+
+
+def untransformed(t: torch.Tensor) -> torch.Tensor:
+    """Return the ordinary tensor inside one that `torch.func` transforms (`vmap`) have wrapped; any other as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+@contextlib.contextmanager
+def leaving_transforms() -> Generator[None]:
+    """Leave every `torch.func` transform that the body entered and an exception kept it from leaving."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    except BaseException:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        raise
 
 
 def graph_task_id() -> int:
@@ -72,3 +97,26 @@ def swap_buffer(owner: nn.Module, name: str, buffer: torch.Tensor | None) -> tor
     own = owner._buffers[name]
     owner._buffers[name] = buffer
     return own
+
+
+def cuda_history_is_on() -> bool:
+    """Whether somebody records the CUDA allocator's history already."""
+    return bool(torch._C._cuda_isHistoryEnabled()) if hasattr(torch._C, "_cuda_isHistoryEnabled") else False
+
+
+def start_cuda_history(max_events: int) -> None:
+    """Record every allocation and release from now on, without stack traces."""
+    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=max_events)
+
+
+def stop_cuda_history() -> None:
+    """Stop recording, and drop what was recorded."""
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def cuda_history(device: torch.device) -> list[tuple[int, int]]:
+    """Return (address, bytes) of every allocation (positive) and release (negative) so far, in order."""
+    sign = {"alloc": 1, "free_requested": -1}
+    snapshot: Any = torch.cuda.memory._snapshot(device)
+    entries = snapshot["device_traces"][device.index or 0]
+    return [(e["addr"], sign[e["action"]] * e["size"]) for e in entries if e["action"] in sign]

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key
+from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key, untransformed
 from tinybp_lightning.errors import CaptureError
 from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
 from tinybp_lightning.graph.verify import verify_graph
 
-__all__ = ["is_op", "record_graph"]
+__all__ = ["enters_transform", "is_op", "record_graph"]
 
 _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 # These change their running statistics without raising the version counter (seen on torch 2.13, CPU and fake).
@@ -35,6 +35,11 @@ _SILENT_WRITES = ("running_mean", "running_var")
 def is_op(node: fx.Node) -> bool:
     """Whether an FX node is a call, as opposed to an input, a constant or the output."""
     return node.op in ("call_function", "call_method", "call_module")
+
+
+def enters_transform(op: str) -> bool:
+    """Whether the op of this name enters a `torch.func` transform (`vmap`), which `*_decrement_nesting` leaves."""
+    return op.endswith("_increment_nesting")
 
 
 def record_graph(module: fx.GraphModule, inputs: Sequence[Any], *, name: str) -> Graph:
@@ -103,6 +108,7 @@ class _Recorder(fx.Interpreter):
         self._inputs: list[ValueId] = []
         self._alive: list[torch.Tensor] = []
         self._grad_region: ValueId | None = None
+        self._transforms: list[ValueId] = []
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def record(self, inputs: Sequence[Any]) -> Graph:
@@ -156,7 +162,7 @@ class _Recorder(fx.Interpreter):
         self._alive += [*saved, *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))]
         made = self._value(n, result, StorageKind.ACTIVATION)
         reads = [self._value_of[i] for i in n.all_input_nodes]
-        reads += self._close_grad_region(n, made)
+        reads += [*self._close_grad_region(n, made), *self._close_transform(n, made)]
         self._nodes.append(
             Node(
                 id=NodeId(len(self._nodes)),
@@ -188,7 +194,15 @@ class _Recorder(fx.Interpreter):
         opened, self._grad_region = self._grad_region, None if n.args[0] else self._grad_region
         return [opened]
 
-    def _storage(self, t: torch.Tensor, kind: StorageKind) -> StorageId:
+    def _close_transform(self, n: fx.Node, made: ValueId) -> list[ValueId]:
+        """Tie the two ends of a `torch.func` transform (`vmap`) together: its tensors exist only between them."""
+        op = _op_name(n)
+        if enters_transform(op):
+            self._transforms.append(made)
+        return [self._transforms.pop()] if op.endswith("_decrement_nesting") and self._transforms else []
+
+    def _storage(self, tensor: torch.Tensor, kind: StorageKind) -> StorageId:
+        t = untransformed(tensor)
         key = storage_key(t)
         if key not in self._storage_of:
             self._storage_of[key] = StorageId(len(self._storages))

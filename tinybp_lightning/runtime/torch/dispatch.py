@@ -7,17 +7,20 @@ whose forward runs its own weights, under the same configuration. State-dict key
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from tinybp_lightning.capture.torch.dynamo import CannotTraceError, traced
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import Executor, HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.memory import PlainPeak
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.plain_check import Before, plain_outputs, same_outputs, signature_of
 from tinybp_lightning.runtime.torch.program import GraphProgram
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
@@ -35,10 +38,12 @@ class Target:
         self._plain = plain
         self._config = config
         self._observers = tuple(observers)
-        self._num_calls = 0
         self.programs: list[GraphProgram] = []
         self._last: GraphProgram | None = None
-        self._traced = traced(plain, self._on_graph)
+        self._traced: Callable[..., Any] | None = traced(plain, self._on_graph, as_it_runs=True)
+        self._traced_as_compiled = traced(plain, self._on_graph, as_it_runs=False)
+        self._plain_peak = PlainPeak()
+        self._seen: set[tuple[str, ...]] = set()
         self.module_steps: ModuleSteps | None = None
         if has_sharded_units(module):
             self.module_steps = ModuleSteps(module, plain, self.name, config, observers)
@@ -66,17 +71,44 @@ class Target:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
-        if self.module_steps is None:
+        if self.module_steps is not None:
+            return self.module_steps.call(args, kwargs)
+        if self._traced is not None:
             try:
                 return self._traced(*args, **kwargs)
-            except CannotTraceError as error:
-                warnings.warn(
-                    f"`{self.name}` cannot be traced as one graph ({error.reason}). It is trained by module steps "
-                    "instead: the same results, but whole submodules are the smallest blocks.",
-                    HCBWarning,
-                    stacklevel=2,
-                )
-                self.module_steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
+            except CannotTraceError:
+                self._traced = None  # the eager path reads values of tensors: see Note [As it runs] in dynamo.py
+        try:
+            return self._checked(args, kwargs)
+        except CannotTraceError as error:
+            return self._by_module_steps(error.reason, args, kwargs)
+
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the compiler's path, and compare it with the plain forward the first time it sees a signature."""
+        signature = signature_of(args, kwargs)
+        if signature in self._seen:
+            return self._traced_as_compiled(*args, **kwargs)
+        before = Before.of(self._module)
+        expected = plain_outputs(self._plain, args, kwargs)
+        before.restore()
+        result = self._traced_as_compiled(*args, **kwargs)
+        if same_outputs(expected, result) or Executor(self._config.executor) is Executor.INDUCTOR:
+            self._seen.add(signature)
+            return result
+        for program in self.programs:
+            program.abandon()
+        before.restore()
+        reason = "its results under a tracer differ from its own: it asks whether it is being compiled"
+        return self._by_module_steps(reason, args, kwargs)
+
+    def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        warnings.warn(
+            f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
+            "results, but whole submodules are the smallest blocks.",
+            HCBWarning,
+            stacklevel=2,
+        )
+        self.module_steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
         return self.module_steps.call(args, kwargs)
 
     def close(self) -> None:
@@ -85,7 +117,7 @@ class Target:
             self.module_steps.remove()
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
-        program = GraphProgram(module, self.name, self._config, self._observers)
+        program = GraphProgram(module, self.name, self._config, self._observers, self._plain_peak)
         self.programs.append(program)
 
         def run(*args: Any) -> Any:
@@ -130,7 +162,8 @@ class Dispatcher:
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        bound: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        forward: Any = type(self.module).forward
+        bound = MethodType(forward, self.module)
         return self._own_forward or bound
 
     @property

@@ -10,7 +10,7 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
 
-__all__ = ["Room", "room_bytes", "static_bytes"]
+__all__ = ["PlainPeak", "Room", "room_bytes", "static_bytes"]
 
 # What `"auto"` leaves free: fragmentation of the caching allocator and libraries that allocate beside it.
 _AUTO_MARGIN = 0.05
@@ -52,13 +52,32 @@ def room_bytes(budget: Budget, device: torch.device) -> int:
     return int((free + mine) * (1 - _AUTO_MARGIN))
 
 
+class PlainPeak:
+    """The largest peak that plain training of one target was seen to need, over all shapes.
+
+    A share is of that: a small last batch must not be held to a share of its own small peak.
+    """
+
+    def __init__(self) -> None:
+        self._largest_bytes = 0
+
+    def largest(self, plain_peak_bytes: int) -> int:
+        """Take one more peak into account and return the largest."""
+        self._largest_bytes = max(self._largest_bytes, plain_peak_bytes)
+        return self._largest_bytes
+
+
 class Room:
     """Bytes a plan may use above what is alive when a step begins.
 
-    **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned.
+    **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned;
+    `plain`: what a share is of, one for all programs of a target.
     """
 
-    def __init__(self, config: HCBConfig, device: torch.device, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, config: HCBConfig, device: torch.device, tensors: Sequence[torch.Tensor], plain: "PlainPeak"
+    ) -> None:
+        self._plain = plain
         self._budget = config.budget
         self._device = device
         self._parameters = [weakref.ref(t) for t in tensors if t.requires_grad and t.is_leaf]
@@ -71,7 +90,7 @@ class Room:
         if budget.kind is BudgetKind.ACTIVATION:
             if budget.fraction is None:
                 return budget.size_bytes or 0
-            return int(plain_peak_bytes * budget.fraction)
+            return int(self._plain.largest(plain_peak_bytes) * budget.fraction)
         return room_bytes(budget, self._device) - self._static - self._reserved_bytes()
 
     def _reserved_bytes(self) -> int:

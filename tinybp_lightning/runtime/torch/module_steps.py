@@ -26,7 +26,7 @@ from tinybp_lightning.graph.ids import BlockId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
-from tinybp_lightning.runtime.torch.memory import Room
+from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Move, Script
 from tinybp_lightning.runtime.torch.steps import Externals
@@ -196,7 +196,7 @@ class ModuleSteps:
             total.replay_s += s.replay_s
         if self.pilot is None:
             tensors = [*self._parameters, *self._buffers]
-            room = Room(self._config, device, tensors)
+            room = Room(self._config, device, tensors, PlainPeak())
             chain = _chain(calls, 0 if watch.measured is None else watch.measured.peak_bytes)
             self.pilot = Pilot(
                 self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers

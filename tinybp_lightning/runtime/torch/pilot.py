@@ -4,8 +4,7 @@ Note [Calibration]
     The first step flies the smallest plan and is traced: it can only exceed a budget that no plan meets, and it shows
     what no block measurement can, the code after the last block (the loss). The second step flies the plan for the
     budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
-    repaired until a traced step is at or under the budget. After that nothing is traced on CPU; on CUDA the
-    allocator's own counters are read in every step.
+    repaired until a traced step is at or under the budget. After that nothing is traced.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,7 +99,7 @@ class Pilot:
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
         """Start to follow a step."""
-        wants = self._phase is not _Phase.STEADY or self._device.type == "cuda"
+        wants = self._phase is not _Phase.STEADY
         counts = self._budget.kind is BudgetKind.MEMORY
         return StepWatch(self._device, parameters, traced=wants and can_trace(self._device), counts_gradients=counts)
 
@@ -138,9 +137,7 @@ class Pilot:
                 self._traces += 1
                 self._settle(measured)
             case _Phase.STEADY:
-                if measured.peak_bytes > self._flight.report.budget_bytes:
-                    self._phase, self._traces = _Phase.SETTLE, 0
-                    self._settle(measured)
+                raise AssertionError("steady steps are not traced")
 
     def _learn_tail(self, measured: Measured) -> None:
         self._chain = replace(self._chain, workspace_bytes=self._base_bytes)

@@ -22,7 +22,7 @@ from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.costs import compile_program, measure_chain
 from tinybp_lightning.runtime.torch.engine import Run
-from tinybp_lightning.runtime.torch.memory import Room
+from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
@@ -42,9 +42,17 @@ class _Situation:
 class GraphProgram:
     """One captured graph, planned on its first call."""
 
-    def __init__(self, module: fx.GraphModule, target: str, config: HCBConfig, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        target: str,
+        config: HCBConfig,
+        observers: Sequence[Observer],
+        plain: PlainPeak,
+    ) -> None:
         self._module = module
         self._target = target
+        self._plain = plain
         self._config = config
         self._observers = observers
         self._program: Program | None = None
@@ -60,6 +68,11 @@ class GraphProgram:
     def graph(self) -> Graph | None:
         """The graph, once the first call has recorded it."""
         return None if self._program is None else self._program.graph
+
+    def abandon(self) -> None:
+        """Stop to follow the last step: its results are not used."""
+        if self._watch is not None and not self._watch.ended:
+            self._watch.abandon()
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
@@ -84,8 +97,7 @@ class GraphProgram:
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
     ) -> Any:
-        if self._watch is not None and not self._watch.ended:
-            self._watch.abandon()  # the last forward had no backward (yet): it can no longer be measured
+        self.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
         externals = Externals.of(values)
         run = Run(pilot.script, externals, devices=devices, autocast=autocast)
@@ -147,7 +159,8 @@ class GraphProgram:
                 on_block=progress.advance,
             )
             progress.stage("planning")
-            room = Room(self._config, device, [v for v in values if isinstance(v, torch.Tensor)])
+            tensors = [v for v in values if isinstance(v, torch.Tensor)]
+            room = Room(self._config, device, tensors, self._plain)
             return Pilot(self._target, chain, budget=budget, room=room, device=device, observers=self._observers)
 
 
