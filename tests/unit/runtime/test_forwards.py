@@ -288,7 +288,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], LossOf]] = {
     "views": (ViewsAndAliases, both_outputs),
     "in-place": (InPlace, square_loss),
     "no-grad-inside": (NoGradInside, square_loss),
-    "custom-function": (CustomFunction, square_loss),
     "keywords": (Keywords, labelled),
     "unused-output": (Keywords, unused),
     "batch-norm": (Norms, square_loss),
@@ -302,9 +301,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], LossOf]] = {
 }
 
 
-# What Dynamo itself warns of while it traces, which the project's filters would turn into "cannot be traced".
+# Dynamo itself warns of this while it traces, which the project's filters would turn into "cannot be traced".
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 @pytest.mark.parametrize("case", CASES)
 def test_same_training(case: str) -> None:
     make, loss_of = CASES[case]
@@ -315,6 +313,13 @@ def test_same_training(case: str) -> None:
     assert_all_same(got, want)
     # Not by leaving it alone: the smallest plan replays.
     assert recorder.profiles[0].replayed_blocks > 0
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+def test_custom_function() -> None:
+    plain = CustomFunction()
+    want = train(copy.deepcopy(plain), square_loss)
+    assert_all_same(train(tbp.hcb(plain, activation_budget="1GiB"), square_loss), want)
 
 
 @pytest.mark.parametrize("make", [AccumulatesAcross, WritesIntoBatch])
