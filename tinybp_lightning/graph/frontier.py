@@ -183,6 +183,14 @@ def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[i
         for storage in node.writes
         if guarded[storage]
     ]
+    # A value that a node made *of* a buffer (`out=buffer`, a view of it) is no longer the runtime's to guard once it is
+    # part of a boundary: were the buffer changed again, the boundary would hold the new numbers.
+    written = {storage for node in graph.nodes for storage in node.writes}
+    changed += [
+        (life, 1)
+        for value, life in zip(graph.values, value_lives, strict=True)
+        if value.storage in written and not guarded[value.storage]
+    ]
     others = [(life, 1) for value, life in zip(graph.values, value_lives, strict=True) if value.storage is None]
     num_changed = _sum_over(num_nodes, changed)
     num_others = _sum_over(num_nodes, others)

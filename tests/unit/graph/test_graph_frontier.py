@@ -110,6 +110,19 @@ def test_a_write_of_a_buffer_forbids_no_cut() -> None:
     assert frontier_profile(build.build(build.op("op", [a], 4))).obstacles == (None, None, None)
 
 
+def test_no_cut_under_a_value_on_a_buffer_that_is_written() -> None:
+    build = GraphBuilder()
+    power = build.input(4, StorageKind.BUFFER)
+    a = build.op("op", [build.input(4)], 4)
+    normalized = build.write("normalize_", power, [a])
+    b = build.op("op", [a], 4)
+    c = build.op("clone", [normalized, b], 4)
+    build.write("normalize_", power, [c])
+    profile = frontier_profile(build.build(build.op("op", [c], 4)))
+    later = CutObstacle.LATER_WRITE
+    assert profile.obstacles == (None, later, later, None, None, None)
+
+
 def test_no_cut_under_a_value_that_is_no_tensor() -> None:
     build = GraphBuilder()
     a = build.op("op", [build.input(4)], 4)
