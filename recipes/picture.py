@@ -37,7 +37,9 @@ COLORS = {
 }
 OURS = (Mode.hcb_eager, Mode.hcb_inductor)
 BUDGET_COLOR = "#666666"
-PREDICTED_COLOR = "#000000"
+# Darker than the mode's own, for a dashed line on top of it.
+PREDICTED_COLORS = {Mode.hcb_eager: "#4d0a0b", Mode.hcb_inductor: "#5c3000"}
+PREDICTED_STYLE: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (3, 1.5))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +147,10 @@ def _draw_timelines(axes: Axes, finished: Sequence[Finished], unit_bytes: int, u
         axes.plot(times_ms, live, color=color, linewidth=width, alpha=opacity, zorder=3 if is_front else 2)
         if outcome.prediction is not None:
             times_ms, live = _points(outcome.prediction.timeline, measured.wall_s, unit_bytes)
-            axes.plot(times_ms, live, color=PREDICTED_COLOR, linewidth=0.9, linestyle=(0, (3, 1.5)), zorder=4)
+            axes.plot(times_ms, live, color=PREDICTED_COLORS[outcome.mode], zorder=4, **PREDICTED_STYLE)
     axes.plot([], [], color="#666666", linewidth=1.4, label="measured (colours as on the left)")
     if any(outcome.prediction is not None for outcome in finished):
-        axes.plot([], [], color=PREDICTED_COLOR, linewidth=0.9, linestyle=(0, (3, 1.5)), label="predicted by hcb")
+        axes.plot([], [], color="#333333", label="predicted by hcb", **PREDICTED_STYLE)
     axes.set_ylim(bottom=0.0)
     axes.set_xlim(left=0.0)
     # A step ends low, so the upper right is free.
