@@ -189,7 +189,7 @@ def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[i
     changed += [
         (life, 1)
         for value, life in zip(graph.values, value_lives, strict=True)
-        if value.storage in written and not guarded[value.storage]
+        if value.storage is not None and value.storage in written and not guarded[value.storage]
     ]
     others = [(life, 1) for value, life in zip(graph.values, value_lives, strict=True) if value.storage is None]
     num_changed = _sum_over(num_nodes, changed)

@@ -42,8 +42,11 @@ def values_by_definition(graph: Graph, position: int) -> tuple[int, ...]:
 def is_allowed_by_definition(graph: Graph, position: int) -> bool:
     guarded = {s.id for s in graph.storages if s.kind in (StorageKind.ACTIVATION, StorageKind.INPUT)}
     written = {storage for node in graph.nodes[position + 1 :] for storage in node.writes}
-    others_cross = any(graph.values[v].storage is None for v in values_by_definition(graph, position))
-    return not others_cross and not any(made_at(graph, s) <= position for s in written & guarded)
+    crossing = {graph.values[v].storage for v in values_by_definition(graph, position)}
+    ever_written = {storage for node in graph.nodes for storage in node.writes}
+    if None in crossing or crossing & ever_written - guarded:
+        return False
+    return not any(made_at(graph, s) <= position for s in written & guarded)
 
 
 @given(graphs())

@@ -109,6 +109,7 @@ class _Recorder(fx.Interpreter):
         self._alive: list[torch.Tensor] = []
         self._grad_region: ValueId | None = None
         self._transforms: list[ValueId] = []
+        self._input_of: dict[int, fx.Node] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def record(self, inputs: Sequence[Any]) -> Graph:
@@ -142,8 +143,11 @@ class _Recorder(fx.Interpreter):
             result = super().run_node(n)
             self._alive += [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             self._inputs.append(self._value(n, result, _input_kind(n, result)))
+            self._input_of.setdefault(id(result), n)
             return result
-        return self._run_call(n)
+        result = self._run_call(n)
+        self._read_input_itself(n, result)
+        return result
 
     def _run_call(self, n: fx.Node) -> Any:
         arguments = [t for t in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(t, torch.Tensor)]
@@ -179,6 +183,16 @@ class _Recorder(fx.Interpreter):
             )
         )
         return result
+
+    def _read_input_itself(self, n: fx.Node, result: Any) -> None:
+        """Let what reads the result of an in-place op on an input (`out=buffer`) read the input.
+
+        It is the same tensor, and inputs need not be carried from block to block. With a gradient of its own it is not
+        the same for a replay, and is left.
+        """
+        source = self._input_of.get(id(result))
+        if source is not None and isinstance(result, torch.Tensor) and not result.requires_grad:
+            n.replace_all_uses_with(source)
 
     def _close_grad_region(self, n: fx.Node, made: ValueId) -> list[ValueId]:
         """Tie the two ends of a `no_grad` region together, so that no cut falls between them.
