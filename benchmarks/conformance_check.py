@@ -1,0 +1,371 @@
+"""Does a way of training compute what plain training computes, within its budget?
+
+Two copies of one network are trained in lockstep, plainly and the way in question, each with generators of its own.
+After every optimizer step losses, gradients, buffers, parameters and the generators' states are compared. Then one
+more step is measured from allocator events, by `recipes.measure`, which shares nothing with the package.
+"""
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tinybp_lightning as tbp
+from benchmarks.zoo import Architecture, Blocks, Phase
+from recipes.budget import budget_bytes
+from recipes.measure import record_memory
+from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.session import targets
+
+__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
+
+BUDGETS = ("60%", "30%")
+"""Shares of plain training's measured activation peak; where one cannot be met, the smallest budget that can is."""
+
+_SEED = 7
+_NUM_STEPS = 3
+# Plans are repaired after traced steps: at most these many steps until a step is no longer traced.
+_MAX_STEPS = 10
+_MAX_RAISES = 6
+
+
+class Executor(Enum):
+    """A way of training that has to pass. Others are held to the same check by being added here and to `_apply`."""
+
+    EAGER = "eager"
+
+
+@dataclass(frozen=True, slots=True)
+class Sameness:
+    """What was equal bit for bit to plain training after every step; `first_difference` is empty when all was."""
+
+    losses: bool
+    gradients: bool
+    buffers: bool
+    parameters: bool
+    random_state: bool
+    first_difference: str
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether nothing differed."""
+        return not self.first_difference
+
+
+@dataclass(frozen=True, slots=True)
+class Conformity:
+    """One architecture, trained one way under one budget.
+
+    `budget` was asked for; `is_smallest` says that it cannot be met and that `budget_bytes` is the smallest that can.
+    Peaks are bytes of activations in a step (parameters' gradients left out), of the widest phase. `blocks` is `None`
+    where nothing is replayed. `recompute_share`, `step_s`: of the last step that was not traced.
+    """
+
+    architecture: str
+    executor: str
+    budget: str
+    budget_bytes: int
+    is_smallest: bool
+    plain_peak_bytes: int
+    measured_peak_bytes: int
+    predicted_peak_bytes: int
+    sameness: Sameness
+    num_steps: int
+    blocks: Blocks | None
+    num_blocks: int
+    num_kept: int
+    replayed_blocks: int
+    advanced_blocks: int
+    rescued_blocks: int
+    recompute_share: float
+    plain_step_s: float
+    step_s: float
+    planning_s: float
+    warnings: tuple[str, ...]
+
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether the measured peak is at or under the budget."""
+        return self.measured_peak_bytes <= self.budget_bytes
+
+
+def check(architecture: Architecture, executor: Executor, budget: str) -> Conformity:
+    """Train `architecture` plainly and by `executor` under `budget`, and return how they compare.
+
+    **Arguments:** `budget`: a share of plain training's measured activation peak, such as `"30%"`.
+
+    **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
+    """
+    plain_peak_bytes = _Training(architecture).peak_bytes()
+    asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
+    for attempt in range(_MAX_RAISES):
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", tbp.HCBWarning)
+                compared = _compare(architecture, executor, allowed_bytes)
+        except tbp.BudgetTooSmallError as error:
+            # What the first steps teach about the step's end may raise the smallest budget once more.
+            if attempt == _MAX_RAISES - 1:
+                raise
+            allowed_bytes = max(error.smallest_bytes, allowed_bytes + 1)
+            continue
+        break
+    return _conformity(
+        architecture,
+        executor,
+        budget,
+        compared,
+        budget_bytes=allowed_bytes,
+        is_smallest=allowed_bytes != asked_bytes,
+        plain_peak_bytes=plain_peak_bytes,
+        said=tuple(str(w.message) for w in caught if issubclass(w.category, tbp.HCBWarning)),
+    )
+
+
+@dataclass(slots=True)
+class _Listener(Observer):
+    """Keeps what is told about the steps."""
+
+    plans: list[PlanReport] = field(default_factory=list[PlanReport])
+    profiles: list[StepProfile] = field(default_factory=list[StepProfile])
+
+    def on_plan(self, plan: PlanReport) -> None:
+        self.plans.append(plan)
+
+    def on_replay(self, profile: StepProfile) -> None:
+        self.profiles.append(profile)
+
+
+def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: _Listener) -> None:
+    match executor:
+        case Executor.EAGER:
+            tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """Everything one step left behind, by name, in order."""
+
+    losses: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    random_state: dict[str, Tensor]
+
+
+class _Training:
+    """One copy of an architecture in training, with its own optimizers and its own random numbers."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        workload = architecture.build(_SEED)
+        self.module, self._batch, self._phases = workload.module, workload.batch, workload.phases
+        self._optimizers = [torch.optim.AdamW(self._trained(phase), lr=1e-3) for phase in self._phases]
+        torch.manual_seed(_SEED + 1)
+        random.seed(_SEED + 1)
+        np.random.seed(_SEED + 1)  # noqa: NPY002 - transformers masks by the global generator
+        self._random = _random_states()
+
+    def _trained(self, phase: Phase) -> list[nn.Parameter]:
+        return list(self.module.get_submodule(phase.trains).parameters())
+
+    def step(self) -> _Snapshot:
+        """Run every phase of one training step."""
+        _set_random_states(self._random)
+        losses: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for number, (phase, optimizer) in enumerate(zip(self._phases, self._optimizers, strict=True)):
+            self._prepare(phase)
+            loss = phase.loss(self.module, self._batch)
+            loss.backward()
+            losses[f"loss {number}"] = loss.detach().clone()
+            for name, parameter in self.module.named_parameters():
+                if parameter.grad is not None:
+                    gradients[f"{name} in phase {number}"] = parameter.grad.clone()
+            optimizer.step()
+        self._random = _random_states()
+        return _Snapshot(
+            losses,
+            gradients,
+            {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()},
+            {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()},
+            self._random.tensors(),
+        )
+
+    def peak_bytes(self) -> int:
+        """Return the activation peak of a step's widest phase, measured after a step that warms up."""
+        self.step()
+        return max(self._phase_peak(phase) for phase in self._phases)
+
+    def measured_peak_bytes(self) -> int:
+        """Return the activation peak of the next step's widest phase; that step does not train."""
+        return max(self._phase_peak(phase) for phase in self._phases)
+
+    def _phase_peak(self, phase: Phase) -> int:
+        self._prepare(phase)
+        recorded = record_memory(lambda: phase.loss(self.module, self._batch).backward(), self.module)
+        return recorded.memory.activation_peak_bytes
+
+    def _prepare(self, phase: Phase) -> None:
+        self.module.zero_grad(set_to_none=True)
+        if phase.trains:
+            self.module.requires_grad_(False)
+            self.module.get_submodule(phase.trains).requires_grad_(True)
+
+
+@dataclass(frozen=True, slots=True)
+class _RandomStates:
+    """States of every generator that a training may draw from."""
+
+    torch_state: Tensor
+    numpy_state: dict[str, Any]
+    python_state: Any
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The states as tensors, by generator."""
+        inner = self.numpy_state["state"]
+        return {
+            "torch": self.torch_state,
+            "numpy": torch.tensor([*inner["key"].tolist(), inner["pos"]]),
+            "python": torch.tensor(self.python_state[1]),
+        }
+
+
+def _random_states() -> _RandomStates:
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - transformers masks by the global generator
+    return _RandomStates(torch.get_rng_state(), numpy_state, random.getstate())
+
+
+def _set_random_states(states: _RandomStates) -> None:
+    torch.set_rng_state(states.torch_state)
+    np.random.set_state(states.numpy_state)  # noqa: NPY002 - transformers masks by the global generator
+    random.setstate(states.python_state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    sameness: Sameness
+    num_steps: int
+    plans: tuple[PlanReport, ...]
+    last_step: tuple[StepProfile, ...]
+    blocks: Blocks | None
+    measured_peak_bytes: int
+    plain_step_s: float
+    planning_s: float
+
+
+def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
+    plain, ours, listener = _Training(architecture), _Training(architecture), _Listener()
+    _apply(executor, ours.module, allowed_bytes, listener)
+    differences: list[str] = []
+    fields: set[str] = set()
+    plain_steps_s: list[float] = []
+    planning_s = 0.0
+    last_step: tuple[StepProfile, ...] = ()
+    num_steps = 0
+    while num_steps < _MAX_STEPS:
+        num_steps += 1
+        wall_s, expected = _timed(plain.step)
+        plain_steps_s.append(wall_s)
+        listener.profiles.clear()
+        wall_s, found = _timed(ours.step)
+        planning_s = planning_s or wall_s
+        last_step = tuple(listener.profiles)
+        for name in _Snapshot.__slots__:
+            different = _differences(getattr(expected, name), getattr(found, name))
+            differences += [f"step {num_steps}: {name}: {d}" for d in different]
+            fields |= {name} if different else set()
+        is_settled = all(profile.measured_peak_bytes is None for profile in last_step)
+        if num_steps >= _NUM_STEPS and is_settled:
+            break
+    held = targets(ours.module)
+    blocks = None if not held else Blocks.MODULE if any(t.module_steps for t in held) else Blocks.GRAPH
+    plans = tuple(report for target in held for report in target.reports)
+    return _Compared(
+        sameness=Sameness(
+            *(name not in fields for name in _Snapshot.__slots__),
+            first_difference=differences[0] if differences else "",
+        ),
+        num_steps=num_steps,
+        plans=plans,
+        last_step=last_step,
+        blocks=blocks,
+        measured_peak_bytes=ours.measured_peak_bytes(),
+        plain_step_s=min(plain_steps_s),
+        planning_s=planning_s,
+    )
+
+
+def _timed(step: Callable[[], _Snapshot]) -> tuple[float, _Snapshot]:
+    begin_s = time.perf_counter()
+    snapshot = step()
+    return time.perf_counter() - begin_s, snapshot
+
+
+def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Say how `found` differs from `expected`: names that are missing or extra, and tensors of other bits."""
+    told = [f"`{name}` is missing" for name in expected if name not in found]
+    told += [f"`{name}` is extra" for name in found if name not in expected]
+    for name, tensor in expected.items():
+        if name in found and not _same_bits(tensor, found[name]):
+            gap = (
+                (tensor.double() - found[name].double()).abs().max().item() if tensor.shape == found[name].shape else ""
+            )
+            told.append(f"`{name}` differs {gap}".rstrip())
+    return told
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and (torch.equal(a, b) or (a.shape == b.shape and _equal_with_nan(a, b)))
+
+
+def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _conformity(
+    architecture: Architecture,
+    executor: Executor,
+    budget: str,
+    compared: _Compared,
+    *,
+    budget_bytes: int,
+    is_smallest: bool,
+    plain_peak_bytes: int,
+    said: tuple[str, ...],
+) -> Conformity:
+    steps = compared.last_step
+    step_s = sum(profile.step_s for profile in steps)
+    return Conformity(
+        architecture=architecture.name,
+        executor=executor.value,
+        budget=budget,
+        budget_bytes=budget_bytes,
+        is_smallest=is_smallest,
+        plain_peak_bytes=plain_peak_bytes,
+        measured_peak_bytes=compared.measured_peak_bytes,
+        predicted_peak_bytes=max((plan.predicted_peak_bytes for plan in compared.plans), default=0),
+        sameness=compared.sameness,
+        num_steps=compared.num_steps,
+        blocks=compared.blocks,
+        num_blocks=sum(len(plan.chain.blocks) for plan in compared.plans),
+        num_kept=sum(plan.num_kept for plan in compared.plans),
+        replayed_blocks=_total(profile.replayed_blocks for profile in steps),
+        advanced_blocks=_total(profile.advanced_blocks for profile in steps),
+        rescued_blocks=_total(profile.rescued_blocks for profile in steps),
+        recompute_share=sum(profile.replay_s for profile in steps) / step_s if step_s else 0.0,
+        plain_step_s=compared.plain_step_s,
+        step_s=step_s,
+        planning_s=compared.planning_s,
+        warnings=said,
+    )
+
+
+def _total(counts: Iterable[int]) -> int:
+    return sum(counts)
