@@ -78,6 +78,8 @@ def _settings() -> Any:
     return torch._dynamo.config.patch(
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
+        # Off by default because compilers have no kernels for them; blocks run torch's own.
+        allow_rnn=True,
         # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
         optimize_ddp=False,
         ignore_logging_functions=tuple(f for f in ignored if f is not None),
