@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - no stub lists it
 
 __all__ = [
     "call_impl",
@@ -32,6 +33,7 @@ __all__ = [
     "untransformed",
 ]
 
+_transforms: Any = _functorch
 set_grad_enabled_op: Any = torch._C._set_grad_enabled
 """What Dynamo's graphs call where a `no_grad` region begins or ends."""
 
@@ -43,19 +45,19 @@ def storage_key(t: torch.Tensor) -> int:
 
 def untransformed(t: torch.Tensor) -> torch.Tensor:
     """Return the ordinary tensor inside one that `torch.func` transforms (`vmap`) have wrapped; any other as it is."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
+    while _transforms.is_functorch_wrapped_tensor(t):
+        t = _transforms.get_unwrapped(t)
     return t
 
 
 @contextlib.contextmanager
 def leaving_transforms() -> Generator[None]:
     """Leave every `torch.func` transform that the body entered and an exception kept it from leaving."""
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    depth = _transforms.get_dynamic_layer_stack_depth()
     try:
         yield
     except BaseException:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         raise
 
 
