@@ -78,9 +78,14 @@ def attach(
 ) -> Session:
     """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
 
-    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters, or is compiled as a whole.
+    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward, or
+    is compiled as a whole.
     """
     _check(root)
+    if not discover and type(root).forward is nn.Module.forward and "forward" not in vars(root):
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}` has no forward of its own, so it is never called: pass the module that calls it."
+        )
     for module in root.modules():
         if (old := dispatcher_of(module)) is not None:
             old.remove()
