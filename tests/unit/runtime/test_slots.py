@@ -1,0 +1,124 @@
+"""What a block saved comes back as it was: by reference, as a view of its input, or from a replay."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.errors import ReplayError
+from tinybp_lightning.runtime.torch.slots import Reference, Slot, SlotBook, StopReplay
+
+
+def book_of(*inputs: torch.Tensor, externals: tuple[torch.Tensor, ...] = ()) -> SlotBook:
+    return SlotBook(0, frozenset(storage_key(t) for t in externals), inputs)
+
+
+def test_an_external_is_held_by_reference() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    packed = book_of(externals=(weight,)).pack(weight[1:])
+    assert isinstance(packed, Reference)
+    assert packed.tensor_checked("x").data_ptr() == weight[1:].data_ptr()
+    assert packed.tensor_checked("x").grad_fn is None
+    with torch.no_grad():
+        weight.zero_()
+    with pytest.raises(ReplayError, match="changed in place after the forward"):
+        packed.tensor_checked("x")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[1:, ::2],
+        lambda t: t.flatten()[3:7],
+        lambda t: t.expand(2, 4, 6),
+        lambda t: t.view(torch.int32),
+        lambda t: t.view(torch.float16)[:, 5:],
+        lambda t: torch.view_as_complex(t.view(4, 3, 2)),
+    ],
+    ids=["itself", "transposed", "strided", "shifted", "expanded", "as-int", "as-half", "as-complex"],
+)
+@pytest.mark.parametrize("offset", [0, 6])
+def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Tensor], offset: int) -> None:
+    whole = torch.randn(60)
+    leaf = whole[offset : offset + 24].view(4, 6)
+    book = book_of(leaf)
+    slot = book.pack(view(leaf))
+    assert isinstance(slot, Slot)
+    assert book.num_replayed == 0
+    assert book.dropped_bytes == 0
+    # The boundary may have been stored or computed anew: somewhere else, at another offset.
+    elsewhere = torch.cat([torch.zeros(2), leaf.flatten()])[2:].view(4, 6)
+    book.fill_aliases([elsewhere])
+    assert slot.value is not None
+    want = view(leaf)
+    assert (slot.value.dtype, slot.value.stride()) == (want.dtype, want.stride())
+    assert torch.equal(slot.value, want)
+
+
+def test_an_input_changed_since_is_no_alias() -> None:
+    leaf = torch.randn(4)
+    book = book_of(leaf)
+    leaf.add_(1.0)
+    book.pack(leaf)
+    assert book.num_replayed == 1
+    assert book.dropped_bytes == 16
+
+
+def test_only_slots_that_autograd_holds_are_filled() -> None:
+    book = book_of()
+    first, second = book.pack(torch.ones(1)), book.pack(torch.ones(2))
+    del first
+    with book.filling(stops_early=False) as pack:
+        pack(torch.full((1,), 3.0))
+        pack(torch.full((2,), 4.0))
+    assert isinstance(second, Slot)
+    assert second.value is not None
+    assert torch.equal(second.value, torch.full((2,), 4.0))
+    book.check_complete("block")
+
+
+def test_a_filled_slot_does_not_hold_the_replayed_graph() -> None:
+    book = book_of()
+    slot = book.pack(torch.ones(1))
+    leaf = torch.ones(1, requires_grad=True)
+    result = leaf.exp()
+    node = weakref.ref(result)
+    with book.filling(stops_early=False) as pack:
+        pack(result)
+    assert isinstance(slot, Slot)
+    assert slot.value is not None
+    assert slot.value.grad_fn is None
+    del result
+    gc.collect()
+    assert node() is None
+
+
+def test_the_replay_stops_at_the_last_one_that_needs_it() -> None:
+    leaf = torch.randn(3)
+    book = book_of(leaf)
+    slots = [book.pack(torch.ones(2)), book.pack(leaf)]
+    assert book.num_replayed == 1
+    with book.filling(stops_early=True) as pack, pytest.raises(StopReplay):
+        pack(torch.ones(2))
+    assert all(isinstance(slot, Slot) for slot in slots)
+
+
+@pytest.mark.parametrize("num_saved", [0, 1, 3])
+def test_another_number_of_saved_tensors_is_an_error(num_saved: int) -> None:
+    book = book_of()
+    slots = [book.pack(torch.ones(1)) for _ in range(2)]
+    assert len(slots) == 2
+
+    def replay() -> None:
+        with book.filling(stops_early=False) as pack:
+            for _ in range(num_saved):
+                pack(torch.ones(1))
+        book.check_complete("block")
+
+    with pytest.raises(ReplayError, match="saved"):
+        replay()
