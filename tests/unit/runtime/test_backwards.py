@@ -1,14 +1,13 @@
 """However a backward is run, gradients are plain autograd's, bit for bit."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 import tinybp_lightning as tbp
-from tests.unit.runtime.training import LossOf, Recorder, assert_same, outcome_of, residual_net, train
+from tests.unit.runtime.training import LossOf, Recorder, assert_same, outcome_of, residual_net
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 WIDTH = 16
@@ -196,7 +195,7 @@ def steps(model: nn.Module, way: LossOf, *, num: int = 3) -> list[object]:
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
-                    p -= 0.01 * p.grad
+                    p.sub_(0.01 * p.grad)
                 p.grad = None
     settle_pending()
     return outcomes

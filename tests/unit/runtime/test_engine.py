@@ -105,7 +105,7 @@ def test_order_of_replay(schedule: str, order: str) -> None:
 
 
 def test_a_block_that_saves_nothing_of_its_own_is_not_run_again() -> None:
-    """`x * w` saves its input and the parameter: the input is an alias of the boundary, the parameter is held anyway."""
+    """`x * w` saves an alias of the boundary, and a parameter that is held anyway."""
 
     class Scale(nn.Module):
         def __init__(self) -> None:
@@ -193,7 +193,7 @@ def test_a_value_changed_in_place_before_backward_is_an_error(change: Callable[.
     modules, x = layers(3), torch.randn(2, 4)
     out, _ = replayed(modules, x, from_text("F0 F1 F2 F0 F1 K2 B2 F0 K1 B1 K0 B0"), Log())
     change(modules, x)
-    with pytest.raises(ReplayError, match="changed in\\s+place"):
+    with pytest.raises(ReplayError, match=r"changed in\s+place"):
         gradients(modules, out.sum())
 
 
@@ -207,7 +207,7 @@ def test_a_boundary_changed_in_place_is_an_error() -> None:
     kept = middle[0].detach()
     (out,) = run.sweep(Layer(1, modules[1], Log()), middle)
     kept.zero_()
-    with pytest.raises(ReplayError, match="was\\s+changed in place after it was stored"):
+    with pytest.raises(ReplayError, match=r"was\s+changed in place after it was stored"):
         gradients(modules, out.sum())
 
 

@@ -250,8 +250,7 @@ def both_outputs(model: nn.Module) -> torch.Tensor:
 
 def autocast_loss(model: nn.Module) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(batch()).float().square().mean()
-    return loss
+        return model(batch()).float().square().mean()
 
 
 def labelled(model: nn.Module) -> torch.Tensor:

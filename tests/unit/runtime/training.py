@@ -11,7 +11,18 @@ from tinybp_lightning.capture.torch.allocator import open_trace
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
-__all__ = ["Outcome", "Recorder", "Residual", "assert_all_same", "assert_same", "outcome_of", "peak_bytes", "residual_net", "train"]
+__all__ = [
+    "LossOf",
+    "Outcome",
+    "Recorder",
+    "Residual",
+    "assert_all_same",
+    "assert_same",
+    "outcome_of",
+    "peak_bytes",
+    "residual_net",
+    "train",
+]
 
 LossOf = Callable[[nn.Module], torch.Tensor]
 
@@ -36,21 +47,19 @@ def outcome_of(model: nn.Module, loss: torch.Tensor) -> Outcome:
     )
 
 
-def train(
-    model: nn.Module, loss_of: LossOf | Sequence[LossOf], *, steps: int = 3, lr: float = 0.1, keep: bool = False
-) -> list[Outcome]:
-    """Take `steps` of plain gradient descent, each from a seed of its own; `keep`: let gradients accumulate."""
+def train(model: nn.Module, loss_of: LossOf, *, steps: int = 3, lr: float = 0.1) -> list[Outcome]:
+    """Take `steps` of plain gradient descent, each from a seed of its own."""
     outcomes: list[Outcome] = []
     for step in range(steps):
         torch.manual_seed(step)
-        loss = (loss_of if callable(loss_of) else loss_of[step % len(loss_of)])(model)
+        loss = loss_of(model)
         loss.backward()
         outcomes.append(outcome_of(model, loss))
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
-                    p -= lr * p.grad
-                    p.grad = p.grad if keep else None
+                    p.sub_(lr * p.grad)
+                p.grad = None
     settle_pending()
     return outcomes
 

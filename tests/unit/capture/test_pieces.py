@@ -1,0 +1,119 @@
+"""A forward cut into pieces is the forward: the same results, and the same lives of its tensors."""
+
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from tests.unit.capture.graphs import Traced, trace_graph
+from tests.unit.runtime.training import residual_net
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Program, cut_program, fill_template
+from tinybp_lightning.graph.cuts import Granularity
+
+WIDTH = 16
+X = torch.randn(4, WIDTH)
+
+
+def run(program: Program, inputs: tuple[Any, ...]) -> Any:
+    state: list[Any] = []
+    for piece in program.pieces:
+        arguments = [inputs[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
+        carried = {s.index: state[s.index] for s in piece.state if s.origin == STATE}
+        state.clear()
+        made = piece.call(arguments)
+        assert arguments == [], "a piece empties its list of arguments"
+        state = [made[s.index] if s.origin == MADE else carried[s.index] for s in piece.state]
+    values = [inputs[s.index] if s.origin == EXTERNAL else state[s.index] for s in program.outputs]
+    return fill_template(program.template, values)
+
+
+class Skips(nn.Module):
+    """Values that cross several pieces, a tensor returned from the middle, an input returned, a constant returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+        seen = [x]
+        for layer in self.layers:
+            seen.append(torch.tanh(layer(seen[-1])))
+        return seen[-1] + seen[1], {"middle": seen[3]}["middle"], x, 7, None
+
+
+def program_of(found: Traced, granularity: Granularity = Granularity.FINE) -> Program:
+    return cut_program(found.module, found.graph, granularity=granularity)
+
+
+def _dropout_net(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(5):
+        x = F.dropout(torch.tanh(x) @ torch.ones(WIDTH, WIDTH), 0.3)
+    return x
+
+
+@pytest.mark.parametrize("forward", [residual_net(5), Skips(), _dropout_net], ids=["residual", "skips", "random"])
+@pytest.mark.parametrize("granularity", Granularity)
+def test_the_pieces_are_the_whole(forward: Callable[..., Any], granularity: Granularity) -> None:
+    found = trace_graph(forward, X)
+    program = program_of(found, granularity)
+    torch.manual_seed(0)
+    want = found.module(*found.inputs)
+    torch.manual_seed(0)
+    got = run(program, found.inputs)
+    assert isinstance(got, tuple)
+    for one, other in zip(got, want, strict=True):
+        if isinstance(other, torch.Tensor):
+            assert torch.equal(one, other)
+            assert (one is X) == (other is X)
+        else:
+            assert one == other
+
+
+def test_every_op_is_in_one_piece() -> None:
+    found = trace_graph(residual_net(5), X)
+    program = program_of(found)
+    assert len(program.pieces) >= 5
+    spans = [(piece.span.start, piece.span.stop) for piece in program.pieces]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(program.graph.nodes)
+    assert all(before[1] == after[0] for before, after in pairwise(spans))
+
+
+def test_equal_pieces_have_equal_signatures() -> None:
+    program = program_of(trace_graph(residual_net(6), X))
+    signatures = [piece.span.signature for piece in program.pieces]
+    assert len(set(signatures)) < len(signatures)
+
+
+def test_what_a_forward_changes_is_volatile() -> None:
+    norms = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(3)))
+    program = program_of(trace_graph(norms, X))
+    names = [program.graph.values[v].name for v in program.graph.inputs]
+    volatile = {names[i] for piece in program.pieces for i in piece.volatile}
+    assert len(volatile) == 9  # mean, variance and count of each
+    assert all("running" in name or "num_batches" in name for name in volatile)
+
+
+def test_only_random_pieces_are_marked() -> None:
+    net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)), nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH))
+    program = program_of(trace_graph(net, X))
+    marked = [piece.is_random for piece in program.pieces]
+    assert sum(marked) == 1
+
+
+def test_an_input_nobody_holds_is_freed_at_its_last_use() -> None:
+    found = trace_graph(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4))), X)
+    piece = program_of(found).pieces[-1]
+    state = torch.randn(4, WIDTH)
+    held = weakref.ref(state)
+    arguments = [found.inputs[s.index] if s.origin == EXTERNAL else state for s in piece.reads]
+    del state
+    assert held() is not None
+    with torch.no_grad():
+        piece.call(arguments)
+    assert held() is None

@@ -1,0 +1,146 @@
+"""A traced forward is recorded as autograd sees it: storages, writes, randomness, what is saved."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from tests.unit.capture.graphs import trace_graph
+from tinybp_lightning.errors import CaptureError
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+
+ROWS, WIDTH = 3, 8
+X = torch.randn(ROWS, WIDTH)
+
+
+def node(graph: Graph, op: str) -> Node:
+    (found,) = (n for n in graph.nodes if n.op == op)
+    return found
+
+
+def kinds(graph: Graph, storages: tuple[int, ...]) -> list[StorageKind]:
+    return [graph.storages[s].kind for s in storages]
+
+
+def test_a_linear_layer_saves_its_input_and_nothing_new() -> None:
+    graph = trace_graph(nn.Linear(WIDTH, WIDTH), X.clone().requires_grad_()).graph
+    linear = node(graph, "linear")
+    assert sorted(kinds(graph, linear.saved), key=lambda k: k.value) == [StorageKind.INPUT, StorageKind.PARAMETER]
+    assert linear.flops == 2 * ROWS * WIDTH * WIDTH
+    assert not linear.is_random
+    (value,) = linear.makes
+    assert graph.values[value].shape == (ROWS, WIDTH)
+    assert graph.values[value].dtype == "float32"
+    assert graph.values[value].requires_grad
+
+
+def test_inputs_are_of_the_right_kind() -> None:
+    graph = trace_graph(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)), X).graph
+    found = {graph.storages[s].kind for v in graph.inputs if (s := graph.values[v].storage) is not None}
+    assert found == {StorageKind.PARAMETER, StorageKind.BUFFER, StorageKind.INPUT}
+
+
+def test_views_share_a_storage() -> None:
+    graph = trace_graph(lambda x: (x.exp().view(-1)[2:].view(2, 11), x.t()), X).graph
+    exp, *views = [v for n in graph.nodes for v in n.makes if n.op != "t"]
+    storages = {graph.values[v].storage for v in (exp, *views)}
+    assert len(storages) == 1
+    (t,) = node(graph, "t").makes
+    assert graph.storages[graph.values[t].storage or 0].kind is StorageKind.INPUT
+
+
+def test_a_write_is_a_write_through_any_view() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x.exp()
+        y[1:].mul_(2.0)
+        return y
+
+    graph = trace_graph(forward, X).graph
+    (storage,) = node(graph, "mul_").writes
+    (made,) = node(graph, "exp").makes
+    assert graph.values[made].storage == storage
+
+
+@pytest.mark.parametrize(
+    ("forward", "op"),
+    [
+        (lambda x: F.dropout(x, 0.1), "dropout"),
+        (lambda x: x + torch.rand(WIDTH), "rand"),
+        (lambda x: F.rrelu(x, training=True), "rrelu"),
+        (lambda x: x.bernoulli(0.5), "bernoulli"),
+        (F.gumbel_softmax, "gumbel_softmax"),
+        (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.1), None),
+    ],
+)
+def test_random_ops_are_marked(forward: Callable[..., torch.Tensor], op: str | None) -> None:
+    graph = trace_graph(forward, X).graph
+    random = [n for n in graph.nodes if n.is_random]
+    assert len(random) == 1
+    assert op is None or random[0].op == op
+
+
+@pytest.mark.parametrize("forward", [lambda x: F.dropout(x, 0.1, training=False), lambda x: x.exp()])
+def test_others_are_not(forward: Callable[..., torch.Tensor]) -> None:
+    assert not any(n.is_random for n in trace_graph(forward, X).graph.nodes)
+
+
+def test_running_statistics_are_written_in_training_only() -> None:
+    norm = nn.BatchNorm1d(WIDTH)
+    written = node(trace_graph(norm, X).graph, "batch_norm").writes
+    assert len(written) == 2
+    assert node(trace_graph(norm.eval(), X).graph, "batch_norm").writes == ()
+
+
+def test_private_saved_tensors_are_counted() -> None:
+    """Dropout keeps a mask that no value of the graph shows."""
+    graph = trace_graph(lambda x: F.dropout(x, 0.5), X.clone().requires_grad_()).graph
+    dropout = node(graph, "dropout")
+    shown = {v.storage for v in graph.values}
+    assert any(s not in shown for s in dropout.saved)
+
+
+def test_modules_are_named() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    graph = trace_graph(model, X).graph
+    assert [n.module for n in graph.nodes] == ["0", "1.0", "1.1"]
+
+
+def test_a_no_grad_region_is_tied_together() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x.exp()
+        with torch.no_grad():
+            z = y.tanh()
+        return y * z
+
+    graph = trace_graph(forward, X).graph
+    off, on = [n for n in graph.nodes if n.op == "_set_grad_enabled"]
+    assert off.makes[0] in on.reads
+    (value,) = node(graph, "tanh").makes
+    assert not graph.values[value].requires_grad
+
+
+def test_the_generators_and_grad_mode_are_left_alone() -> None:
+    found = trace_graph(lambda x: F.dropout(x, 0.5), X)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        _ = found.graph
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_buffers_are_left_alone() -> None:
+    norm = nn.BatchNorm1d(WIDTH)
+    found = trace_graph(norm, X)
+    mean = norm.running_mean.clone()  # type: ignore[union-attr]
+    _ = found.graph
+    assert torch.equal(norm.running_mean, mean)  # type: ignore[arg-type]
+
+
+def test_a_call_that_fails_on_fake_tensors_is_an_error() -> None:
+    found = trace_graph(lambda x: x.exp().view(-1), X)
+    (view,) = (n for n in found.module.graph.nodes if n.target == "view")
+    view.args = (view.args[0], 7)
+    with pytest.raises(CaptureError, match="`test` cannot be captured"):
+        _ = found.graph
