@@ -8,7 +8,7 @@ more step is measured from allocator events, by `recipes.measure`, which shares 
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -24,7 +24,7 @@ from recipes.measure import record_memory
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.session import targets
 
-__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
+__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "Snapshot", "check", "differences"]
 
 BUDGETS = ("60%", "30%")
 """Shares of plain training's measured activation peak; where one cannot be met, the smallest budget that can is."""
@@ -150,7 +150,7 @@ def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Snapshot:
+class Snapshot:
     """Everything one step left behind, by name, in order."""
 
     losses: dict[str, Tensor]
@@ -175,7 +175,7 @@ class _Training:
     def _trained(self, phase: Phase) -> list[nn.Parameter]:
         return list(self.module.get_submodule(phase.trains).parameters())
 
-    def step(self) -> _Snapshot:
+    def step(self) -> Snapshot:
         """Run every phase of one training step."""
         _set_random_states(self._random)
         losses: dict[str, Tensor] = {}
@@ -190,7 +190,7 @@ class _Training:
                     gradients[f"{name} in phase {number}"] = parameter.grad.clone()
             optimizer.step()
         self._random = _random_states()
-        return _Snapshot(
+        return Snapshot(
             losses,
             gradients,
             {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()},
@@ -277,8 +277,8 @@ def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int)
         wall_s, found = _timed(ours.step)
         planning_s = planning_s or wall_s
         last_step = tuple(listener.profiles)
-        for name in _Snapshot.__slots__:
-            different = _differences(getattr(expected, name), getattr(found, name))
+        for name in Snapshot.__slots__:
+            different = differences(getattr(expected, name), getattr(found, name))
             differences += [f"step {num_steps}: {name}: {d}" for d in different]
             fields |= {name} if different else set()
         is_settled = all(profile.measured_peak_bytes is None for profile in last_step)
@@ -289,7 +289,7 @@ def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int)
     plans = tuple(report for target in held for report in target.reports)
     return _Compared(
         sameness=Sameness(
-            *(name not in fields for name in _Snapshot.__slots__),
+            *(name not in fields for name in Snapshot.__slots__),
             first_difference=differences[0] if differences else "",
         ),
         num_steps=num_steps,
@@ -302,13 +302,13 @@ def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int)
     )
 
 
-def _timed(step: Callable[[], _Snapshot]) -> tuple[float, _Snapshot]:
+def _timed(step: Callable[[], Snapshot]) -> tuple[float, Snapshot]:
     begin_s = time.perf_counter()
     snapshot = step()
     return time.perf_counter() - begin_s, snapshot
 
 
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     """Say how `found` differs from `expected`: names that are missing or extra, and tensors of other bits."""
     told = [f"`{name}` is missing" for name in expected if name not in found]
     told += [f"`{name}` is extra" for name in found if name not in expected]

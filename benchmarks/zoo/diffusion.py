@@ -79,7 +79,7 @@ def _autoencoder(seed: int) -> Workload:
 
 
 DIFFUSION = (
-    Architecture("unet", _unet, is_fast=True),
+    Architecture("unet", _unet),
     Architecture("dit", _dit),
     Architecture("autoencoder_kl", _autoencoder),
 )

@@ -37,6 +37,16 @@ def _causal(
     return build
 
 
+def _with_mask(seed: int) -> Workload:
+    """Llama as trainers call it: with an attention mask, which here hides nothing, and without dropout.
+
+    Eager code drops such a mask and takes a causal kernel; a compiler's trace, which reads no values, keeps it.
+    """
+    workload = _causal("Llama", **(_DECODER | {"attention_dropout": 0.0}))(seed)
+    mask = torch.ones_like(workload.batch["input_ids"])
+    return Workload(workload.module, {**workload.batch, "attention_mask": mask}, workload.phases)
+
+
 def _masked(name: str, **config: object) -> Callable[[int], Workload]:
     """A masked language model on padded texts: its attention mask differs between rows."""
 
@@ -159,13 +169,12 @@ _ENCODER = {
 
 LANGUAGE = (
     Architecture("llama", _causal("Llama", **_DECODER, tie_word_embeddings=True), is_fast=True),
+    Architecture("llama_with_mask", _with_mask, is_fast=True),
     Architecture("qwen2", _causal("Qwen2", **_DECODER)),
     Architecture(
         "mixtral", _causal("Mixtral", **_DECODER, num_local_experts=4, output_router_logits=True), is_fast=True
     ),
-    Architecture(
-        "gpt2", _causal("GPT2", head="LMHeadModel", n_embd=64, n_layer=4, n_head=4, n_positions=64), is_fast=True
-    ),
+    Architecture("gpt2", _causal("GPT2", head="LMHeadModel", n_embd=64, n_layer=4, n_head=4, n_positions=64)),
     Architecture(
         "opt",
         _causal(

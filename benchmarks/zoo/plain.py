@@ -1,5 +1,7 @@
 """Networks written in plain torch: those whose shape of graph the libraries' models do not have."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -9,16 +11,21 @@ __all__ = ["PLAIN"]
 
 
 class _RecurrentLanguageModel(nn.Module):
-    def __init__(self, vocabulary: int = 128, width: int = 96) -> None:
+    """A stack of LSTMs with dropout between and inside them; the embedding is the head, too."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 96, num_layers: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.recurrent = nn.LSTM(width, width, num_layers=2, dropout=0.2, batch_first=True)
+        self.recurrent = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(num_layers - 1))
+        self.recurrent.append(nn.LSTM(width, width, num_layers=2, dropout=0.2, batch_first=True))
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(width, vocabulary)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden, _ = self.recurrent(self.dropout(self.embedding(tokens)))
+        hidden = self.embedding(tokens)
+        for layer in self.recurrent:
+            hidden, _ = layer(self.dropout(hidden))
         return self.head(self.dropout(hidden))
 
 
@@ -33,17 +40,21 @@ def _lstm(seed: int) -> Workload:
     return Workload(_RecurrentLanguageModel().train(), {"tokens": tokens}, (Phase(loss),))
 
 
+def _perceptron(*widths: int) -> nn.Sequential:
+    layers = [nn.Sequential(nn.Linear(before, after), nn.ReLU()) for before, after in pairwise(widths)]
+    return nn.Sequential(*layers)
+
+
 class _Recommender(nn.Module):
     """DLRM: bags of sparse features and dense ones, their pairwise products, a classifier on top."""
 
     def __init__(self, num_tables: int = 6, width: int = 32) -> None:
         super().__init__()
         self.bags = nn.ModuleList(nn.EmbeddingBag(200, width, mode="sum") for _ in range(num_tables))
-        self.bottom = nn.Sequential(nn.Linear(13, 128), nn.ReLU(), nn.Linear(128, width), nn.ReLU())
-        pairs = torch.triu_indices(num_tables + 1, num_tables + 1, offset=1)
-        self.register_buffer("pairs", pairs)
+        self.bottom = _perceptron(13, 128, 128, 128, width)
+        self.register_buffer("pairs", torch.triu_indices(num_tables + 1, num_tables + 1, offset=1))
         self.top = nn.Sequential(
-            nn.Linear(width + pairs.shape[1], 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 1)
+            _perceptron(width + num_tables * (num_tables + 1) // 2, 128, 128, 128, 128), nn.Linear(128, 1)
         )
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
@@ -263,7 +274,7 @@ def _gan(seed: int) -> Workload:
 
 
 PLAIN = (
-    Architecture("lstm", _lstm),
+    Architecture("lstm", _lstm, is_fast=True),
     Architecture("dlrm", _dlrm, is_fast=True),
     Architecture("graph_net", _graph_net),
     Architecture("dense_net", _dense_net, is_fast=True),

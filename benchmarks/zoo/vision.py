@@ -99,7 +99,6 @@ VISION = (
             mlp_ratio=2.0,
             drop_path_rate=0.2,
         ),
-        is_fast=True,
     ),
     Architecture("segformer", _segformer),
     Architecture(
@@ -108,13 +107,13 @@ VISION = (
     ),
     Architecture(
         "resnet",
-        _classifier("ResNet", embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], side=64),
+        _classifier("ResNet", embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[3, 3, 3, 2], side=64),
         is_fast=True,
     ),
     Architecture(
         "regnet",
         _classifier(
-            "RegNet", embedding_size=16, hidden_sizes=[16, 32, 64, 96], depths=[1, 2, 3, 1], groups_width=8, side=64
+            "RegNet", embedding_size=16, hidden_sizes=[16, 32, 64, 96], depths=[3, 3, 3, 2], groups_width=8, side=64
         ),
     ),
     Architecture(

@@ -1,0 +1,256 @@
+"""Which architectures train the same, bit for bit, and within their budget? `python -m benchmarks.conformance --help`.
+
+Each architecture of the zoo is checked in a process of its own, under every budget; one that crashes or hangs is a row
+of the table like any other. The check is `benchmarks/conformance_check.py`, which the tests run too.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["Checked", "Row", "Stopped", "app", "markdown_table"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_MEBIBYTE = 2**20
+_HEADER = (
+    "architecture",
+    "executor",
+    "budget",
+    "bits equal",
+    "peak / budget",
+    "budget, MiB",
+    "plain, MiB",
+    "recompute",
+    "blocks",
+    "kept",
+    "steps of",
+)
+_FIELDS = ("losses", "gradients", "buffers", "parameters", "random_state")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One architecture under one budget, checked. `result` is a `Conformity` as JSON holds it."""
+
+    architecture: str
+    executor: str
+    budget: str
+    result: dict[str, Any]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differed from plain training."""
+        return not self.result["sameness"]["first_difference"]
+
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether the measured peak is at or under the budget."""
+        return self.result["measured_peak_bytes"] <= self.result["budget_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """One architecture under one budget whose check ended in an error, a signal or a timeout."""
+
+    architecture: str
+    executor: str
+    budget: str
+    error: str
+
+
+Row = Checked | Stopped
+
+
+def _check_here(name: str, executor: str, budgets: Sequence[str], output: Path) -> None:
+    """Check one architecture in this process; write what is known after each budget."""
+    import torch  # noqa: PLC0415 - the process that only starts others needs none of these
+
+    from benchmarks.conformance_check import Executor, check  # noqa: PLC0415
+    from benchmarks.zoo import architecture_named  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # sums in one order
+    found: dict[str, Any] = {}
+    for budget in budgets:
+        found[budget] = asdict(check(architecture_named(name), Executor(executor), budget))
+        output.write_text(json.dumps(found, default=_value))
+
+
+def _value(member: Any) -> Any:
+    assert isinstance(member, Enum), f"{type(member).__name__} is not JSON"
+    return member.value
+
+
+def _check_apart(name: str, executor: str, budgets: Sequence[str], folder: Path, timeout_s: float) -> list[Row]:
+    """Check one architecture in a process of its own, and in another after each budget that stops it."""
+    rows: list[Row] = []
+    while len(rows) < len(budgets):
+        left = budgets[len(rows) :]
+        found, error = _run_apart(name, executor, left, folder, timeout_s)
+        rows += [Checked(name, executor, budget, found[budget]) for budget in left if budget in found]
+        if len(rows) < len(budgets):
+            rows.append(Stopped(name, executor, budgets[len(rows)], error))
+    return rows
+
+
+def _run_apart(
+    name: str, executor: str, budgets: Sequence[str], folder: Path, timeout_s: float
+) -> tuple[dict[str, Any], str]:
+    """Return what a process found by budget, and why it ended where it did not find all."""
+    output, log = folder / f"{name}.{executor}.json", folder / f"{name}.{executor}.log"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.conformance", "--alone", name, "--executor", executor]
+    command += ["--export", str(output), *(part for budget in budgets for part in ("--budget", budget))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as log_file:
+        process = subprocess.Popen(
+            command, stdout=log_file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            exit_code = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # compilers have workers of their own
+                process.wait()
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    return found, _error(exit_code, log.read_text(), timeout_s)
+
+
+def _python_path() -> str:
+    """Where a child finds `benchmarks` and `recipes`, wherever this process was started from."""
+    return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _error(exit_code: int | None, log: str, timeout_s: float) -> str:
+    if exit_code is None:
+        return f"timed out after {timeout_s:g} s"
+    if exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    _, found, tail = log.rpartition("Traceback (most recent call last):\n")
+    lines = tail.splitlines() if found else []
+    return next((line for line in lines if line and not line[0].isspace()), f"ended with exit code {exit_code}")
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the table of `rows`, with the counts that matter above it, as Markdown."""
+    checked = [row for row in rows if isinstance(row, Checked)]
+    num_wrong = sum(not row.is_equal for row in checked)
+    num_over = sum(not row.is_within_budget for row in checked)
+    counts = f"{len(rows)} checks: {num_wrong} wrong, {num_over} over budget, {len(rows) - len(checked)} not finished."
+    alignment = ["---"] * 3 + [":---:"] + ["---:"] * 6 + ["---"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(_cells, rows))]
+    note = (
+        "Budgets are shares of plain training's measured activation peak; `*` marks one that no plan meets, where the "
+        "smallest that can be met is checked instead. Bits: losses, gradients, buffers, parameters and generators "
+        "after every optimizer step. Recompute: share of a step's forward and backward spent replaying."
+    )
+    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{note}\n"
+
+
+def _cells(row: Row) -> list[str]:
+    head = [row.architecture, row.executor]
+    match row:
+        case Stopped():
+            error = row.error.replace("|", "\\|")
+            return [*head, row.budget, f"failed: {error}", *[""] * (len(_HEADER) - 4)]
+        case Checked(result=result):
+            return [
+                *head,
+                row.budget + (" *" if result["is_smallest"] else ""),
+                "yes" if row.is_equal else "no: " + ", ".join(f for f in _FIELDS if not result["sameness"][f]),
+                f"{result['measured_peak_bytes'] / result['budget_bytes']:.3f}"
+                + ("" if row.is_within_budget else " !"),
+                f"{result['budget_bytes'] / _MEBIBYTE:.2f}",
+                f"{result['plain_peak_bytes'] / _MEBIBYTE:.2f}",
+                f"{result['recompute_share']:.0%}",
+                str(result["num_blocks"]),
+                str(result["num_kept"]),
+                result["blocks"] or "none",
+            ]
+
+
+def _export(rows: Sequence[Row], path: Path) -> None:
+    where = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{package: version(package) for package in ("torch", "transformers", "diffusers", "tinybp-lightning")},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"versions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("# Conformance\n\n" + markdown_table(rows))
+
+
+def _say(row: Row, console: Console) -> None:
+    cells = _cells(row)
+    is_good = isinstance(row, Checked) and row.is_equal and row.is_within_budget
+    colour = "green" if is_good else "red"
+    line = f"{cells[0]:<16}{cells[2]:<7}{cells[3]:<6} peak/budget {cells[4]:<8}recompute {cells[7]:<5}{cells[10]}"
+    console.print(f"[{colour}]{escape(line)}[/{colour}]", soft_wrap=True)
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def main(
+    filter_: Annotated[str, typer.Option("--filter", help="Only architectures whose name contains this.")] = "",
+    executor: Annotated[str, typer.Option(help="The way of training that is checked: eager or inductor.")] = "eager",
+    budget: Annotated[list[str] | None, typer.Option(help="Share of plain training's peak, 60%; repeat it.")] = None,
+    export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
+        "results/conformance.json"
+    ),
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = 300,
+    alone: Annotated[str, typer.Option(hidden=True, help="Check this one in this process.")] = "",
+) -> None:
+    """Train every architecture of the zoo under small budgets and compare it with plain training, bit for bit.
+
+    Ends with exit code 1 when something differed, went over its budget or did not finish.
+    """
+    from benchmarks.conformance_check import BUDGETS  # noqa: PLC0415 - `--help` need not wait for torch
+    from benchmarks.zoo import ZOO  # noqa: PLC0415
+
+    budgets = tuple(budget or BUDGETS)
+    if alone:
+        _check_here(alone, executor, budgets, export)
+        return
+    names = [architecture.name for architecture in ZOO if filter_ in architecture.name]
+    if not names:
+        raise typer.BadParameter(f"`{filter_}` is in no name: take one of {', '.join(a.name for a in ZOO)}.")
+    folder = export.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("conformance", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            found = _check_apart(name, executor, budgets, folder, timeout_s)
+            for row in found:
+                _say(row, console)
+            rows += found
+            _export(rows, export)
+            progress.advance(task)
+    console.print(markdown_table(rows).splitlines()[0])
+    console.print(f"Exported to {export} and {export.with_suffix('.md')}", soft_wrap=True)
+    if not all(isinstance(row, Checked) and row.is_equal and row.is_within_budget for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
