@@ -4,11 +4,11 @@
 the user's output structure. Its graph is at torch level: no functionalisation, the user's own calls.
 
 Note [As it runs]
-    Libraries ask `torch.compiler.is_compiling()` and then take another path: transformers builds an attention mask
-    that it leaves out in eager mode, and other kernels with other bits (and no flash attention) follow. The blocks run
-    in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`. Where that path reads
-    values of tensors, and the graph breaks, the compiler's path is traced instead; `runtime` then checks on the
-    first step that its results are the plain forward's, bit for bit.
+    Libraries ask `torch.compiler.is_compiling()` and then take another path. Two things follow. A trace that asked is
+    compared with the plain forward once, by `runtime`: other kernels have other bits. And transformers, the library
+    that matters most, builds attention masks under a tracer that it leaves out in eager mode (and loses flash
+    attention by it): its mask functions are made to take the eager path first. Where that path reads values of
+    tensors, and the graph breaks, they are traced as they are.
 
 Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
@@ -19,6 +19,7 @@ Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -27,11 +28,12 @@ import torch._dynamo
 from torch import fx
 from torch._dynamo import exc
 from torch._dynamo.comptime import comptime
+from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
 from tinybp_lightning.errors import CaptureError
 
-__all__ = ["CannotTraceError", "traced"]
+__all__ = ["CannotTraceError", "Tracer"]
 
 # One code object serves every instance of a class, and every instance and shape needs its own graph.
 _MANY = 4096
@@ -45,65 +47,116 @@ class CannotTraceError(CaptureError):
         self.reason = reason
 
 
-def traced(
-    forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]], *, as_it_runs: bool
-) -> Callable[..., Any]:
-    """Return `forward`, traced on each new signature; `on_graph` turns a captured graph into what runs it.
+class Tracer:
+    """A forward, traced on each new signature.
 
-    **Arguments:** `as_it_runs`: take the paths of eager execution (see Note [As it runs]), else the compiler's.
-
-    **Raises:** (when called) `CannotTraceError` if the forward breaks the graph. Nothing of it has run then.
+    **Arguments:** `on_graph`: turns a captured graph into what runs it; `eager_masks`: have transformers' attention
+    masks take the eager path. See Note [As it runs].
     """
 
-    def backend(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
-        return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        on_graph: Callable[[fx.GraphModule], Callable[..., Any]],
+        *,
+        eager_masks: bool,
+    ) -> None:
+        def backend(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+            return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
 
-    compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+        self._eager_masks = eager_masks
+        self._answers = _Answers(tracing_state_functions())
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @property
+    def was_asked(self) -> bool:
+        """Whether a trace so far asked if it was being compiled."""
+        return self._answers.was_asked
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
         try:
-            with _settings(), _as_it_runs() if as_it_runs else contextlib.nullcontext():
-                return compiled(*args, **kwargs)
+            with _settings(), self._answers.given(), _quiet(), _masks(eager=self._eager_masks):
+                return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
 
-    return call
+
+class _Answers(dict[Any, Any]):
+    """What Dynamo answers to questions about tracing; notes whether somebody asked about compilation."""
+
+    def __init__(self, answers: dict[Any, Any]) -> None:
+        super().__init__(answers)
+        self.was_asked = False
+
+    def __getitem__(self, question: Any) -> Any:
+        answer = super().__getitem__(question)
+        self.was_asked |= answer is True
+        return answer
+
+    @contextlib.contextmanager
+    def given(self) -> Generator[None]:
+        """Let Dynamo answer from here while the body runs."""
+        original = dynamo_torch.tracing_state_functions
+        dynamo_torch.tracing_state_functions = lambda: self
+        try:
+            yield
+        finally:
+            dynamo_torch.tracing_state_functions = original
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Leave out what Dynamo itself warns about while it looks at inputs: it is no news to the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
+        yield
+
+
+class _Functions(str):
+    """A set of functions that Dynamo can write into its JSON reports (a set of functions breaks them)."""
+
+    __slots__ = ("_members",)
+
+    def __new__(cls, members: frozenset[Any]) -> "_Functions":
+        made = super().__new__(cls, f"{len(members)} logging functions")
+        made._members = members
+        return made
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._members
 
 
 def _settings() -> Any:
-    # A log line is no reason to break a graph: HF models log in their forwards. A tuple, because Dynamo sorts sets of
-    # settings when it reports them, and functions have no order.
+    # A log line is no reason to break a graph: HF models log in their forwards.
     names = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
-    ignored = (*torch._dynamo.config.ignore_logging_functions, *(getattr(logging.Logger, n, None) for n in names))
+    found = frozenset(f for n in names if (f := getattr(logging.Logger, n, None)) is not None)
     return torch._dynamo.config.patch(
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
-        # Off by default because compilers have no kernels for them; blocks run torch's own.
-        allow_rnn=True,
         # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
         optimize_ddp=False,
-        ignore_logging_functions=tuple(f for f in ignored if f is not None),
+        ignore_logging_functions=_Functions(found),
     )
 
 
 @contextlib.contextmanager
-def _as_it_runs() -> Generator[None]:
-    """Let traced code see that it is not being compiled. See Note [As it runs]."""
-    answers = tracing_state_functions()
-    compiling = [question for question, answer in answers.items() if answer is True]
-    masks: Any = sys.modules.get("transformers.masking_utils")
-    original = getattr(masks, "find_packed_sequence_indices", None)
+def _masks(*, eager: bool) -> Generator[None]:
+    """Have transformers' attention masks take the eager path. See Note [As it runs]."""
+    module: Any = sys.modules.get("transformers.masking_utils")
+    replaced = {name: getattr(module, name) for name in _EAGER_MASKS if eager and hasattr(module, name)}
     try:
-        for question in compiling:
-            answers[question] = False
-        if original is not None:
-            masks.find_packed_sequence_indices = _no_packed_sequences
+        for name in replaced:
+            setattr(module, name, _EAGER_MASKS[name])
         yield
     finally:
-        for question in compiling:
-            answers[question] = True
-        if original is not None:
-            masks.find_packed_sequence_indices = original
+        for name, original in replaced.items():
+            setattr(module, name, original)
+
+
+def _no(*_: Any) -> bool:
+    return False
 
 
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:
@@ -126,8 +179,16 @@ def _constant(node: fx.Node) -> Any:
     """Compute a traced value that depends on no input."""
     if node.op not in ("call_function", "call_method"):
         raise CannotTraceError("the positions come from the caller, and the attention mask depends on their values")
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _constant)  # pyright: ignore[reportGeneralTypeIssues]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _constant)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target), "call_function names a callable"
     return node.target(*args, **kwargs)
+
+
+_EAGER_MASKS: dict[str, Callable[..., Any]] = {
+    "find_packed_sequence_indices": _no_packed_sequences,
+    "is_torchdynamo_compiling": _no,
+    "is_torchdynamo_exporting": _no,
+    "is_tracing": _no,
+}

@@ -26,7 +26,7 @@ def compile_pieces(program: Program, values: Sequence[Any], *, on_piece: Callabl
 
     **Arguments:** `on_piece(done, total)`: called after each piece, for progress.
     """
-    compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    compiled: dict[tuple[Any, ...], Any] = {}
     pieces: list[Piece] = []
     state: list[Any] = []
     for done, piece in enumerate(program.pieces):

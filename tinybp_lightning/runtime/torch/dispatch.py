@@ -8,12 +8,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
-from tinybp_lightning.capture.torch.dynamo import CannotTraceError, traced
+from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
 from tinybp_lightning.config import Executor, HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.ir import Graph
@@ -40,8 +41,7 @@ class Target:
         self._observers = tuple(observers)
         self.programs: list[GraphProgram] = []
         self._last: GraphProgram | None = None
-        self._traced: Callable[..., Any] | None = traced(plain, self._on_graph, as_it_runs=True)
-        self._traced_as_compiled = traced(plain, self._on_graph, as_it_runs=False)
+        self._tracers = [Tracer(plain, self._on_graph, eager_masks=eager) for eager in (True, False)]
         self._plain_peak = PlainPeak()
         self._seen: set[tuple[str, ...]] = set()
         self.module_steps: ModuleSteps | None = None
@@ -73,35 +73,39 @@ class Target:
         """Run one training forward."""
         if self.module_steps is not None:
             return self.module_steps.call(args, kwargs)
-        if self._traced is not None:
+        while True:
             try:
-                return self._traced(*args, **kwargs)
-            except CannotTraceError:
-                self._traced = None  # the eager path reads values of tensors: see Note [As it runs] in dynamo.py
-        try:
-            return self._checked(args, kwargs)
-        except CannotTraceError as error:
-            return self._by_module_steps(error.reason, args, kwargs)
+                return self._traced_call(self._tracers[0], args, kwargs)
+            except CannotTraceError as error:
+                if len(self._tracers) == 1:
+                    return self._by_module_steps(error.reason, args, kwargs)
+                del self._tracers[0]  # the eager path reads values of tensors: see Note [As it runs] in dynamo.py
 
-    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the compiler's path, and compare it with the plain forward the first time it sees a signature."""
+    def _traced_call(self, tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what was traced; compare it with the plain forward where the trace may have taken another path."""
         signature = signature_of(args, kwargs)
         if signature in self._seen:
-            return self._traced_as_compiled(*args, **kwargs)
+            return tracer(*args, **kwargs)
         before = Before.of(self._module)
-        expected = plain_outputs(self._plain, args, kwargs)
+        result = tracer(*args, **kwargs)
+        if not tracer.was_asked or Executor(self._config.executor) is Executor.INDUCTOR:
+            self._seen.add(signature)
+            return result
+        after = Before.of(self._module)
         before.restore()
-        result = self._traced_as_compiled(*args, **kwargs)
-        if same_outputs(expected, result) or Executor(self._config.executor) is Executor.INDUCTOR:
+        expected = plain_outputs(self._plain, args, kwargs)
+        if same_outputs(expected, result):
+            after.restore()
             self._seen.add(signature)
             return result
         for program in self.programs:
             program.abandon()
         before.restore()
-        reason = "its results under a tracer differ from its own: it asks whether it is being compiled"
-        return self._by_module_steps(reason, args, kwargs)
+        raise CannotTraceError("its results under a tracer differ from its own: it asks whether it is being compiled")
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "Observed exception" in reason:
+            return self._plain(*args, **kwargs)  # the forward itself raises: let the user's own error be seen
         warnings.warn(
             f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
             "results, but whole submodules are the smallest blocks.",
@@ -153,18 +157,26 @@ class Dispatcher:
         settle_pending()
         if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
+        if not self._wants_gradients(args, kwargs):
+            return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
         if self.target is None:
             self.target = Target(self.module, self.plain, self.config, self.observers)
             if self._on_claim is not None:
                 self._on_claim(self)
         return self.target.call(args, kwargs)
 
+    def _wants_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if any(p.requires_grad for p in self.module.parameters()):
+            return True
+        return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        forward: Any = type(self.module).forward
-        bound = MethodType(forward, self.module)
-        return self._own_forward or bound
+        if self._own_forward is not None:
+            return self._own_forward
+        forward = cast("Callable[..., Any]", type(self.module).forward)
+        return MethodType(forward, self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:

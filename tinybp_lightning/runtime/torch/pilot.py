@@ -119,8 +119,12 @@ class Pilot:
             step_s=watch.step_s,
             plan_summary=flown.summary,
         )
-        if watch.measured is not None:
+        if watch.measured is not None and not watch.is_disturbed:
             self._learn(watch.measured)
+        elif self._phase is _Phase.CALIBRATE:
+            # Several targets in one step: what each one alone needs cannot be told apart, so the model is trusted.
+            self._phase = _Phase.STEADY
+            self._fly(self._for_budget("budget"))
         for observer in self._observers:
             observer.on_replay(profile)
         return profile

@@ -61,4 +61,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def signature_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:
     """Return what a new trace depends on: shapes and types of the tensors passed."""
     leaves: list[Any] = tree_leaves((tuple(args), kwargs))
-    return tuple(str((t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else type(t)) for t in leaves)
+    return tuple(
+        f"{tuple(t.shape)} {t.dtype} {t.device}" if isinstance(t, torch.Tensor) else str(t.__class__) for t in leaves
+    )

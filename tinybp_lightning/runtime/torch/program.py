@@ -5,6 +5,7 @@ runs the pieces through the engine. Plans are kept per situation (autocast, grad
 dtypes and `requires_grad` are Dynamo's guards, which make a new program when they change.
 """
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from tinybp_lightning.capture.torch.allocator import can_trace
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
+from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
@@ -26,7 +29,7 @@ from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
-from tinybp_lightning.runtime.torch.watch import StepWatch
+from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
 
 __all__ = ["GraphProgram"]
 
@@ -61,6 +64,7 @@ class GraphProgram:
         self._pilots: dict[_Situation, Pilot] = {}
         self._watch: StepWatch | None = None
         self._constants = _constants(module)
+        self._warned = False
         self.profile: StepProfile | None = None
         self.pilot: Pilot | None = None
 
@@ -84,9 +88,26 @@ class GraphProgram:
         parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
         situation = _Situation(autocast, any(p.grad is not None for p in parameters))
         if situation not in self._pilots:
+            stop_tracing()
+            if not can_trace(device):
+                return self._run_unplanned(values)
             self._pilots[situation] = self._new_pilot(values, device, devices, situation)
         self.pilot = self._pilots[situation]
         return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
+
+    def _run_unplanned(self, values: Sequence[Any]) -> Any:
+        """Run plainly: a profiler of the user's runs, and blocks can only be measured by one of our own."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"`{self._target}` is not planned in this step, which keeps everything: a profiler is running, and "
+                "measuring needs one of its own. Let the first steps run unprofiled.",
+                HCBWarning,
+                stacklevel=2,
+            )
+        return fx.Interpreter(self._module).run(
+            *(v for v, c in zip(values, self._constants, strict=True) if c is _ARGUMENT)
+        )
 
     def _run(
         self,

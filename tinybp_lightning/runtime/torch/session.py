@@ -29,7 +29,9 @@ class Session:
     def __init__(self, root: nn.Module, config: HCBConfig, observers: Sequence[Observer], *, discover: bool) -> None:
         self.config = config
         self._claimed: list[Dispatcher] = []
-        modules = [m for m in root.modules() if not isinstance(m, _CONTAINERS)] if discover else [root]
+        # Losses and metrics have no parameters: they are no targets, but part of what surrounds one.
+        own = [m for m in root.modules() if not isinstance(m, _CONTAINERS) and next(m.parameters(), None) is not None]
+        modules = own if discover else [root]
         self._dispatchers = [Dispatcher(m, config, observers, self._claim) for m in modules]
 
     def _claim(self, dispatcher: Dispatcher) -> None:
@@ -143,6 +145,14 @@ def _check(root: nn.Module) -> None:
         raise UnsupportedModuleError(
             f"`{type(root).__name__}.compile()` was called: leave it out, "
             'and use `executor="inductor"` to have blocks compiled.'
+        )
+    compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
+    if compiled:
+        warnings.warn(
+            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run as the executor "
+            'says instead. Leave the compile call out, or use `executor="inductor"`.',
+            HCBWarning,
+            stacklevel=4,
         )
     if next(root.parameters(), None) is None:
         raise UnsupportedModuleError(

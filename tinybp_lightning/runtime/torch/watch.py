@@ -23,7 +23,7 @@ from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, ca
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 
-__all__ = ["Measured", "StepWatch", "settle_pending"]
+__all__ = ["Measured", "StepWatch", "settle_pending", "stop_tracing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,12 @@ class Measured:
 
 
 class StepWatch:
-    """Follows one forward and the first backward through it."""
+    """Follows one forward and the first backward through it.
+
+    `is_disturbed`: another target's step began before this one's ended, so what was measured belongs to both.
+    """
+
+    num_started = 0
 
     def __init__(
         self, device: torch.device, parameters: Sequence[torch.Tensor], *, traced: bool, counts_gradients: bool
@@ -51,6 +56,11 @@ class StepWatch:
         self._backward_started = 0.0
         self._counts_gradients = counts_gradients
         self._without_grad = [p for p in parameters if p.grad is None and p.requires_grad]
+        StepWatch.num_started += 1
+        self._number = StepWatch.num_started
+        self._num_others = 0
+        if traced:
+            _TRACING.append(self)
         self._trace: AllocatorTrace | None = open_trace(device) if traced else None
         self._on_end: Callable[[StepWatch], None] | None = None
         self.measured: Measured | None = None
@@ -88,6 +98,7 @@ class StepWatch:
 
     def _backward_ended(self) -> None:
         self.step_s = self._forward_s + time.perf_counter() - self._backward_started
+        self._num_others = StepWatch.num_started - self._number
         if self._trace is None:
             self._tell()
             return
@@ -98,9 +109,16 @@ class StepWatch:
         _PENDING.append(self)  # See Note [Stopping a trace]
         _listen()
 
+    @property
+    def is_disturbed(self) -> bool:
+        """See the class."""
+        return self._num_others > 0
+
     def settle(self) -> None:
         """Close the trace of a step whose backward has ended, and tell `on_end`."""
         trace, self._trace = self._trace, None
+        if self in _TRACING:
+            _TRACING.remove(self)
         if trace is not None:
             parts: dict[str, Segment] = {}
             for s in trace.close():
@@ -116,18 +134,28 @@ class StepWatch:
         if on_end is not None:
             on_end(self)
 
+    def untrace(self) -> None:
+        """Go on to follow the step, but measure nothing."""
+        trace, self._trace = self._trace, None
+        if self in _TRACING:
+            _TRACING.remove(self)
+        if trace is not None:
+            trace.abandon()
+
     def abandon(self) -> None:
         """The step will not end (no backward, or an exception): let go of everything, measure nothing."""
         trace, self._trace = self._trace, None
         self._on_end = None
         self.ended = True
-        if self in _PENDING:
-            _PENDING.remove(self)
+        for queue in (_PENDING, _TRACING):
+            if self in queue:
+                queue.remove(self)
         if trace is not None:
             trace.abandon()
 
 
 _PENDING: list[StepWatch] = []
+_TRACING: list[StepWatch] = []
 _HANDLES: list[RemovableHandle] = []
 
 
@@ -137,6 +165,13 @@ def settle_pending() -> None:
         _HANDLES.pop().remove()
     while _PENDING:
         _PENDING.pop().settle()
+
+
+def stop_tracing() -> None:
+    """Give up the traces that are open: another target must be measured now, and there is one profiler."""
+    settle_pending()
+    for watch in tuple(_TRACING):
+        watch.untrace()
 
 
 def _listen() -> None:
