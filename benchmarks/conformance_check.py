@@ -263,7 +263,7 @@ class _Compared:
 def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
     plain, ours, listener = _Training(architecture), _Training(architecture), _Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
-    differences: list[str] = []
+    told: list[str] = []
     fields: set[str] = set()
     plain_steps_s: list[float] = []
     planning_s = 0.0
@@ -279,7 +279,7 @@ def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int)
         last_step = tuple(listener.profiles)
         for name in Snapshot.__slots__:
             different = differences(getattr(expected, name), getattr(found, name))
-            differences += [f"step {num_steps}: {name}: {d}" for d in different]
+            told += [f"step {num_steps}: {name}: {d}" for d in different]
             fields |= {name} if different else set()
         is_settled = all(profile.measured_peak_bytes is None for profile in last_step)
         if num_steps >= _NUM_STEPS and is_settled:
@@ -290,7 +290,7 @@ def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int)
     return _Compared(
         sameness=Sameness(
             *(name not in fields for name in Snapshot.__slots__),
-            first_difference=differences[0] if differences else "",
+            first_difference=told[0] if told else "",
         ),
         num_steps=num_steps,
         plans=plans,
