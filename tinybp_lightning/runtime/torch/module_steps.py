@@ -18,7 +18,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tinybp_lightning.capture.torch.private import call_impl, set_call_impl, swap_buffer
+from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl, set_call_impl, swap_buffer
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
@@ -35,7 +35,8 @@ from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
 _REPLAYED = Script((False,), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -50,19 +51,26 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def step_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """Return the submodules whose calls are blocks, by name: FSDP units, else the elements of repeated containers."""
+    """Return the submodules whose calls are blocks, by name: FSDP units, else the innermost repeated parts.
+
+    A part is repeated where a container holds two or more of its class, and it has parts itself (an attention block is,
+    a layer of an `nn.Sequential` is not). Around the repeated parts, whatever does not contain any is one block.
+    """
     units: dict[str, nn.Module] = {}
     sharded = any(_is_sharded(m) for m in root.modules() if m is not root)
+    seen: set[int] = set()
 
-    def visit(name: str, module: nn.Module) -> None:
-        if next(module.parameters(), None) is None:
-            return
+    def is_split(module: nn.Module) -> bool:
         inside = [c for c in module.modules() if c is not module]
         if sharded:
-            split = not _is_sharded(module) and any(_is_sharded(c) for c in inside)
-        else:
-            split = isinstance(module, _CONTAINERS) or any(isinstance(c, _CONTAINERS) and len(c) > 1 for c in inside)
-        if split and not (sharded and _is_sharded(module)):
+            return not _is_sharded(module) and any(_is_sharded(c) for c in inside)
+        return isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
+
+    def visit(name: str, module: nn.Module) -> None:
+        if id(module) in seen or next(module.parameters(), None) is None:
+            return
+        seen.add(id(module))  # a module in two places has one call to intercept
+        if is_split(module):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}", child)
         elif not sharded or _is_sharded(module):
@@ -71,6 +79,14 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
     for child_name, child in root.named_children():
         visit(child_name, child)
     return units
+
+
+def _is_repeated(container: nn.Module) -> bool:
+    """Whether `container` holds several parts of one class that have parts themselves."""
+    if not isinstance(container, _CONTAINERS):
+        return False
+    kinds = [type(part) for part in container.children() if next(part.children(), None) is not None]
+    return len(kinds) > len(set(kinds))
 
 
 @dataclass(slots=True)
@@ -154,14 +170,15 @@ class ModuleSteps:
         self._watch: StepWatch | None = None
         self.pilot: Pilot | None = None
         self.profile: StepProfile | None = None
+        self._compiled = {unit_name: compiled_call_impl(unit) for unit_name, unit in self._units.items()}
         for unit_name, unit in self._units.items():
             interceptor = _Interceptor(self, unit_name, unit, call_impl(unit))
             set_call_impl(unit, torch._dynamo.disable(interceptor))
 
     def remove(self) -> None:
-        """Take the interceptors out."""
-        for unit in self._units.values():
-            set_call_impl(unit, None)
+        """Take the interceptors out; what the user compiled stays compiled."""
+        for unit_name, unit in self._units.items():
+            set_call_impl(unit, self._compiled[unit_name])
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward of the whole module."""
