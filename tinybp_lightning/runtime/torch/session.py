@@ -91,6 +91,7 @@ def attach(
     for module in root.modules():
         if (old := dispatcher_of(module)) is not None:
             old.remove()
+    _warn_of_compiled_parts(root)
     _take_over_checkpointing(root)
     return Session(root, config or HCBConfig(), observers, discover=discover)
 
@@ -146,6 +147,14 @@ def _check(root: nn.Module) -> None:
             f"`{type(root).__name__}.compile()` was called: leave it out, "
             'and use `executor="inductor"` to have blocks compiled.'
         )
+    if next(root.parameters(), None) is None:
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}` has no parameters, so there is no backward to save memory in: pass a model."
+        )
+
+
+def _warn_of_compiled_parts(root: nn.Module) -> None:
+    """Say so once, after an earlier `hcb` on `root` is gone: it uses the same place in a module."""
     compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
     if compiled:
         warnings.warn(
@@ -153,10 +162,6 @@ def _check(root: nn.Module) -> None:
             'says instead. Leave the compile call out, or use `executor="inductor"`.',
             HCBWarning,
             stacklevel=4,
-        )
-    if next(root.parameters(), None) is None:
-        raise UnsupportedModuleError(
-            f"`{type(root).__name__}` has no parameters, so there is no backward to save memory in: pass a model."
         )
 
 
