@@ -1,17 +1,21 @@
 """Does a way of training compute what plain training computes, within its budget?
 
-Two copies of one network are trained in lockstep, plainly and the way in question, each with generators of its own.
+Two copies of one network are trained in lockstep, plainly and the way in question, each with generators of its own
+(a compiled way is held to the same compiled blocks without replay, since a compiler's kernels have bits of their own).
 After every optimizer step losses, gradients, buffers, parameters and the generators' states are compared. Then one
 more step is measured from allocator events, by `recipes.measure`, which shares nothing with the package.
 """
 
+import contextlib
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, assert_never
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +26,9 @@ from benchmarks.zoo import Architecture, Blocks, Phase
 from recipes.budget import budget_bytes
 from recipes.measure import record_memory
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch import module_steps, program
+from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.session import targets
 
 __all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "Snapshot", "check", "differences"]
@@ -37,9 +44,10 @@ _MAX_RAISES = 6
 
 
 class Executor(Enum):
-    """A way of training that has to pass. Others are held to the same check by being added here and to `_apply`."""
+    """A way of training that has to pass. Others are held to the same check by being added here and to `_reference`."""
 
     EAGER = "eager"
+    INDUCTOR = "inductor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ def check(architecture: Architecture, executor: Executor, budget: str) -> Confor
 
     **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
     """
-    plain_peak_bytes = _Training(architecture).peak_bytes()
+    plain_peak_bytes = _reference(architecture, executor).peak_bytes()
     asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
     for attempt in range(_MAX_RAISES):
         try:
@@ -144,9 +152,34 @@ class _Listener(Observer):
 
 
 def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: _Listener) -> None:
+    tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
+
+
+def _reference(architecture: Architecture, executor: Executor) -> "_Training":
+    """Return the training that `executor` has to equal: plain for eager; the same compiled blocks, none replayed."""
     match executor:
         case Executor.EAGER:
-            tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
+            return _Training(architecture)
+        case Executor.INDUCTOR:
+            training = _Training(architecture, around=_without_replay)
+            tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
+            return training
+        case _:
+            assert_never(executor)
+
+
+class _KeepingRun(Run):
+    """An engine run that keeps what every block saves, whatever the plan says."""
+
+    def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
+        num_blocks = len(script.kept)
+        super().__init__(Script((True,) * num_blocks, frozenset(), ((),) * num_blocks), *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_replay() -> Generator[None]:
+    with patch.object(program, "Run", _KeepingRun), patch.object(module_steps, "Run", _KeepingRun):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +196,13 @@ class Snapshot:
 class _Training:
     """One copy of an architecture in training, with its own optimizers and its own random numbers."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         workload = architecture.build(_SEED)
+        self._around = around
         self.module, self._batch, self._phases = workload.module, workload.batch, workload.phases
         self._optimizers = [torch.optim.AdamW(self._trained(phase), lr=1e-3) for phase in self._phases]
         torch.manual_seed(_SEED + 1)
@@ -182,7 +220,7 @@ class _Training:
         gradients: dict[str, Tensor] = {}
         for number, (phase, optimizer) in enumerate(zip(self._phases, self._optimizers, strict=True)):
             self._prepare(phase)
-            loss = phase.loss(self.module, self._batch)
+            loss = self._loss(phase)
             loss.backward()
             losses[f"loss {number}"] = loss.detach().clone()
             for name, parameter in self.module.named_parameters():
@@ -199,9 +237,10 @@ class _Training:
         )
 
     def peak_bytes(self) -> int:
-        """Return the activation peak of a step's widest phase, measured after a step that warms up."""
-        self.step()
-        return max(self._phase_peak(phase) for phase in self._phases)
+        """Return the activation peak of a step's widest phase, measured after steps that warm up."""
+        for _ in range(_NUM_STEPS):
+            self.step()
+        return self.measured_peak_bytes()
 
     def measured_peak_bytes(self) -> int:
         """Return the activation peak of the next step's widest phase; that step does not train."""
@@ -209,8 +248,12 @@ class _Training:
 
     def _phase_peak(self, phase: Phase) -> int:
         self._prepare(phase)
-        recorded = record_memory(lambda: phase.loss(self.module, self._batch).backward(), self.module)
+        recorded = record_memory(lambda: self._loss(phase).backward(), self.module)
         return recorded.memory.activation_peak_bytes
+
+    def _loss(self, phase: Phase) -> Tensor:
+        with self._around():
+            return phase.loss(self.module, self._batch)
 
     def _prepare(self, phase: Phase) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -261,7 +304,7 @@ class _Compared:
 
 
 def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
-    plain, ours, listener = _Training(architecture), _Training(architecture), _Listener()
+    plain, ours, listener = _reference(architecture, executor), _Training(architecture), _Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()
