@@ -47,6 +47,21 @@ def test_a_tensor_from_before_that_is_freed_does_not_lower_the_level() -> None:
     del after
 
 
+def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
+    """The profiler's table of sizes outlives a trace: it says what was at an address when it last looked."""
+    trace = open_trace(CPU)
+    large = [floats(64 * KILO) for _ in range(50)]
+    trace.close()
+    places = {t.data_ptr() for t in large}
+    del large
+    small = [floats(KILO) for _ in range(5000)]
+    assert any(t.data_ptr() in places for t in small), "no address was given again: the test shows nothing"
+    trace = open_trace(CPU)
+    trace.mark("one")
+    small.clear()
+    assert trace.close()[1] == Segment("one", 0, 0, 0)
+
+
 def test_what_is_left_out_never_was() -> None:
     trace = open_trace(CPU)
     trace.mark("one")

@@ -115,9 +115,14 @@ class _CpuTrace:
         return _segments(self._labels, events, marks)
 
     def _read(self, results: Any) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return `(address, bytes)` of every event in order, and how many events came before each mark."""
+        """Return `(address, bytes)` of every event in order, and how many events came before each mark.
+
+        Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
+        earlier tensor at the same address.
+        """
         events: list[tuple[int, int]] = []
         marks: list[int] = []
+        alive: dict[int, int] = {}
         for event in results.experimental_event_tree():
             assert event.tag == _EventType.Allocation, f"the profiler recorded {event.name} too"
             fields = event.extra_fields
@@ -125,8 +130,11 @@ class _CpuTrace:
                 continue
             if fields.alloc_size == _MARK_BYTES and fields.ptr == self._marks[min(len(marks), len(self._marks) - 1)]:
                 marks.append(len(events))
-            elif fields.alloc_size != -_MARK_BYTES:
+            elif fields.alloc_size > 0:
+                alive[fields.ptr] = fields.alloc_size
                 events.append((fields.ptr, fields.alloc_size))
+            elif fields.ptr in alive:
+                events.append((fields.ptr, -alive.pop(fields.ptr)))
         assert len(marks) == len(self._marks), f"{len(marks)} of {len(self._marks)} marks were found"
         return events, marks
 
