@@ -129,15 +129,17 @@ class Run:
             with torch.autograd.graph.saved_tensors_hooks(book.pack, self._unpack), closing_regions():
                 out = step.first(state)
             book.close()
+        if not step.is_random and self._random.pop(index, None) is not None:
+            self._last_random = None
         self._requires_grad.append([_wants_grad(t) for t in out])
         if BoundaryId(index + 1) in self._script.stored:
             self._stored[index + 1] = _stored(out)
         return out
 
-    def dropped_bytes(self, index: int) -> int:
-        """Return the bytes that block `index` gave up in the first sweep (a tensor saved twice counts twice)."""
+    def dropped_bytes(self, index: int, outputs: Sequence[Any]) -> int:
+        """Return the bytes that block `index` gave up in the first sweep; its `outputs` live on in any case."""
         book = self._books.get(index)
-        return 0 if book is None else book.dropped_bytes
+        return 0 if book is None else book.dropped_bytes(outputs)
 
     def _random_state(self) -> RandomState:
         now = random_state_now(self._devices)

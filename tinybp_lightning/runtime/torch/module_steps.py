@@ -22,15 +22,15 @@ from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
-from tinybp_lightning.graph.ids import BlockId
+from tinybp_lightning.graph.ids import BlockId, StorageId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
-from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of
+from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of, random_state_now
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Move, Script
 from tinybp_lightning.runtime.torch.steps import Externals
-from tinybp_lightning.runtime.torch.watch import StepWatch
+from tinybp_lightning.runtime.torch.watch import Measured, StepWatch, stop_tracing
 from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
@@ -38,6 +38,8 @@ __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
 _REPLAYED = Script((False,), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
+# A norm that is in evaluation mode now may learn later, and does so without raising the version counter.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
@@ -91,22 +93,30 @@ def _is_repeated(container: nn.Module) -> bool:
 
 @dataclass(slots=True)
 class _CallCost:
-    """What one intercepted call saved and took, measured while it ran."""
+    """What one intercepted call saved and took, measured while it ran; `guard_bytes` is what replaying it keeps."""
 
     unit: str
     forward_s: float
     saved_bytes: int
+    guard_bytes: int
 
 
 class _ModuleStep:
-    """One call of a submodule, runnable again."""
-
-    is_random = True
+    """One call of a submodule, runnable again. `is_random` until the first run has shown that it draws nothing."""
 
     def __init__(
-        self, name: str, module: nn.Module, impl: Callable[..., Any], spec: TreeSpec, volatile: set[str]
+        self,
+        name: str,
+        module: nn.Module,
+        impl: Callable[..., Any],
+        spec: TreeSpec,
+        *,
+        devices: Sequence[torch.device],
+        volatile: set[str],
     ) -> None:
         self.name = name
+        self.is_random = True
+        self._devices = devices
         self._module = module
         self._impl = impl
         self._spec = spec
@@ -118,7 +128,9 @@ class _ModuleStep:
         args, kwargs = tree_unflatten(state, self._spec)
         state.clear()
         self._snapshots = {n: b.detach().clone() for n, b in _buffers(self._module) if n in self._volatile}
+        random = random_state_now(self._devices)
         self.result = self._impl(*args, **kwargs)
+        self.is_random = not random_state_now(self._devices).same_as(random)
         return []
 
     def again(self, state: list[Any]) -> list[Any]:
@@ -135,14 +147,20 @@ class _ModuleStep:
         return []
 
     def changed_buffers(self) -> set[str]:
-        """Names of the buffers that the first run changed."""
+        """Names of the buffers that the first run changed, and of those that a norm may change in another run."""
         now = dict(_buffers(self._module))
-        return {n for n, old in self._snapshots.items() if not torch.equal(old, now[n])}
+        return {n for n, old in self._snapshots.items() if n.endswith(_STATISTICS) or not torch.equal(old, now[n])}
 
     def forget_buffers_but(self, names: set[str]) -> None:
         """Keep only the snapshots that a replay needs."""
         self._volatile = names
         self._snapshots = {n: t for n, t in self._snapshots.items() if n in names}
+
+    @property
+    def guard_bytes(self) -> int:
+        """What is kept so that a replay sees what the first run saw: buffers, and a generator's state."""
+        random = torch.get_rng_state().nbytes if self.is_random else 0
+        return random + sum(t.nbytes for t in self._snapshots.values())
 
 
 class ModuleSteps:
@@ -203,6 +221,7 @@ class ModuleSteps:
     def _begin(self, device: torch.device) -> StepWatch:
         if self.pilot is not None:
             return self.pilot.begin_step(self._parameters)
+        stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
         return StepWatch.traced_if_possible(device, self._parameters, self._config.budget)
 
     def _ended(self, watch: StepWatch, calls: list[_CallCost], stats: list[RunStats], device: torch.device) -> None:
@@ -214,7 +233,7 @@ class ModuleSteps:
         if self.pilot is None:
             tensors = [*self._parameters, *self._buffers]
             room = Room(self._config, device, tensors, PlainPeak())
-            chain = _chain(calls, 0 if watch.measured is None else watch.measured.peak_bytes)
+            chain = _chain(calls, watch.measured)
             self.pilot = Pilot(
                 self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
             )
@@ -228,7 +247,7 @@ class ModuleSteps:
         leaves, spec = tree_flatten((args, kwargs))
         position = len(self._calls)
         started = time.perf_counter()
-        cost = _CallCost(unit, 0.0, 0)
+        cost = _CallCost(unit, 0.0, 0, 0)
         self._calls.append(cost)
         if self._kept(position, unit) or not self._replayable(unit, module, leaves):
             result = impl(*args, **kwargs)
@@ -244,18 +263,19 @@ class ModuleSteps:
         volatile = self._volatile.setdefault(unit, {n for n, _ in _buffers(module)})
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
-        step = _ModuleStep(unit, module, impl, spec, volatile)
+        step = _ModuleStep(unit, module, impl, spec, devices=devices, volatile=volatile)
         externals = Externals.of(list(module.parameters()))
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast_now(device_type_of(devices)))
         self._runs.append(run)
         run.begin(leaves)
         run.sweep(step, list(leaves))
         result, step.result = step.result, None
-        cost.saved_bytes = run.dropped_bytes(0)
+        cost.saved_bytes = run.dropped_bytes(0, tree_flatten(result)[0])
         if first_time:
             changed = step.changed_buffers()
             self._volatile[unit] = changed
             step.forget_buffers_but(changed)
+        cost.guard_bytes = step.guard_bytes
         return result
 
     def _kept(self, position: int, unit: str) -> bool:
@@ -295,22 +315,30 @@ def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return list(module.named_buffers())
 
 
-def _chain(calls: Sequence[_CallCost], peak_bytes: int) -> Chain:
+def _chain(calls: Sequence[_CallCost], measured: Measured | None) -> Chain:
     """The calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
 
-    `peak_bytes` was measured with every block dropped, one saved set alive at a time: that set is in it.
+    `measured` is a step with every block dropped. What was alive when its forward ended, less what guards the replays,
+    is alive in plain training too (boundary 0, held throughout); what backward had beside that and the widest saved
+    set is any block's backward.
     """
-    blocks = tuple(
-        Block(
-            name=c.unit,
-            signature=c.unit,
-            forward_s=c.forward_s,
-            forward_peak_bytes=0,
-            parameter_gradient_bytes=0,
-            options=(SavedSet("all", (), c.saved_bytes, c.saved_bytes, c.forward_s, c.saved_bytes, c.forward_s, 0),),
+    widest_bytes = max((c.saved_bytes for c in calls), default=0)
+    guard_bytes = sum(c.guard_bytes for c in calls)
+    held_bytes = max(0, measured.forward_end_bytes - guard_bytes) if measured is not None else 0
+    working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes) if measured else 0
+
+    def block(c: _CallCost) -> Block:
+        option = SavedSet(
+            name="all",
+            storages=(),
+            saved_bytes=c.saved_bytes,
+            save_peak_bytes=c.saved_bytes,
+            replay_s=c.forward_s,
+            replay_peak_bytes=c.saved_bytes,
+            backward_s=c.forward_s,
+            backward_peak_bytes=working_bytes,
         )
-        for c in calls
-    )
-    widest = max((c.saved_bytes for c in calls), default=0)
-    boundaries = tuple(Boundary((), 0) for _ in range(len(blocks) + 1))
-    return Chain((), blocks, boundaries, workspace_bytes=max(0, peak_bytes - widest))
+        return Block(c.unit, c.unit, c.forward_s, 0, 0, (option,))
+
+    boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(calls) + 1))
+    return Chain((held_bytes,), tuple(block(c) for c in calls), boundaries, workspace_bytes=guard_bytes)

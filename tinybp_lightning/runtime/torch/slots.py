@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
@@ -98,8 +99,9 @@ class SlotBook:
         self._forms: list[_Form] = []
         self._slots: list[weakref.ref[Slot] | None] = []
         self._aliases: list[_Alias] = []
+        # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
+        self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
         self.num_replayed = 0
-        self.dropped_bytes = 0
 
     def pack(self, t: torch.Tensor) -> Slot | Reference:
         """First sweep: take a saved tensor, return what autograd holds instead."""
@@ -117,8 +119,15 @@ class SlotBook:
             self._aliases.append(_Alias(weakref.ref(slot), source[0], t.dtype, t.shape, t.stride(), offset))
         else:
             self.num_replayed = position + 1
-            self.dropped_bytes += t.numel() * t.element_size()
+            if plain:
+                storage = t.untyped_storage()
+                self._dropped[storage_key(t)] = (StorageWeakRef(storage), storage.nbytes())
         return slot
+
+    def dropped_bytes(self, outputs: Sequence[Any]) -> int:
+        """Return the bytes of the storages that the block saved and did not make its `outputs` of."""
+        kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
+        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
 
     def close(self) -> None:
         """End of the block's first run: let go of the inputs."""

@@ -27,7 +27,7 @@ class Step(Protocol):
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws random numbers, so that its generator state must be kept."""
+        """Whether it draws random numbers, so that its generator state must be kept; asked again after `first`."""
         ...
 
     def first(self, state: list[Any]) -> list[Any]:
