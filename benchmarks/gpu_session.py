@@ -77,8 +77,7 @@ def _peak_bytes(workload: Workload, batch: Batch) -> int:
 
 def _check(case: str, config: CompareConfig, budget: str, device: torch.device) -> Check:
     batches = tuple(
-        b.to(device)
-        for b in make_batches(config.model.name, config.shape, num_batches=NUM_STEPS, seed=config.seed)
+        b.to(device) for b in make_batches(config.model.name, config.shape, num_batches=NUM_STEPS, seed=config.seed)
     )
     plain = build_workload(config.model, config.shape, seed=config.seed, device=device)
     expected = _steps(plain, batches)

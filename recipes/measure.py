@@ -11,6 +11,7 @@ here uses the package that is being judged.
 
 import gc
 import hashlib
+import os
 import platform
 import statistics
 import time
@@ -31,6 +32,8 @@ from recipes.timeline import MemoryEvent, StepMemory, Timeline, account, downsam
 
 __all__ = ["cpu_memory", "cuda_events", "measure", "record_memory", "tensors_sha256"]
 
+# Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 NANOSECONDS = 1e-9
 MICROSECONDS = 1e-6
 # Past this the CUDA allocator's history would overwrite its own beginning.

@@ -4,11 +4,10 @@
 the user's output structure. Its graph is at torch level: no functionalisation, the user's own calls.
 
 Note [As it runs]
-    Libraries ask `torch.compiler.is_compiling()` and then take another path. Two things follow. A trace that asked is
-    compared with the plain forward once, by `runtime`: other kernels have other bits. And transformers, the library
-    that matters most, builds attention masks under a tracer that it leaves out in eager mode (and loses flash
-    attention by it): its mask functions are made to take the eager path first. Where that path reads values of
-    tensors, and the graph breaks, they are traced as they are.
+    Libraries ask `torch.compiler.is_compiling()` and then take another path: under a tracer transformers builds an
+    attention mask that it leaves out in eager mode, and other kernels with other bits (and no flash attention)
+    follow. The blocks run in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`.
+    Where that path reads values of tensors the graph breaks, and module steps take over: exact, if coarser.
 
 Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
@@ -50,59 +49,40 @@ class CannotTraceError(CaptureError):
 class Tracer:
     """A forward, traced on each new signature.
 
-    **Arguments:** `on_graph`: turns a captured graph into what runs it; `eager_masks`: have transformers' attention
-    masks take the eager path. See Note [As it runs].
+    **Arguments:** `on_graph`: turns a captured graph into what runs it. See Note [As it runs].
     """
 
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        on_graph: Callable[[fx.GraphModule], Callable[..., Any]],
-        *,
-        eager_masks: bool,
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> None:
         def backend(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
             return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
 
         self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
-        self._eager_masks = eager_masks
-        self._answers = _Answers(tracing_state_functions())
-
-    @property
-    def was_asked(self) -> bool:
-        """Whether a trace so far asked if it was being compiled."""
-        return self._answers.was_asked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
         try:
-            with _settings(), self._answers.given(), _quiet(), _masks(eager=self._eager_masks):
+            with _settings(), _as_it_runs(), _quiet():
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
 
 
-class _Answers(dict[Any, Any]):
-    """What Dynamo answers to questions about tracing; notes whether somebody asked about compilation."""
-
-    def __init__(self, answers: dict[Any, Any]) -> None:
-        super().__init__(answers)
-        self.was_asked = False
-
-    def __getitem__(self, question: Any) -> Any:
-        answer = super().__getitem__(question)
-        self.was_asked |= answer is True
-        return answer
-
-    @contextlib.contextmanager
-    def given(self) -> Generator[None]:
-        """Let Dynamo answer from here while the body runs."""
-        original = dynamo_torch.tracing_state_functions
-        dynamo_torch.tracing_state_functions = lambda: self
-        try:
-            yield
-        finally:
-            dynamo_torch.tracing_state_functions = original
+@contextlib.contextmanager
+def _as_it_runs() -> Generator[None]:
+    """Let traced code see that it is not being compiled. See Note [As it runs]."""
+    answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
+    original = dynamo_torch.tracing_state_functions
+    dynamo_torch.tracing_state_functions = lambda: answers
+    replaced = [(sys.modules.get(module), name, new) for module, name, new in _REPLACED]
+    replaced = [(module, name, new, getattr(module, name)) for module, name, new in replaced if hasattr(module, name)]
+    try:
+        for module, name, new, _ in replaced:
+            setattr(module, name, new)
+        yield
+    finally:
+        dynamo_torch.tracing_state_functions = original
+        for module, name, _, old in replaced:
+            setattr(module, name, old)
 
 
 @contextlib.contextmanager
@@ -141,18 +121,8 @@ def _settings() -> Any:
     )
 
 
-@contextlib.contextmanager
-def _masks(*, eager: bool) -> Generator[None]:
-    """Have transformers' attention masks take the eager path. See Note [As it runs]."""
-    module: Any = sys.modules.get("transformers.masking_utils")
-    replaced = {name: getattr(module, name) for name in _EAGER_MASKS if eager and hasattr(module, name)}
-    try:
-        for name in replaced:
-            setattr(module, name, _EAGER_MASKS[name])
-        yield
-    finally:
-        for name, original in replaced.items():
-            setattr(module, name, original)
+def _yes(*_: Any) -> bool:
+    return True
 
 
 def _no(*_: Any) -> bool:
@@ -186,9 +156,12 @@ def _constant(node: fx.Node) -> Any:
     return node.target(*args, **kwargs)
 
 
-_EAGER_MASKS: dict[str, Callable[..., Any]] = {
-    "find_packed_sequence_indices": _no_packed_sequences,
-    "is_torchdynamo_compiling": _no,
-    "is_torchdynamo_exporting": _no,
-    "is_tracing": _no,
-}
+# What of transformers must not be traced as it is: what reads values (the second to warn about padding), what asks the
+# driver, and a context variable set in eager mode, which Dynamo cannot follow and which computes nothing.
+_REPLACED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("transformers.masking_utils", "find_packed_sequence_indices", _no_packed_sequences),
+    ("transformers.modeling_utils", "is_tracing", _yes),
+    ("transformers.utils.import_utils", "is_cuda_stream_capturing", _no),
+    ("transformers.utils.import_utils", "is_xpu_stream_capturing", _no),
+    ("transformers.utils.output_capturing", "is_torchdynamo_compiling", _yes),
+)

@@ -15,13 +15,12 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
-from tinybp_lightning.config import Executor, HCBConfig
+from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.memory import PlainPeak
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
-from tinybp_lightning.runtime.torch.plain_check import Before, plain_outputs, same_outputs, signature_of
 from tinybp_lightning.runtime.torch.program import GraphProgram
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
@@ -41,9 +40,8 @@ class Target:
         self._observers = tuple(observers)
         self.programs: list[GraphProgram] = []
         self._last: GraphProgram | None = None
-        self._tracers = [Tracer(plain, self._on_graph, eager_masks=eager) for eager in (True, False)]
+        self._tracer = Tracer(plain, self._on_graph)
         self._plain_peak = PlainPeak()
-        self._seen: set[tuple[str, ...]] = set()
         self.module_steps: ModuleSteps | None = None
         if has_sharded_units(module):
             self.module_steps = ModuleSteps(module, plain, self.name, config, observers)
@@ -73,35 +71,10 @@ class Target:
         """Run one training forward."""
         if self.module_steps is not None:
             return self.module_steps.call(args, kwargs)
-        while True:
-            try:
-                return self._traced_call(self._tracers[0], args, kwargs)
-            except CannotTraceError as error:
-                if len(self._tracers) == 1:
-                    return self._by_module_steps(error.reason, args, kwargs)
-                del self._tracers[0]  # the eager path reads values of tensors: see Note [As it runs] in dynamo.py
-
-    def _traced_call(self, tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run what was traced; compare it with the plain forward where the trace may have taken another path."""
-        signature = signature_of(args, kwargs)
-        if signature in self._seen:
-            return tracer(*args, **kwargs)
-        before = Before.of(self._module)
-        result = tracer(*args, **kwargs)
-        if not tracer.was_asked or Executor(self._config.executor) is Executor.INDUCTOR:
-            self._seen.add(signature)
-            return result
-        after = Before.of(self._module)
-        before.restore()
-        expected = plain_outputs(self._plain, args, kwargs)
-        if same_outputs(expected, result):
-            after.restore()
-            self._seen.add(signature)
-            return result
-        for program in self.programs:
-            program.abandon()
-        before.restore()
-        raise CannotTraceError("its results under a tracer differ from its own: it asks whether it is being compiled")
+        try:
+            return self._tracer(*args, **kwargs)
+        except CannotTraceError as error:
+            return self._by_module_steps(error.reason, args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "Observed exception" in reason:

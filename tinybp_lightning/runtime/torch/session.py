@@ -80,8 +80,8 @@ def attach(
 ) -> Session:
     """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
 
-    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward, or
-    is compiled as a whole.
+    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward,
+    or is compiled as a whole.
     """
     _check(root)
     if not discover and type(root).forward is nn.Module.forward and "forward" not in vars(root):
@@ -158,8 +158,8 @@ def _warn_of_compiled_parts(root: nn.Module) -> None:
     compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
     if compiled:
         warnings.warn(
-            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run as the executor "
-            'says instead. Leave the compile call out, or use `executor="inductor"`.',
+            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run as the "
+            'executor says instead. Leave the compile call out, or use `executor="inductor"`.',
             HCBWarning,
             stacklevel=4,
         )

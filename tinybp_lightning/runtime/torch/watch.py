@@ -60,6 +60,8 @@ class StepWatch:
         self._number = StepWatch.num_started
         self._num_others = 0
         if traced:
+            atexit.unregister(stop_tracing)
+            atexit.register(stop_tracing)  # a profiler left on crashes the process when it ends
             _TRACING.append(self)
         self._trace: AllocatorTrace | None = open_trace(device) if traced else None
         self._on_end: Callable[[StepWatch], None] | None = None
@@ -177,7 +179,6 @@ def stop_tracing() -> None:
 def _listen() -> None:
     """Hear of the next optimizer step; with a closure, forward and backward run inside it, so its end counts too."""
     if not _HANDLES:
-        atexit.register(settle_pending)  # a profiler left on complains when the process ends
         _HANDLES.append(register_optimizer_step_pre_hook(_on_optimizer))
         _HANDLES.append(register_optimizer_step_post_hook(_on_optimizer))
 
