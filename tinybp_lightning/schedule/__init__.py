@@ -12,6 +12,7 @@ from tinybp_lightning.schedule.actions import (
     Store,
 )
 from tinybp_lightning.schedule.baselines import every_k, every_sqrt_n, keep_all, per_block, revolve, revolve_cost
+from tinybp_lightning.schedule.certificate import Certificate, certify
 from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
 from tinybp_lightning.schedule.text import from_text, to_text
@@ -20,6 +21,7 @@ from tinybp_lightning.schedule.verify import verify_schedule
 __all__ = [
     "Action",
     "Backward",
+    "Certificate",
     "Drop",
     "Forward",
     "ForwardSave",
@@ -31,6 +33,7 @@ __all__ = [
     "Schedule",
     "Store",
     "Timeline",
+    "certify",
     "every_k",
     "every_sqrt_n",
     "from_text",

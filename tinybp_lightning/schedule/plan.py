@@ -18,6 +18,7 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
+from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
@@ -40,18 +41,25 @@ _TIME_TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A schedule, what it costs, and how far from the best possible it can be.
-
-    `lower_bound_s` bounds the time of every legal schedule within `budget_bytes`; `gap = total_s / lower_bound_s - 1`.
-    """
+    """A schedule, what it costs, and how far from the best possible it can be at most: `gap`."""
 
     schedule: Schedule
     budget_bytes: int
     peak_bytes: int
     total_s: float
     recompute_s: float
-    lower_bound_s: float
-    gap: float
+    certificate: Certificate
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No legal schedule within `budget_bytes` (offload aside) takes less time."""
+        # The bound sums in another order than the clock: keep the last bit from making the gap negative.
+        return min(self.certificate.lower_bound_s, self.total_s)
+
+    @property
+    def gap(self) -> float:
+        """How much slower than the best possible the plan is at most, as a share: 0.01 is one percent."""
+        return self.total_s / self.lower_bound_s - 1 if self.lower_bound_s else 0.0
 
 
 def plan(chain: Chain, *, budget_bytes: int) -> Plan:
@@ -69,7 +77,7 @@ def plan(chain: Chain, *, budget_bytes: int) -> Plan:
 def smallest_budget(chain: Chain) -> tuple[int, Plan]:
     """Return the smallest feasible budget in bytes, and the plan that meets it."""
     planner = Planner(chain)
-    return planner.smallest_bytes, planner.plan(budget_bytes=planner.smallest_bytes)
+    return planner.smallest_bytes, planner.smallest_plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,30 +154,46 @@ class Planner:
         return self._fastest.timeline.peak_bytes
 
     def plan(self, *, budget_bytes: int) -> Plan:
-        """Return the fastest schedule found within `budget_bytes`; see the function `plan`."""
+        """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
+        best = self._best(budget_bytes)
+        # What a byte is worth about here: it starts the search for the certificate's prices.
+        less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 32)
+        slower_s = self._best(less_bytes).timeline.total_s - best.timeline.total_s
+        certificate = certify(
+            self._chain,
+            best.schedule,
+            best.timeline,
+            budget_bytes=budget_bytes,
+            seconds_per_byte=slower_s / max(1, budget_bytes - less_bytes),
+        )
+        return self._plan_of(best, budget_bytes, certificate)
+
+    def smallest_plan(self) -> Plan:
+        """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
+        budget_bytes = self.smallest_bytes
+        certificate = Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2))
+        return self._plan_of(self._best(budget_bytes), budget_bytes, certificate)
+
+    def _best(self, budget_bytes: int) -> "_Candidate":
         if budget_bytes < self.smallest_bytes:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
         best = min(candidates, key=lambda c: c.cost)
-        if best.timeline.total_s > self._plain_s:
-            best = self._search(budget_bytes, best)
-        # The bound sums in another order than the clock: keep the last bit from making the gap negative.
-        lower_bound_s = min(self._plain_s, best.timeline.total_s)
+        return self._search(budget_bytes, best) if best.timeline.total_s > self._plain_s else best
+
+    def _plan_of(self, best: "_Candidate", budget_bytes: int, certificate: Certificate) -> Plan:
         return Plan(
             schedule=best.schedule,
             budget_bytes=budget_bytes,
             peak_bytes=best.timeline.peak_bytes,
             total_s=best.timeline.total_s,
             recompute_s=best.timeline.recompute_s,
-            lower_bound_s=lower_bound_s,
-            gap=best.timeline.total_s / lower_bound_s - 1 if lower_bound_s else 0.0,
+            certificate=certificate,
         )
 
     @cached_property
     def _plain_s(self) -> float:
-        """A trivial bound: every block once forward, and its fastest backward."""
-        backward_s = sum(min(option.backward_s for option in block.options) for block in self._chain.blocks)
-        return sum(block.forward_s for block in self._chain.blocks) + backward_s
+        return fastest_possible_s(self._chain)
 
     @cached_property
     def _floor(self) -> Floor:

@@ -1,0 +1,117 @@
+"""How far can a plan be from the best one? The better of two bounds, one of them with good prices.
+
+Prices for `bound` are found by Polyak's subgradient steps. The first prices come from the plan: the moments at which
+it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
+supergradient by `(plan - value) / |supergradient|^2`. Bad prices make the bound loose, never wrong.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Backward, Schedule
+from tinybp_lightning.schedule.bound import PricedChain
+from tinybp_lightning.schedule.capped import capped_bound_s
+from tinybp_lightning.schedule.relaxed import relax
+from tinybp_lightning.schedule.simulate import Timeline
+
+__all__ = ["Certificate", "certify", "fastest_possible_s"]
+
+_Floats = NDArray[np.float64]
+_CLOSE = 1e-4
+"""A bound this near the plan, relative to it, is not improved further."""
+_TIGHT = 0.005
+"""A bound this near needs no second one."""
+_NEARLY_FULL = 0.97
+_WORK = 2.5e7
+"""About how many elementary steps of `bound` the search may take: a second or two."""
+_CAPPED_BLOCKS = 80
+_CAPPED_SLOTS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
+
+    `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
+    and with all prices 0 the time of a step that recomputes nothing. `capped_bound_s` is that of `capped`, or 0 where
+    it was not asked.
+    """
+
+    budget_bytes: int
+    priced_bound_s: float
+    capped_bound_s: float
+    prices: tuple[float, ...]
+
+    @property
+    def lower_bound_s(self) -> float:
+        """The better of the two bounds."""
+        return max(self.priced_bound_s, self.capped_bound_s)
+
+
+def certify(
+    chain: Chain, schedule: Schedule, timeline: Timeline, *, budget_bytes: int, seconds_per_byte: float = 0.0
+) -> Certificate:
+    """Return a lower bound on the time of every schedule within `budget_bytes`.
+
+    **Arguments:** `schedule`, `timeline`: the best plan known, which the search aims at.
+    `seconds_per_byte`: a guess of how much time one more byte would save; 0 when unknown.
+
+    **Returns:** a certificate whose bound is never above the time of the best legal schedule.
+    """
+    num_blocks = len(chain.blocks)
+    plain_s = fastest_possible_s(chain)
+    if timeline.total_s <= plain_s * (1 + _CLOSE):
+        return Certificate(budget_bytes, plain_s, 0.0, (0.0,) * (num_blocks + 2))
+    relaxed = relax(chain, budget_bytes=budget_bytes)
+    first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
+    num_steps = int(np.clip(_WORK / num_blocks**3, 4, 30))
+    priced_s, prices = _search(PricedChain(relaxed), first, timeline.total_s, num_steps=num_steps)
+    if priced_s < plain_s:
+        priced_s, prices = plain_s, np.zeros(num_blocks + 2)
+    capped_s = 0.0
+    if num_blocks <= _CAPPED_BLOCKS and priced_s < timeline.total_s * (1 - _TIGHT):
+        capped_s = capped_bound_s(relaxed, num_slots=_CAPPED_SLOTS)
+    return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
+
+
+def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
+    """Return the best value and its prices in `num_steps` steps towards `target_s`."""
+    prices, best_s, best = first, -np.inf, first
+    step, num_stalled = 1.0, 0
+    for _ in range(num_steps):
+        priced = chain.price(prices)
+        num_stalled = 0 if priced.value_s > best_s else num_stalled + 1
+        if priced.value_s > best_s:
+            best_s, best = priced.value_s, prices
+        if num_stalled == 3:
+            step, num_stalled = step * 0.6, 0
+        excess = np.where((prices <= 0) & (priced.excess_bytes < 0), 0.0, priced.excess_bytes)
+        excess[0] = 0.0
+        missing_s, norm = target_s - priced.value_s, float(excess @ excess)
+        if missing_s <= _CLOSE * target_s or norm == 0:
+            break
+        prices = np.maximum(0.0, prices + step * missing_s / norm * excess)
+    return float(best_s), best
+
+
+def fastest_possible_s(chain: Chain) -> float:
+    """Return the time of a step without recomputation: every block once, with its fastest backward."""
+    backward_s = sum(min(option.backward_s for option in block.options) for block in chain.blocks)
+    return sum(block.forward_s for block in chain.blocks) + backward_s
+
+
+def _first_prices(
+    schedule: Schedule, timeline: Timeline, budget_bytes: int, seconds_per_byte: float, num_blocks: int
+) -> _Floats:
+    """Share `seconds_per_byte` out among the moments at which the plan nearly fills the budget."""
+    peaks = np.zeros(num_blocks + 2)
+    peaks[num_blocks + 1] = timeline.tail.peak_bytes
+    for action, moment in zip(schedule.actions, timeline.moments, strict=True):
+        if isinstance(action, Backward):
+            peaks[action.block + 1] = moment.peak_bytes
+    full = peaks >= _NEARLY_FULL * budget_bytes
+    full[0] = False
+    return np.where(full, seconds_per_byte / max(1, int(full.sum())), 0.0)

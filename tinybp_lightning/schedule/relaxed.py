@@ -1,0 +1,127 @@
+"""What does every schedule hold at least, and in what order may we assume it works? The relaxation both bounds share.
+
+A *moment* is the loss or the start of a block's backward. Moments within replays are left out, which can only lower a
+bound. Schedules that offload are not covered.
+
+# Note [Why the bounds hold]
+Take any schedule, and its *provenance*: a run of a block read its boundary either from the cursor, that is from the
+run just before, or from a boundary that an earlier run left in store. So runs form a tree from boundary 0. For each
+block, the run whose saved set its backward uses is an *end*; the loss is one more; runs that lead to no end may go.
+What is held at a moment are the tree's edges and the saved sets across it, each storage once. A run *serves* the ends
+below it.
+
+1. Uncross. Of two runs of a block between the same two moments, the first is enough. Take runs `x` before `y` of one
+   block, where `x` serves `c` and `y` serves `d > c`. Where the path of `x` holds a boundary while the path of `y`
+   passes it, let the path of `y` read that one. If there is no such place, the path of `y` runs block `c` after that
+   of `x` did, yet before the backward of `d` and so before that of `c`: save `c` there. Either way no run is added,
+   and what is held at each moment is a subset of what was. In the end, of the runs of one block an earlier one serves
+   higher ends: each run, and each thing held, serves an interval of ends `q .. j-1`.
+2. Count less. Share each storage's bytes out among the ends, at most all of them, and let a thing held (boundary or
+   saved set) that serves `q .. j-1` count the shares of its storages at the ends `q .. j-1` only. The intervals of
+   things held at one moment are disjoint, so nothing counts twice, and the sum is at most the bytes held. Now a thing
+   held has a weight that depends on itself and its interval, not on the moment.
+3. Be lazy. Consider the first run that is not on the way to the end next due: it replaces a boundary, held for `q ..
+   j-1` with `j` not yet due, by other things held for the same ends. If those weigh no more, make the change when the
+   boundary was made: that run was on its way to an end above `j` and passed all that is needed, so runs are saved. If
+   they weigh more, make it at the next change or when `j` is due. Either way less is held at every moment, and no
+   time is lost. Repeat: every run is on the way to the end next due.
+
+So a bound may assume: from boundary `i` at hand, to serve the ends `low .. end-1`, a schedule keeps block `i` (if
+`low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: holds boundary `i` for `low .. q-1` and lets
+what follows serve `q .. end-1` first. At a moment it holds the weights of what it holds. `bound` and `capped`
+minimise over just these.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinybp_lightning.graph.chain import Chain
+
+__all__ = ["RelaxedChain", "RelaxedOption", "relax"]
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RelaxedOption:
+    """A saved set as the bounds see it: its weight while held, the bytes at its backward's moment, and seconds."""
+
+    weight_bytes: float
+    backward_bytes: float
+    backward_s: float
+    replay_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelaxedChain:
+    """A chain whose held things have weights: see Note [Why the bounds hold].
+
+    `weight_bytes[i, j] - weight_bytes[i, q]` is the weight of boundary `i` held for the ends `q .. j-1`, the loss being
+    end `n`. `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that fit at all.
+    """
+
+    num_blocks: int
+    left_bytes: int
+    weight_bytes: _Floats
+    loss_bytes: float
+    forward_s: _Floats
+    options: tuple[tuple[RelaxedOption, ...], ...]
+
+
+def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
+    """Return the relaxation of `chain` within `budget_bytes`."""
+    num_blocks = len(chain.blocks)
+    left_bytes = budget_bytes - chain.workspace_bytes
+    share = _shares(chain)
+    members = np.zeros((num_blocks + 1, len(chain.storage_bytes)))
+    for i, boundary in enumerate(chain.boundaries):
+        members[i, list(boundary.storages)] = 1
+    weight_bytes = np.zeros((num_blocks + 1, num_blocks + 2))
+    weight_bytes[:, 1:] = np.cumsum(members @ share, axis=1)
+    return RelaxedChain(
+        num_blocks=num_blocks,
+        left_bytes=left_bytes,
+        weight_bytes=weight_bytes,
+        loss_bytes=float(members[-1] @ share[:, -1]) + chain.tail_peak_bytes,
+        forward_s=np.array([block.forward_s for block in chain.blocks]),
+        options=_fitting_options(chain, share, left_bytes),
+    )
+
+
+def _fitting_options(chain: Chain, share: _Floats, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+    """The options of every block whose saved set and backward fit into the budget by themselves."""
+    found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
+    for b in reversed(range(len(chain.blocks))):
+        block = chain.blocks[b]
+        gradients_bytes += block.parameter_gradient_bytes
+        standing_bytes = chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients_bytes
+        options: list[RelaxedOption] = []
+        for option in block.options:
+            weight_bytes = option.saved_bytes + float(share[list(option.storages), b].sum())
+            held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
+            if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
+                backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
+                options.append(RelaxedOption(weight_bytes, backward_bytes, option.backward_s, option.replay_s))
+        found.append(tuple(options))
+    return tuple(reversed(found))
+
+
+def _shares(chain: Chain) -> _Floats:
+    """Return `share[storage, end]` in bytes, the last column for the loss.
+
+    Any sharing out is valid. A good one lets storages count where plans hold them: at the last block that reads it and
+    whose saved set holds it, else at the last end that may read it.
+    """
+    num_blocks = len(chain.blocks)
+    share = np.zeros((len(chain.storage_bytes), num_blocks + 1))
+    owner: dict[int, int] = {}
+    for i, boundary in enumerate(chain.boundaries):
+        owner.update((int(s), i) for s in boundary.storages)
+    for b, block in enumerate(chain.blocks):
+        reads = {int(s) for s in chain.boundaries[b].storages}
+        owner.update((int(s), b) for s in block.options[0].storages if int(s) in reads)
+    for storage, end in owner.items():
+        share[storage, end] = chain.storage_bytes[storage]
+    return share
