@@ -11,6 +11,7 @@ __all__ = [
     "GraphError",
     "HCBWarning",
     "MissingPackageError",
+    "PlanFileError",
     "ReplayError",
     "ScheduleError",
     "TinyBPError",
@@ -50,6 +51,10 @@ class GraphError(TinyBPError, ValueError):
 
 class ScheduleError(TinyBPError, ValueError):
     """A `Schedule` is not legal on its chain: it reads a state that is not there, or misses a backward."""
+
+
+class PlanFileError(TinyBPError, ValueError):
+    """A plan file is damaged, edited, newer, or for another chain; planning again is always the way out."""
 
 
 class CaptureError(TinyBPError, RuntimeError):

@@ -1,0 +1,175 @@
+"""How does a plan outlive its process? One JSON file with a schema version, believed only after full validation.
+
+A file is read back only if its checksum holds, it is for this very chain, its schedule is legal, and playing it gives
+the bytes and seconds it claims. Everything else (truncated, edited, foreign, newer) is a `PlanFileError` that says what
+is wrong: the caller plans again. Writing is atomic, so two processes at once leave one whole file.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn, cast
+
+from tinybp_lightning.errors import PlanFileError, ScheduleError
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.certificate import Certificate
+from tinybp_lightning.schedule.plan import Plan
+from tinybp_lightning.schedule.simulate import simulate
+from tinybp_lightning.schedule.text import from_text, to_text
+
+__all__ = ["SCHEMA_VERSION", "chain_digest", "load_plan", "plan_from_json", "plan_to_json", "save_plan"]
+
+SCHEMA_VERSION = 1
+"""Raised whenever a field is added, removed or changes its meaning."""
+
+_FIELDS: dict[str, type] = {
+    "schema_version": int,
+    "chain": str,
+    "context": dict,
+    "budget_bytes": int,
+    "schedule": str,
+    "num_blocks": int,
+    "peak_bytes": int,
+    "total_s": float,
+    "recompute_s": float,
+    "certificate": dict,
+    "checksum": str,
+}
+
+
+def chain_digest(chain: Chain) -> str:
+    """Return a name for `chain` that any change of a byte, a second or a storage changes; block names count too."""
+    return hashlib.sha256(repr(chain).encode()).hexdigest()
+
+
+def plan_to_json(plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> str:
+    """Return `plan` as JSON text.
+
+    **Arguments:** `context`: what else the plan depends on, such as device and library versions; loading asks for the
+    same.
+    """
+    payload: dict[str, object] = {
+        "schema_version": SCHEMA_VERSION,
+        "chain": chain_digest(chain),
+        "context": dict(sorted((context or {}).items())),
+        "budget_bytes": plan.budget_bytes,
+        "schedule": to_text(plan.schedule),
+        "num_blocks": plan.schedule.num_blocks,
+        "peak_bytes": plan.peak_bytes,
+        "total_s": float(plan.total_s),
+        "recompute_s": float(plan.recompute_s),
+        "certificate": {
+            "budget_bytes": plan.certificate.budget_bytes,
+            "priced_bound_s": float(plan.certificate.priced_bound_s),
+            "capped_bound_s": float(plan.certificate.capped_bound_s),
+            "prices": [float(price) for price in plan.certificate.prices],
+        },
+    }
+    return json.dumps({**payload, "checksum": _checksum(payload)}, indent=1, allow_nan=False) + "\n"
+
+
+def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan that `text` holds, if it is one for `chain`.
+
+    **Arguments:** `context`: as it was given when the plan was written.
+
+    **Raises:** `PlanFileError` that says what is wrong with the text.
+    """
+    payload = _payload(text)
+    if payload["chain"] != chain_digest(chain):
+        _refuse("`chain` names another chain: the model, its costs or its cuts have changed")
+    if payload["context"] != dict(context or {}):
+        _refuse(f"`context={payload['context']}` is not the present one, `{dict(context or {})}`")
+    try:
+        schedule = from_text(cast(str, payload["schedule"]), num_blocks=cast(int, payload["num_blocks"]))
+        timeline = simulate(chain, schedule)
+    except ScheduleError as error:
+        raise PlanFileError(f"this plan file cannot be used: its `schedule` is not legal: {error}") from error
+    played = {
+        "peak_bytes": timeline.peak_bytes,
+        "total_s": timeline.total_s,
+        "recompute_s": timeline.recompute_s,
+    }
+    for field, found in played.items():
+        if payload[field] != found:
+            _refuse(f"`{field}={payload[field]}`, but playing its schedule gives `{found}`")
+    budget_bytes = cast(int, payload["budget_bytes"])
+    if timeline.peak_bytes > budget_bytes:
+        _refuse(f"`peak_bytes={timeline.peak_bytes}` exceeds `budget_bytes={budget_bytes}`")
+    certificate = _certificate(cast(dict[str, object], payload["certificate"]), budget_bytes, len(chain.blocks))
+    return Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s, certificate)
+
+
+def save_plan(path: Path, plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> None:
+    """Write `plan` to `path`, wholly or not at all; folders are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(plan_to_json(plan, chain, context=context))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_plan(path: Path, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan in the file at `path`; see `plan_from_json`.
+
+    **Raises:** `PlanFileError` when the file is not a valid plan for `chain`; `FileNotFoundError` when there is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanFileError(f"this plan file cannot be used: it is not text ({error}). Plan again.") from error
+    return plan_from_json(text, chain, context=context)
+
+
+def _payload(text: str) -> dict[str, object]:
+    """Check the text's form: JSON, version, fields, types and checksum."""
+    try:
+        found: object = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PlanFileError(f"this plan file cannot be used: it is not whole JSON ({error}). Plan again.") from error
+    if not isinstance(found, dict):
+        _refuse("it is JSON, but no object")
+    payload = cast(dict[str, object], found)
+    version = payload.get("schema_version")
+    if type(version) is not int or version > SCHEMA_VERSION:
+        _refuse(f"`schema_version={version}`, and this version of the package reads `{SCHEMA_VERSION}`: update it")
+    if version < SCHEMA_VERSION:
+        _refuse(f"`schema_version={version}` is older than `{SCHEMA_VERSION}`")
+    for field, kind in _FIELDS.items():
+        if type(payload.get(field)) is not kind:
+            _refuse(f"`{field}={payload.get(field)!r}` is missing or not of type `{kind.__name__}`")
+    if unknown := sorted(set(payload) - set(_FIELDS)):
+        _refuse(f"it has the unknown fields `{unknown}`")
+    if payload.pop("checksum") != _checksum(payload):
+        _refuse("its `checksum` does not hold, so it was edited or damaged")
+    return payload
+
+
+def _certificate(found: dict[str, object], budget_bytes: int, num_blocks: int) -> Certificate:
+    prices, priced_s, capped_s = (found.get(field) for field in ("prices", "priced_bound_s", "capped_bound_s"))
+    if found.get("budget_bytes") != budget_bytes:
+        _refuse(f"its certificate is for `budget_bytes={found.get('budget_bytes')}`, not `{budget_bytes}`")
+    if not isinstance(prices, list) or len(cast(list[object], prices)) != num_blocks + 2:
+        _refuse(f"its certificate's `prices` are not {num_blocks + 2} numbers")
+    numbers = [*cast(list[object], prices), priced_s, capped_s]
+    if not all(isinstance(number, float) and math.isfinite(number) and number >= 0 for number in numbers):
+        _refuse("its certificate has a number that is negative or none")
+    return Certificate(budget_bytes, cast(float, priced_s), cast(float, capped_s), tuple(cast(list[float], prices)))
+
+
+def _checksum(payload: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise PlanFileError(f"this plan file cannot be used: {problem}. Delete it, or plan again.")
