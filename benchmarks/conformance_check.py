@@ -111,13 +111,14 @@ def check(architecture: Architecture, executor: Executor, budget: str) -> Confor
 
     **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
     """
-    plain_peak_bytes = _reference(architecture, executor).peak_bytes()
+    reference = _reference(architecture, executor)
+    plain_peak_bytes = reference.peak_bytes()
     asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
     for attempt in range(_MAX_RAISES):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", tbp.HCBWarning)
-                compared = _compare(architecture, executor, allowed_bytes)
+                compared = _compare(reference, architecture, executor, allowed_bytes)
         except tbp.BudgetTooSmallError as error:
             # What the first steps teach about the step's end may raise the smallest budget once more.
             if attempt == _MAX_RAISES - 1:
@@ -204,6 +205,12 @@ class _Training:
         workload = architecture.build(_SEED)
         self._around = around
         self.module, self._batch, self._phases = workload.module, workload.batch, workload.phases
+        self._initial = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again from the first step; plans and compiled blocks stay."""
+        self.module.load_state_dict(self._initial)
         self._optimizers = [torch.optim.AdamW(self._trained(phase), lr=1e-3) for phase in self._phases]
         torch.manual_seed(_SEED + 1)
         random.seed(_SEED + 1)
@@ -303,8 +310,9 @@ class _Compared:
     planning_s: float
 
 
-def _compare(architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
-    plain, ours, listener = _reference(architecture, executor), _Training(architecture), _Listener()
+def _compare(plain: _Training, architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
+    plain.restart()
+    ours, listener = _Training(architecture), _Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()
