@@ -15,7 +15,7 @@ Note [Nothing but allocations]
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch._C._profiler import RecordScope, _EventType  # pyright: ignore[reportPrivateUsage] - the one place
@@ -70,6 +70,11 @@ class AllocatorTrace(Protocol):
         ...
 
 
+@runtime_checkable
+class _Sharded(Protocol):
+    def to_local(self) -> torch.Tensor: ...
+
+
 def can_trace(device: torch.device) -> bool:
     """Whether a trace can be opened now: on CPU only one profiler may run at a time."""
     return device.type == "cuda" or (device.type == "cpu" and not is_profiling())
@@ -100,7 +105,7 @@ class _CpuTrace:
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Do not count these tensors, from their allocation on."""
-        addresses = tuple(t.untyped_storage().data_ptr() for t in tensors)
+        addresses = _addresses(tensors)
         self._left_out.append((len(self._labels), addresses))
         self.mark(self._labels[-1])
 
@@ -137,6 +142,12 @@ class _CpuTrace:
                 events.append((fields.ptr, -alive.pop(fields.ptr)))
         assert len(marks) == len(self._marks), f"{len(marks)} of {len(self._marks)} marks were found"
         return events, marks
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Where the tensors are; of a sharded one (`DTensor`), this rank's part."""
+    parts: list[torch.Tensor] = [t.to_local() if isinstance(t, _Sharded) else t for t in tensors]
+    return tuple(t.untyped_storage().data_ptr() for t in parts)
 
 
 def _drop_left_out(
@@ -195,7 +206,7 @@ class _CudaTrace:
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Do not count these tensors, from their allocation on."""
-        addresses = tuple(t.untyped_storage().data_ptr() for t in tensors)
+        addresses = _addresses(tensors)
         self._left_out.append((len(self._labels), addresses))
         self.mark(self._labels[-1])
 
