@@ -43,6 +43,7 @@ class PricedChain:
     def __init__(self, relaxed: RelaxedChain) -> None:
         self._relaxed = relaxed
         self._weight = relaxed.weight_bytes
+        self._own = relaxed.own_bytes
         self._forward_s = relaxed.forward_s
 
     def price(self, prices: _Floats) -> Priced:
@@ -87,7 +88,7 @@ class PricedChain:
         """Hold boundary `i` for `low .. q-1` while `q .. end-1` are served; with `q` ascending the parts are final."""
         n, weight = self._relaxed.num_blocks, self._weight[i]
         for q in range(i + 1, n):
-            held = np.outer(weight[q] - weight[i:q], paid[q + 1 : n + 1] - paid[q])
+            held = np.outer(self._own[i] + weight[q] - weight[i:q], paid[q + 1 : n + 1] - paid[q])
             held += segment[i:q, q, None]
             held += segment[q, q + 1 :]
             np.minimum(segment[i:q, q + 1 :], held, out=segment[i:q, q + 1 :])
@@ -96,7 +97,7 @@ class PricedChain:
         n, weight = self._relaxed.num_blocks, self._weight[i]
         unforked = sweep[i + 1 :].copy()
         for low in range(i, n):
-            held = (weight[low + 1 : n + 1] - weight[low]) * (paid[-1] - paid[low + 1 : n + 1])
+            held = (self._own[i] + weight[low + 1 : n + 1] - weight[low]) * (paid[-1] - paid[low + 1 : n + 1])
             sweep[low] = min(sweep[low], float((unforked[low - i :] + segment[low, low + 1 :] + held).min()))
 
     def _used_bytes(self, record: "_Record", prices: _Floats, paid: _Floats) -> _Floats:
@@ -111,12 +112,13 @@ class PricedChain:
                 used_bytes[n + 1] += self._relaxed.loss_bytes
                 continue
             forks = np.arange(low + 1, end)
-            held_s = (self._weight[i, forks] - self._weight[i, low]) * (paid[end] - paid[forks])
+            held_bytes = self._own[i] + self._weight[i, forks] - self._weight[i, low]
+            held_s = held_bytes * (paid[end] - paid[forks])
             forked_s = self._forward_s[i] + record.tops(i + 1, forks, end) + record.rows(i, low, forks) + held_s
             move_s, option = self._cheapest_move(segment, record, prices, paid)
             if len(forks) and forked_s.min() < move_s:
                 fork = int(forks[forked_s.argmin()])
-                used_bytes[fork + 1 : end + 1] += self._weight[i, fork] - self._weight[i, low]
+                used_bytes[fork + 1 : end + 1] += held_bytes[fork - low - 1]
                 pending += [_Segment(i + 1, fork, end), _Segment(i, low, fork)]
             elif option is None:
                 pending.append(_Segment(i + 1, low, end))

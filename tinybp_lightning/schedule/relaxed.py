@@ -16,10 +16,13 @@ below it.
    of `x` did, yet before the backward of `d` and so before that of `c`: save `c` there. Either way no run is added,
    and what is held at each moment is a subset of what was. In the end, of the runs of one block an earlier one serves
    higher ends: each run, and each thing held, serves an interval of ends `q .. j-1`.
-2. Count less. Share each storage's bytes out among the ends, at most all of them, and let a thing held (boundary or
-   saved set) that serves `q .. j-1` count the shares of its storages at the ends `q .. j-1` only. The intervals of
-   things held at one moment are disjoint, so nothing counts twice, and the sum is at most the bytes held. Now a thing
-   held has a weight that depends on itself and its interval, not on the moment.
+2. Count less. Let a thing held (boundary or saved set) count only some of its storages, so that nothing counts twice.
+   A storage is either *owned* by the first boundary `p` that contains it: then boundary `p` counts it, and block `p`'s
+   saved set if it holds it. These are never held at once: a later run from boundary `p` would serve ends above `p`,
+   and an earlier one served `p`. And two copies of boundary `p` held at once are one: the first is enough. Or it is
+   *shared out* among ends, at most all its bytes, and what serves `q .. j-1` counts the shares at those ends: intervals
+   of things held at one moment are disjoint. Now a thing held has a weight that depends on itself and its interval, not
+   on the moment, and weights add up to the bytes held at most.
 3. Be lazy. Consider the first run that is not on the way to the end next due: it replaces a boundary, held for `q ..
    j-1` with `j` not yet due, by other things held for the same ends. If those weigh no more, make the change when the
    boundary was made: that run was on its way to an end above `j` and passed all that is needed, so runs are saved. If
@@ -58,12 +61,14 @@ class RelaxedOption:
 class RelaxedChain:
     """A chain whose held things have weights: see Note [Why the bounds hold].
 
-    `weight_bytes[i, j] - weight_bytes[i, q]` is the weight of boundary `i` held for the ends `q .. j-1`, the loss being
-    end `n`. `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that fit at all.
+    `own_bytes[i] + weight_bytes[i, j] - weight_bytes[i, q]` is the weight of boundary `i` held for the ends `q .. j-1`,
+    the loss being end `n`. `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that
+    fit at all.
     """
 
     num_blocks: int
     left_bytes: int
+    own_bytes: _Floats
     weight_bytes: _Floats
     loss_bytes: float
     forward_s: _Floats
@@ -74,23 +79,25 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
     """Return the relaxation of `chain` within `budget_bytes`."""
     num_blocks = len(chain.blocks)
     left_bytes = budget_bytes - chain.workspace_bytes
-    share = _shares(chain)
+    own, share = _counted(chain)
     members = np.zeros((num_blocks + 1, len(chain.storage_bytes)))
     for i, boundary in enumerate(chain.boundaries):
         members[i, list(boundary.storages)] = 1
+    own_bytes = (members * own.T).sum(axis=1)
     weight_bytes = np.zeros((num_blocks + 1, num_blocks + 2))
     weight_bytes[:, 1:] = np.cumsum(members @ share, axis=1)
     return RelaxedChain(
         num_blocks=num_blocks,
         left_bytes=left_bytes,
+        own_bytes=own_bytes,
         weight_bytes=weight_bytes,
-        loss_bytes=float(members[-1] @ share[:, -1]) + chain.tail_peak_bytes,
+        loss_bytes=float(own_bytes[-1] + members[-1] @ share[:, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=_fitting_options(chain, share, left_bytes),
+        options=_fitting_options(chain, own + share, left_bytes),
     )
 
 
-def _fitting_options(chain: Chain, share: _Floats, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+def _fitting_options(chain: Chain, counted: _Floats, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
     """The options of every block whose saved set and backward fit into the budget by themselves."""
     found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
     for b in reversed(range(len(chain.blocks))):
@@ -99,7 +106,7 @@ def _fitting_options(chain: Chain, share: _Floats, left_bytes: int) -> tuple[tup
         standing_bytes = chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients_bytes
         options: list[RelaxedOption] = []
         for option in block.options:
-            weight_bytes = option.saved_bytes + float(share[list(option.storages), b].sum())
+            weight_bytes = option.saved_bytes + float(counted[list(option.storages), b].sum())
             held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
             if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
                 backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
@@ -108,20 +115,23 @@ def _fitting_options(chain: Chain, share: _Floats, left_bytes: int) -> tuple[tup
     return tuple(reversed(found))
 
 
-def _shares(chain: Chain) -> _Floats:
-    """Return `share[storage, end]` in bytes, the last column for the loss.
+def _counted(chain: Chain) -> tuple[_Floats, _Floats]:
+    """Return `own[storage, boundary]` and `share[storage, end]` in bytes; the last end is the loss.
 
-    Any sharing out is valid. A good one lets storages count where plans hold them: at the last block that reads it and
-    whose saved set holds it, else at the last end that may read it.
+    Any choice is valid. A good one lets storages count where plans hold them: a storage belongs to the last block that
+    reads it and whose saved set holds it, else to the last boundary that contains it. Where that is the first boundary
+    that contains it, the boundary owns it.
     """
     num_blocks = len(chain.blocks)
-    share = np.zeros((len(chain.storage_bytes), num_blocks + 1))
-    owner: dict[int, int] = {}
+    own = np.zeros((len(chain.storage_bytes), num_blocks + 1))
+    share, first, belongs = np.zeros_like(own), dict[int, int](), dict[int, int]()
     for i, boundary in enumerate(chain.boundaries):
-        owner.update((int(s), i) for s in boundary.storages)
+        for storage in boundary.storages:
+            first.setdefault(int(storage), i)
+            belongs[int(storage)] = i
     for b, block in enumerate(chain.blocks):
         reads = {int(s) for s in chain.boundaries[b].storages}
-        owner.update((int(s), b) for s in block.options[0].storages if int(s) in reads)
-    for storage, end in owner.items():
-        share[storage, end] = chain.storage_bytes[storage]
-    return share
+        belongs.update((int(s), b) for s in block.options[0].storages if int(s) in reads)
+    for storage, i in belongs.items():
+        (own if first[storage] == i else share)[storage, i] = chain.storage_bytes[storage]
+    return own, share
