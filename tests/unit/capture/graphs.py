@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tinybp_lightning.capture.torch.dynamo import traced
+from tinybp_lightning.capture.torch.dynamo import Tracer
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.graph.ir import Graph
 
@@ -39,6 +39,6 @@ def trace_graph(forward: nn.Module | Callable[..., Any], *args: Any) -> Traced:
 
     torch._dynamo.reset()
     call = forward.forward if isinstance(forward, nn.Module) else forward
-    traced(call, on_graph, as_it_runs=True)(*args)
+    Tracer(call, on_graph)(*args)
     (result,) = found
     return result

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from tinybp_lightning.capture.torch.dynamo import CannotTraceError, traced
+from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
 from tinybp_lightning.errors import CaptureError
 
 WIDTH = 4
@@ -33,7 +33,7 @@ class Spy:
 
 def spied(forward: Callable[..., Any]) -> tuple[Callable[..., Any], Spy]:
     spy = Spy()
-    return traced(forward, spy, as_it_runs=True), spy
+    return Tracer(forward, spy), spy
 
 
 def test_one_graph_for_each_shape() -> None:
@@ -124,7 +124,7 @@ def test_an_error_of_the_user_reaches_the_user() -> None:
         return run
 
     with pytest.raises(KeyError, match="mine"):
-        traced(linear.forward, failing, as_it_runs=True)(torch.randn(2, WIDTH))
+        Tracer(linear.forward, failing)(torch.randn(2, WIDTH))
 
 
 def test_settings_are_put_back() -> None:
