@@ -123,7 +123,7 @@ def parse_budget(value: int | str, kind: BudgetKind) -> Budget:
             raise BudgetError(f"{shown} is more than 100%: expected a share in (0%, 100%].")
         return Budget(kind, None, number / 100, value)
     if unit not in _UNITS:
-        raise BudgetError(f"{shown} has unit {unit!r}: expected one of {', '.join([*_UNITS, '%'])}. Write \"20GiB\".")
+        raise BudgetError(f'{shown} has unit {unit!r}: expected one of {", ".join([*_UNITS, "%"])}. Write "20GiB".')
     if number * _UNITS[unit] < 1:
         raise BudgetError(f"{shown} is less than one byte: expected {_FORMS}.")
     return Budget(kind, int(number * _UNITS[unit]), None, value)
