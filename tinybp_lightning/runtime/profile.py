@@ -22,6 +22,8 @@ def format_bytes(size_bytes: float) -> str:
 class PlanReport:
     """A plan in force for one target.
 
+    `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate.
+
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
     training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`).
     """
@@ -34,8 +36,14 @@ class PlanReport:
     plain_peak_bytes: int
     predicted_recompute_s: float
     predicted_step_s: float
+    lower_bound_s: float
     num_kept: int
     reason: str
+
+    @property
+    def gap(self) -> float:
+        """How much slower than the best possible the plan is at most: 0.01 is one percent."""
+        return self.predicted_step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
 
     @property
     def summary(self) -> str:

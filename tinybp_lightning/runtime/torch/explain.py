@@ -71,6 +71,7 @@ def _plan_text(plan: PlanReport) -> str:
         f"  budget          {format_bytes(plan.budget_bytes)}",
         f"  predicted peak  {format_bytes(plan.predicted_peak_bytes)} (plain {format_bytes(plan.plain_peak_bytes)})",
         f"  recompute       {plan.predicted_recompute_s * 1e3:.2f} ms of {plan.predicted_step_s * 1e3:.2f} ms",
+        f"  certificate     at most {plan.gap:.1%} slower than any schedule within the budget",
         f"  why             {plan.reason}",
         f"  schedule        {shown}",
     ]
@@ -98,6 +99,8 @@ def _plan_data(plan: PlanReport) -> dict[str, object]:
         "plain_peak_bytes": plan.plain_peak_bytes,
         "predicted_recompute_s": plan.predicted_recompute_s,
         "predicted_step_s": plan.predicted_step_s,
+        "lower_bound_s": plan.lower_bound_s,
+        "gap": plan.gap,
         "reason": plan.reason,
         "schedule": to_text(plan.schedule),
         "timeline": [[m.start_s, m.end_s, m.peak_bytes] for m in timeline.moments],

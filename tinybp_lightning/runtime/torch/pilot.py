@@ -199,7 +199,8 @@ class Pilot:
         budget_bytes = self._room(self._plain_peak())
         if self._plain_fits and self._plain_peak() <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
-        return self._flight_of(self._plan(budget_bytes).schedule, budget_bytes, reason)
+        found = self._plan(budget_bytes)
+        return self._flight_of(found.schedule, budget_bytes, reason, lower_bound_s=found.lower_bound_s)
 
     def _plan(self, budget_bytes: int) -> Plan:
         try:
@@ -224,8 +225,12 @@ class Pilot:
         """Predicted peak of plain training, which needs neither the engine's bookkeeping nor a margin."""
         return simulate(replace(self._chain, workspace_bytes=0), keep_all(self._chain)).peak_bytes
 
-    def _flight_of(self, schedule: Schedule, budget_bytes: int, reason: str) -> _Flight:
+    def _flight_of(
+        self, schedule: Schedule, budget_bytes: int, reason: str, *, lower_bound_s: float | None = None
+    ) -> _Flight:
         timeline = simulate(self._chain, schedule)
+        if lower_bound_s is None:  # without a certificate, nothing is faster than to keep everything
+            lower_bound_s = simulate(self._chain, keep_all(self._chain)).total_s
         script = split_schedule(schedule)
         report = PlanReport(
             target=self._target,
@@ -236,6 +241,7 @@ class Pilot:
             plain_peak_bytes=self._plain_peak(),
             predicted_recompute_s=timeline.recompute_s,
             predicted_step_s=timeline.total_s,
+            lower_bound_s=lower_bound_s,
             num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
             reason=reason,
         )
