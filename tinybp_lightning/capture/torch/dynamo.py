@@ -7,7 +7,8 @@ Note [As it runs]
     Libraries ask `torch.compiler.is_compiling()` and then take another path: under a tracer transformers builds an
     attention mask that it leaves out in eager mode, and other kernels with other bits (and no flash attention)
     follow. The blocks run in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`.
-    Where that path reads values of tensors the graph breaks, and module steps take over: exact, if coarser.
+    Where that path reads values of tensors (other than the caller's mask, see `masks.py`) the graph breaks, and module
+    steps take over: exact, if coarser.
 
 Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
@@ -19,7 +20,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from torch._dynamo.comptime import comptime
 from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
+from tinybp_lightning.capture.torch.higher_order import as_plain_calls
+from tinybp_lightning.capture.torch.masks import mask_functions
 from tinybp_lightning.errors import CaptureError
 
 __all__ = ["CannotTraceError", "Tracer"]
@@ -54,26 +57,28 @@ class Tracer:
 
     def __init__(self, forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> None:
         def backend(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+            as_plain_calls(module)
             return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
 
+        self._forward = forward
         self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
         try:
-            with _settings(), _as_it_runs(), _quiet():
+            with _settings(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
 
 
 @contextlib.contextmanager
-def _as_it_runs() -> Generator[None]:
+def _as_it_runs(more: Sequence[tuple[str, str, Callable[..., Any]]]) -> Generator[None]:
     """Let traced code see that it is not being compiled. See Note [As it runs]."""
     answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
     original = dynamo_torch.tracing_state_functions
     dynamo_torch.tracing_state_functions = lambda: answers
-    replaced = [(sys.modules.get(module), name, new) for module, name, new in _REPLACED]
+    replaced = [(sys.modules.get(module), name, new) for module, name, new in (*_REPLACED, *more)]
     replaced = [(module, name, new, getattr(module, name)) for module, name, new in replaced if hasattr(module, name)]
     try:
         for module, name, new, _ in replaced:
@@ -115,8 +120,12 @@ def _settings() -> Any:
     return torch._dynamo.config.patch(
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
+        # Off by default because compilers have no kernels for them; blocks run torch's own.
+        allow_rnn=True,
         # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
         optimize_ddp=False,
+        # A hook that is registered after the first step must be seen.
+        skip_nnmodule_hook_guards=False,
         ignore_logging_functions=_Functions(found),
     )
 

@@ -1,0 +1,121 @@
+"""Does the caller's attention mask hide anything? Asked before a trace, which must not read values.
+
+transformers drops a mask of ones and picks a causal or full kernel then (`masking_utils`). Whether it may is a question
+about values, on which a trace breaks; whoever trains on texts passes such a mask. So the question is answered before
+each call, as eager execution does, and the two functions that ask it are replaced during the call by ones that know.
+Dynamo guards on the code of the functions it traced through: each answer has a graph of its own.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._dynamo.comptime import comptime
+
+from tinybp_lightning.errors import CaptureError
+
+__all__ = ["mask_functions"]
+
+_ASKING = "transformers.masking_utils"
+_CONVERSIONS = ("bool", "to")
+
+
+def mask_functions(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[str, str, Callable[..., Any]], ...]:
+    """Return what to put in place of which functions (module, name, function) while `forward` is called.
+
+    **Returns:** nothing where there is no mask, or where one mask hides something and another does not.
+    """
+    answers = {bool(mask.all()) for mask in _masks(forward, args, kwargs)}
+    if answers == {True}:
+        return _FUNCTIONS_FOR_ONES
+    return _FUNCTIONS_FOR_PADDING if answers == {False} else ()
+
+
+def _masks(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    try:
+        named: dict[str, Any] = inspect.signature(forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # the call itself is wrong, and says so better
+        return
+    for name, value in named.items():
+        inner = cast("Mapping[Any, Any]", value) if isinstance(value, Mapping) else {name: value}
+        for key, mask in inner.items():
+            if str(key).endswith("attention_mask") and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+                yield mask
+
+
+def _check_mask(context: Any) -> None:
+    """The mask that is asked about must be the caller's, unchanged: the answer is about that one."""
+    node: fx.Node = context.get_local("padding_mask").as_proxy().node
+    while node.op == "call_method" and node.target in _CONVERSIONS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if node.op != "placeholder" or "attention_mask" not in node.name:
+        raise CaptureError("the attention mask is computed, and the kernel depends on its values")
+
+
+def _check_lengths(context: Any) -> None:
+    _ = context
+    raise CaptureError("the attention mask and the queries differ in length")
+
+
+def _causal_for_ones(
+    padding_mask: torch.Tensor | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    local_attention_size: int | None = None,
+) -> bool:
+    _ = (q_offset, kv_offset)
+    if padding_mask is not None:
+        comptime(_check_mask)
+    if q_length != kv_length:
+        comptime(_check_lengths)
+    return local_attention_size is None or kv_length < local_attention_size
+
+
+def _causal_for_padding(
+    padding_mask: torch.Tensor | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    local_attention_size: int | None = None,
+) -> bool:
+    _ = (q_offset, kv_offset)
+    if q_length != kv_length:
+        comptime(_check_lengths)
+    if padding_mask is not None:
+        comptime(_check_mask)
+        return False
+    return local_attention_size is None or kv_length < local_attention_size
+
+
+def _bidirectional_for_ones(
+    padding_mask: torch.Tensor | None, kv_length: int, local_attention_size: int | None = None
+) -> bool:
+    if padding_mask is not None:
+        comptime(_check_mask)
+    return local_attention_size is None or kv_length < local_attention_size
+
+
+def _bidirectional_for_padding(
+    padding_mask: torch.Tensor | None, kv_length: int, local_attention_size: int | None = None
+) -> bool:
+    if padding_mask is not None:
+        comptime(_check_mask)
+        return False
+    return local_attention_size is None or kv_length < local_attention_size
+
+
+_FUNCTIONS_FOR_ONES = (
+    (_ASKING, "_ignore_causal_mask_sdpa", _causal_for_ones),
+    (_ASKING, "_ignore_bidirectional_mask_sdpa", _bidirectional_for_ones),
+)
+_FUNCTIONS_FOR_PADDING = (
+    (_ASKING, "_ignore_causal_mask_sdpa", _causal_for_padding),
+    (_ASKING, "_ignore_bidirectional_mask_sdpa", _bidirectional_for_padding),
+)
