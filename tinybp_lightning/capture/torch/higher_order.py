@@ -85,8 +85,7 @@ class _Applied:
 
     def __call__(self, forward: Callable[..., Any], backward: Callable[..., Any], *args: Any, **marks: Any) -> Any:
         """Run it on `args`; `marks` are the positions of outputs that `ctx` marks, and of saved values."""
-        result: Any = _Function.apply(forward, backward, marks, *args)
-        return result
+        return _APPLY(forward, backward, marks, *args)
 
 
 class _Function(torch.autograd.Function):
@@ -110,6 +109,9 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         saved = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
         return (None, None, None, *_tuple(ctx.run_backward(*gradients, *saved)))
+
+
+_APPLY = cast("Callable[..., Any]", _Function.apply)
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:

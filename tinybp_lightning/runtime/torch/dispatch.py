@@ -77,16 +77,20 @@ class Target:
             return self._by_module_steps(error.reason, args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "Observed exception" in reason:
-            return self._plain(*args, **kwargs)  # the forward itself raises: let the user's own error be seen
+        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
+        try:
+            result = steps.call(args, kwargs)
+        except BaseException:
+            steps.remove()  # the forward itself raises (a wrong call, say): no reason to leave the trace for good
+            raise
+        self.module_steps = steps
         warnings.warn(
             f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
             "results, but whole submodules are the smallest blocks.",
             HCBWarning,
             stacklevel=2,
         )
-        self.module_steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
-        return self.module_steps.call(args, kwargs)
+        return result
 
     def close(self) -> None:
         """Let go of everything installed below the module."""
