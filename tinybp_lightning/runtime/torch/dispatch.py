@@ -6,6 +6,7 @@ whose forward runs its own weights, under the same configuration. State-dict key
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, cast
@@ -26,6 +27,10 @@ from tinybp_lightning.runtime.torch.watch import settle_pending
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 
+# As often as torch.compile traces a function before it gives up. Beyond that a forward counts in Python, say, and would
+# be traced and planned in every step.
+_MAX_TRACES = 8
+
 
 class Target:
     """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
@@ -40,6 +45,7 @@ class Target:
         self._observers = tuple(observers)
         self.programs: list[GraphProgram] = []
         self._last: GraphProgram | None = None
+        self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
         self._plain_peak = PlainPeak()
         self.module_steps: ModuleSteps | None = None
@@ -71,6 +77,9 @@ class Target:
         """Run one training forward."""
         if self.module_steps is not None:
             return self.module_steps.call(args, kwargs)
+        if max(self._num_traces.values(), default=0) > _MAX_TRACES:
+            reason = "it is traced anew again and again for the same inputs, because a value that it reads changes"
+            return self._by_module_steps(reason, args, kwargs)
         try:
             return self._tracer(*args, **kwargs)
         except CannotTraceError as error:
@@ -98,6 +107,7 @@ class Target:
             self.module_steps.remove()
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
+        self._num_traces[_inputs_of(module)] += 1
         program = GraphProgram(module, self.name, self._config, self._observers, self._plain_peak)
         self.programs.append(program)
 
@@ -106,6 +116,12 @@ class Target:
             return program(*args)
 
         return run
+
+
+def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:
+    """What the inputs of a traced graph look like; values that Dynamo has made constants are not among them."""
+    examples = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+    return tuple(f"{tuple(t.shape)} {t.dtype} {t.requires_grad}" for t in examples if isinstance(t, torch.Tensor))
 
 
 class Dispatcher:
