@@ -10,6 +10,11 @@ The minimum has no budget any more, and a dynamic program over intervals compute
 smaller (`relaxed` says by what, and why that leaves a bound). So every choice of prices gives a true lower bound;
 `certificate` looks for good ones. This is Lagrangian relaxation. The program is the "send and split" of Erickson,
 Monma and Veinott 1987 for Steiner trees whose ends lie on the rim of a planar grid: here of blocks and moments.
+
+# Note [Stride]
+All forks take `n^4 / 24` steps. On long chains *helpers*, boundaries held for ends beyond their own block, are moved on
+to the next multiple of a stride, where they weigh as little as any in the stride before: later uses run less and hold
+less, so the value stays a bound. Helpers for ends within the stride stay where they are.
 """
 
 from dataclasses import dataclass
@@ -40,11 +45,16 @@ class PricedChain:
     `prices[n + 1]` at the loss, `prices[0]` not used.
     """
 
-    def __init__(self, relaxed: RelaxedChain) -> None:
+    def __init__(self, relaxed: RelaxedChain, *, stride: int = 1) -> None:
         self._relaxed = relaxed
-        self._weight = relaxed.weight_bytes
-        self._own = relaxed.own_bytes
+        self._stride = stride
+        self._passed = relaxed.passed_bytes
+        self._first = relaxed.first_bytes
         self._forward_s = relaxed.forward_s
+
+    def value_s(self, prices: _Floats) -> float:
+        """Return a lower bound on the seconds of every legal schedule within the budget."""
+        return self._value_s(prices, _paid(prices), None)
 
     def price(self, prices: _Floats) -> Priced:
         """Return the bound that `prices` give, and the way to better ones.
@@ -52,22 +62,27 @@ class PricedChain:
         **Returns:** `value_s`: a lower bound on the seconds of every legal schedule within the budget.
         `excess_bytes`: a supergradient of the bound in the prices, up to rounding.
         """
+        n = self._relaxed.num_blocks
+        paid, record = _paid(prices), _Record([np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
+        value_s = self._value_s(prices, paid, record)
+        return Priced(value_s, self._used_bytes(record, prices, paid) - self._relaxed.left_bytes)
+
+    def _value_s(self, prices: _Floats, paid: _Floats, record: "_Record | None") -> float:
         assert np.all(prices >= 0), "a negative price bounds nothing"
         n = self._relaxed.num_blocks
-        paid = np.cumsum(np.concatenate([[0.0], prices[1:]]))
         # `segment[q, j]` and `sweep[q]` belong to boundary `i`, the last one that the loop has reached.
         segment = np.full((n + 1, n + 1), _INFINITE)
         sweep = np.full(n + 1, _INFINITE)
         sweep[n] = prices[n + 1] * self._relaxed.loss_bytes
-        record = _Record([np.empty((1, 1), np.float32)] * (n + 1), [sweep] * (n + 1))
+        if record is not None:
+            record.sweeps[n] = sweep
         for i in reversed(range(n)):
             segment, sweep = self._moves(i, segment, sweep, prices, paid)
             self._fork_segments(i, segment, paid)
             self._fork_sweep(i, segment, sweep, paid)
-            record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
-        used_bytes = self._used_bytes(record, prices, paid)
-        value_s = float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
-        return Priced(value_s, used_bytes - self._relaxed.left_bytes)
+            if record is not None:
+                record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
+        return float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
 
     def _moves(
         self, i: int, after: _Floats, after_sweep: _Floats, prices: _Floats, paid: _Floats
@@ -86,19 +101,39 @@ class PricedChain:
 
     def _fork_segments(self, i: int, segment: _Floats, paid: _Floats) -> None:
         """Hold boundary `i` for `low .. q-1` while `q .. end-1` are served; with `q` ascending the parts are final."""
-        n, weight = self._relaxed.num_blocks, self._weight[i]
+        n = self._relaxed.num_blocks
         for q in range(i + 1, n):
-            held = np.outer(self._own[i] + weight[q] - weight[i:q], paid[q + 1 : n + 1] - paid[q])
-            held += segment[i:q, q, None]
-            held += segment[q, q + 1 :]
-            np.minimum(segment[i:q, q + 1 :], held, out=segment[i:q, q + 1 :])
+            for first, last, held_bytes in self._holds(i, q):
+                lows = segment[first:last, q + 1 :]
+                forked = np.multiply.outer(held_bytes, paid[q + 1 : n + 1] - paid[q])
+                forked += segment[first:last, q, None]
+                forked += segment[q, q + 1 :]
+                np.minimum(lows, forked, out=lows)
 
     def _fork_sweep(self, i: int, segment: _Floats, sweep: _Floats, paid: _Floats) -> None:
-        n, weight = self._relaxed.num_blocks, self._weight[i]
-        unforked = sweep[i + 1 :].copy()
-        for low in range(i, n):
-            held = (self._own[i] + weight[low + 1 : n + 1] - weight[low]) * (paid[-1] - paid[low + 1 : n + 1])
-            sweep[low] = min(sweep[low], float((unforked[low - i :] + segment[low, low + 1 :] + held).min()))
+        n = self._relaxed.num_blocks
+        for q in range(i + 1, n + 1):
+            for first, last, held_bytes in self._holds(i, q):
+                forked = held_bytes * (paid[-1] - paid[q]) + segment[first:last, q] + sweep[q]
+                np.minimum(sweep[first:last], forked, out=sweep[first:last])
+
+    def _holds(self, i: int, q: int) -> list[tuple[int, int, _Floats]]:
+        """Ranges of `low` for which boundary `i` may be held for `low .. q-1`, with its weights. See Note [Stride]."""
+        near = q if self._stride == 1 else min(q, i + self._stride)
+        passed = self._passed[i]
+        holds = [(i, near, self._first[i, q] + passed[q] - passed[i:near])]
+        if self._stride > 1 and i % self._stride == 0 and q > i + 1:
+            lightest = self._first[max(0, i + 1 - self._stride) : i + 1, q].min()
+            holds.append((i + 1, q, np.full(q - i - 1, lightest)))
+        return holds
+
+    def _held_bytes(self, i: int, low: int, forks: NDArray[np.int64]) -> _Floats | None:
+        """The weights of boundary `i` held for `low .. q-1`, for many `q`; `None` where it may not be."""
+        if self._stride > 1 and low > i and i % self._stride == 0:
+            return self._first[max(0, i + 1 - self._stride) : i + 1, forks].min(axis=0)
+        if self._stride == 1 or low < i + self._stride:
+            return self._first[i, forks] + self._passed[i, forks] - self._passed[i, low]
+        return None
 
     def _used_bytes(self, record: "_Record", prices: _Floats, paid: _Floats) -> _Floats:
         """Walk the cheapest schedule and count its bytes at every moment."""
@@ -112,11 +147,13 @@ class PricedChain:
                 used_bytes[n + 1] += self._relaxed.loss_bytes
                 continue
             forks = np.arange(low + 1, end)
-            held_bytes = self._own[i] + self._weight[i, forks] - self._weight[i, low]
-            held_s = held_bytes * (paid[end] - paid[forks])
-            forked_s = self._forward_s[i] + record.tops(i + 1, forks, end) + record.rows(i, low, forks) + held_s
+            held_bytes = self._held_bytes(i, low, forks) if len(forks) else None
             move_s, option = self._cheapest_move(segment, record, prices, paid)
-            if len(forks) and forked_s.min() < move_s:
+            forked_s = np.array([_INFINITE])
+            if held_bytes is not None:
+                held_s = held_bytes * (paid[end] - paid[forks])
+                forked_s = self._forward_s[i] + record.tops(i + 1, forks, end) + record.rows(i, low, forks) + held_s
+            if held_bytes is not None and forked_s.min() < move_s:
                 fork = int(forks[forked_s.argmin()])
                 used_bytes[fork + 1 : end + 1] += held_bytes[fork - low - 1]
                 pending += [_Segment(i + 1, fork, end), _Segment(i, low, fork)]
@@ -146,6 +183,11 @@ class PricedChain:
             if total_s < best_s:
                 best_s, best = total_s, option
         return best_s, best
+
+
+def _paid(prices: _Floats) -> _Floats:
+    """`paid[j] - paid[q]` is the price of a byte held while the ends `q .. j-1` are served."""
+    return np.cumsum(np.concatenate([[0.0], prices[1:]]))
 
 
 @dataclass(frozen=True, slots=True)

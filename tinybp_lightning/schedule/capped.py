@@ -89,8 +89,8 @@ class _Capped:
 
     def _shifts(self, i: int, q: int) -> list[tuple[int, int, int]]:
         """Group `low` in `i .. q-1` by the slots that boundary `i`, held for `low .. q-1`, takes."""
-        weight = self._relaxed.weight_bytes[i]
-        slots = np.maximum(0.0, (self._relaxed.own_bytes[i] + weight[q] - weight[i:q]) / self._unit).astype(np.int64)
+        first_bytes, passed = self._relaxed.first_bytes[i, q], self._relaxed.passed_bytes[i]
+        slots = np.maximum(0.0, (first_bytes + passed[q] - passed[i:q]) / self._unit).astype(np.int64)
         starts = [0, *(int(k) + 1 for k in np.flatnonzero(np.diff(slots))), len(slots)]
         groups = [(i + a, i + b, int(slots[a])) for a, b in pairwise(starts)]
         return [(a, b, shift) for a, b, shift in groups if shift <= self._top]

@@ -16,13 +16,13 @@ below it.
    of `x` did, yet before the backward of `d` and so before that of `c`: save `c` there. Either way no run is added,
    and what is held at each moment is a subset of what was. In the end, of the runs of one block an earlier one serves
    higher ends: each run, and each thing held, serves an interval of ends `q .. j-1`.
-2. Count less. Let a thing held (boundary or saved set) count only some of its storages, so that nothing counts twice.
-   A storage is either *owned* by the first boundary `p` that contains it: then boundary `p` counts it, and block `p`'s
-   saved set if it holds it. These are never held at once: a later run from boundary `p` would serve ends above `p`,
-   and an earlier one served `p`. And two copies of boundary `p` held at once are one: the first is enough. Or it is
-   *shared out* among ends, at most all its bytes, and what serves `q .. j-1` counts the shares at those ends: intervals
-   of things held at one moment are disjoint. Now a thing held has a weight that depends on itself and its interval, not
-   on the moment, and weights add up to the bytes held at most.
+2. Count less. For each storage choose one end `r` that may use it; `b` is the first boundary that contains it. Only
+   these count it: the saved set of end `r`, if it holds it; a boundary from `b` to `r` that contains it and serves an
+   interval with `r` in it; and boundary `b` itself when it serves ends above `r` alone. No two of these are held at
+   once, so weights add up to the bytes held at most. For intervals of things held at one moment are disjoint; two
+   copies of a boundary are one; with end `r` saved, a later run of block `r` serves ends below it, by (1); and with a
+   boundary above `b` held for `r`, what serves higher ends reads that one, not `b`, by (1). Now a thing held has a
+   weight that depends on itself and its interval, not on the moment.
 3. Be lazy. Consider the first run that is not on the way to the end next due: it replaces a boundary, held for `q ..
    j-1` with `j` not yet due, by other things held for the same ends. If those weigh no more, make the change when the
    boundary was made: that run was on its way to an end above `j` and passed all that is needed, so runs are saved. If
@@ -61,15 +61,15 @@ class RelaxedOption:
 class RelaxedChain:
     """A chain whose held things have weights: see Note [Why the bounds hold].
 
-    `own_bytes[i] + weight_bytes[i, j] - weight_bytes[i, q]` is the weight of boundary `i` held for the ends `q .. j-1`,
-    the loss being end `n`. `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that
-    fit at all.
+    `first_bytes[i, j] + passed_bytes[i, j] - passed_bytes[i, q]` is the weight of boundary `i` held for the ends
+    `q .. j-1`, the loss being end `n`: of the storages it is the first to contain, and of those that it passes on.
+    `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that fit at all.
     """
 
     num_blocks: int
     left_bytes: int
-    own_bytes: _Floats
-    weight_bytes: _Floats
+    first_bytes: _Floats
+    passed_bytes: _Floats
     loss_bytes: float
     forward_s: _Floats
     options: tuple[tuple[RelaxedOption, ...], ...]
@@ -79,25 +79,26 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
     """Return the relaxation of `chain` within `budget_bytes`."""
     num_blocks = len(chain.blocks)
     left_bytes = budget_bytes - chain.workspace_bytes
-    own, share = _counted(chain)
-    members = np.zeros((num_blocks + 1, len(chain.storage_bytes)))
+    end_of, first_in = _ends(chain)
+    first = np.zeros((num_blocks + 1, num_blocks + 1))
+    passed = np.zeros_like(first)
     for i, boundary in enumerate(chain.boundaries):
-        members[i, list(boundary.storages)] = 1
-    own_bytes = (members * own.T).sum(axis=1)
-    weight_bytes = np.zeros((num_blocks + 1, num_blocks + 2))
-    weight_bytes[:, 1:] = np.cumsum(members @ share, axis=1)
+        for storage in boundary.storages:
+            matrix = first if first_in[storage] == i else passed
+            matrix[i, end_of[storage]] += chain.storage_bytes[storage]
+    zero = np.zeros((num_blocks + 1, 1))
     return RelaxedChain(
         num_blocks=num_blocks,
         left_bytes=left_bytes,
-        own_bytes=own_bytes,
-        weight_bytes=weight_bytes,
-        loss_bytes=float(own_bytes[-1] + members[-1] @ share[:, -1]) + chain.tail_peak_bytes,
+        first_bytes=np.hstack([zero, np.cumsum(first, axis=1)]),
+        passed_bytes=np.hstack([zero, np.cumsum(passed, axis=1)]),
+        loss_bytes=float(first[-1, -1] + passed[-1, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=_fitting_options(chain, own + share, left_bytes),
+        options=_fitting_options(chain, end_of, left_bytes),
     )
 
 
-def _fitting_options(chain: Chain, counted: _Floats, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+def _fitting_options(chain: Chain, end_of: list[int], left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
     """The options of every block whose saved set and backward fit into the budget by themselves."""
     found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
     for b in reversed(range(len(chain.blocks))):
@@ -106,7 +107,8 @@ def _fitting_options(chain: Chain, counted: _Floats, left_bytes: int) -> tuple[t
         standing_bytes = chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients_bytes
         options: list[RelaxedOption] = []
         for option in block.options:
-            weight_bytes = option.saved_bytes + float(counted[list(option.storages), b].sum())
+            counted_bytes = sum(chain.storage_bytes[s] for s in option.storages if end_of[s] == b)
+            weight_bytes = option.saved_bytes + counted_bytes
             held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
             if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
                 backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
@@ -115,23 +117,18 @@ def _fitting_options(chain: Chain, counted: _Floats, left_bytes: int) -> tuple[t
     return tuple(reversed(found))
 
 
-def _counted(chain: Chain) -> tuple[_Floats, _Floats]:
-    """Return `own[storage, boundary]` and `share[storage, end]` in bytes; the last end is the loss.
+def _ends(chain: Chain) -> tuple[list[int], list[int]]:
+    """Return, for every storage, the end that counts it and the first boundary that contains it.
 
-    Any choice is valid. A good one lets storages count where plans hold them: a storage belongs to the last block that
-    reads it and whose saved set holds it, else to the last boundary that contains it. Where that is the first boundary
-    that contains it, the boundary owns it.
+    Any end from that boundary on is valid. A good one is where plans hold the storage: the last block that reads it and
+    whose saved set holds it, else the last boundary that contains it.
     """
-    num_blocks = len(chain.blocks)
-    own = np.zeros((len(chain.storage_bytes), num_blocks + 1))
-    share, first, belongs = np.zeros_like(own), dict[int, int](), dict[int, int]()
+    end_of, first_in = [0] * len(chain.storage_bytes), [-1] * len(chain.storage_bytes)
     for i, boundary in enumerate(chain.boundaries):
         for storage in boundary.storages:
-            first.setdefault(int(storage), i)
-            belongs[int(storage)] = i
+            first_in[storage] = i if first_in[storage] < 0 else first_in[storage]
+            end_of[storage] = i
     for b, block in enumerate(chain.blocks):
-        reads = {int(s) for s in chain.boundaries[b].storages}
-        belongs.update((int(s), b) for s in block.options[0].storages if int(s) in reads)
-    for storage, i in belongs.items():
-        (own if first[storage] == i else share)[storage, i] = chain.storage_bytes[storage]
-    return own, share
+        for storage in set(block.options[0].storages) & set(chain.boundaries[b].storages):
+            end_of[storage] = b
+    return end_of, first_in
