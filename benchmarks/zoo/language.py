@@ -172,7 +172,10 @@ LANGUAGE = (
     Architecture("llama_with_mask", _with_mask, is_fast=True),
     Architecture("qwen2", _causal("Qwen2", **_DECODER)),
     Architecture(
-        "mixtral", _causal("Mixtral", **_DECODER, num_local_experts=4, output_router_logits=True), is_fast=True
+        "mixtral",
+        _causal("Mixtral", **_DECODER, num_local_experts=4, output_router_logits=True),
+        blocks=Blocks.MODULE,  # its hooks are installed in the first forward; torch._grouped_mm has no float32 trace
+        is_fast=True,
     ),
     Architecture("gpt2", _causal("GPT2", head="LMHeadModel", n_embd=64, n_layer=4, n_head=4, n_positions=64)),
     Architecture(
@@ -187,6 +190,8 @@ LANGUAGE = (
             word_embed_proj_dim=64,
             layerdrop=0.2,
         ),
+        blocks=Blocks.MODULE,  # skips layers by drawn numbers
+        is_fast=True,
     ),
     Architecture("gpt_neox", _causal("GPTNeoX", **_ENCODER, hidden_dropout=0.1, attention_dropout=0.1)),
     Architecture("mamba", _causal("Mamba", batch_size=4, length=32, hidden_size=32, num_hidden_layers=3, state_size=8)),
@@ -201,6 +206,6 @@ LANGUAGE = (
     ),
     Architecture("t5", _t5, is_fast=True),
     Architecture("whisper", _whisper),
-    Architecture("wav2vec2", _wav2vec2, blocks=Blocks.MODULE),
+    Architecture("wav2vec2", _wav2vec2, blocks=Blocks.MODULE),  # reads the largest label, skips layers
     Architecture("clip", _clip),
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.architecture import Architecture, Batch, Phase, Workload
+from benchmarks.zoo.architecture import Architecture, Batch, Blocks, Phase, Workload
 
 __all__ = ["VISION"]
 
@@ -100,7 +100,7 @@ VISION = (
             drop_path_rate=0.2,
         ),
     ),
-    Architecture("segformer", _segformer),
+    Architecture("segformer", _segformer, blocks=Blocks.MODULE),  # installs hooks under a lock in its first forward
     Architecture(
         "convnext",
         _classifier("ConvNext", hidden_sizes=[16, 32, 64, 96], depths=[2, 2, 2, 2], patch_size=2, drop_path_rate=0.2),

@@ -92,8 +92,9 @@ def _as_it_runs(more: Sequence[tuple[str, str, Callable[..., Any]]]) -> Generato
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Leave out what Dynamo itself warns about while it looks at inputs: it is no news to the user."""
+    """Leave out what Dynamo itself warns about while it traces: it is no news to the user."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
         yield
