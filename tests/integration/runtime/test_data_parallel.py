@@ -43,7 +43,7 @@ def test_each_parameter_is_ready_once(ranks: dict[str, list[Rank]], case: str) -
 @pytest.mark.parametrize("case", CASES)
 def test_buckets_are_launched_between_the_replays(ranks: dict[str, list[Rank]], case: str) -> None:
     for rank in ranks[case]:
-        # In its first step DDP learns the order of the parameters; its buckets are rebuilt after it.
-        for step in rank.steps[1:]:
+        # In its first step (with a static graph, its second) DDP learns the order of the parameters.
+        for step in rank.steps[2:]:
             last_replay = len(step) - 1 - step[::-1].index("replay")
             assert step[:last_replay].count("bucket") >= step.count("bucket") // 2 >= 2
