@@ -8,6 +8,7 @@ that spans it and all finer ones. So every candidate for a budget is one for any
 with the budget. A table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,17 +21,21 @@ from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Sc
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
+from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
 
-__all__ = ["Plan", "Planner", "plan", "smallest_budget", "storable_boundaries"]
+__all__ = ["Plan", "Planner", "plan", "slot_bytes", "smallest_budget", "storable_boundaries"]
 
 _WORK = 4e8
 """Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
 _MAX_SLOTS = 2048
-_MAX_CUTS = 100
+_MAX_STEPS = 512
+_MAX_CELLS = 4e7
+_MAX_CUTS = 200
+_UNITS_TRIED = 2000
 _MAX_WINDOW = 4
 _SHORT_BLOCKS = 10
 _SHORT_SLOTS = 512
@@ -93,16 +98,13 @@ class _Candidate:
 class _Grid:
     """One slot size: its table, filled as far as the largest budget asked for.
 
-    **Arguments:** `kind`: the dynamic program that fills the table.
+    **Arguments:** `fill`: makes the table for a number of slots.
     """
 
-    def __init__(
-        self, tables: Tables, *, unit_bytes: int, num_slots: int, kind: type[IntervalTree] | type[ShortTree]
-    ) -> None:
-        self._kind = kind
+    def __init__(self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int) -> None:
+        self._fill = fill
         self.unit_bytes = unit_bytes
         self.span_bytes = unit_bytes * num_slots
-        self._tables = tables
         self._max_slots = num_slots
         self._tree: IntervalTree | ShortTree | None = None
 
@@ -114,15 +116,17 @@ class _Grid:
         """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
         num_slots = min(self._max_slots, self._wanted(left_bytes))
         if self._tree is None or num_slots > self._tree.num_slots:
-            self._tree = self._kind(self._tables, unit_bytes=self.unit_bytes, num_slots=num_slots)
+            self._tree = self._fill(num_slots)
         return self._tree
 
     def steps(self, left_bytes: int) -> list[tuple[int, float]]:
         """Return slots and seconds of the schedules worth trying, fastest first: the fewest slots for each time."""
-        seconds = self.tree(left_bytes).seconds[: self._wanted(left_bytes) + 1]
+        step = max(1, self._max_slots // _MAX_STEPS)
+        slots = np.arange(0, self._wanted(left_bytes) + 1, step)
+        seconds = self.tree(left_bytes).seconds[slots[slots <= self.tree(left_bytes).num_slots]]
         rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
         starts = np.flatnonzero(np.isfinite(seconds) & rises)
-        return [(int(slots), float(seconds[slots])) for slots in reversed(starts)]
+        return [(int(slots[k]), float(seconds[k])) for k in reversed(starts)]
 
     def schedule(self, slots: int) -> Schedule:
         """Return the table's schedule for `slots`, which `steps` named."""
@@ -227,26 +231,37 @@ class Planner:
         return _Candidate(schedule, simulate(self._chain, schedule))
 
     @cached_property
-    def _grids(self) -> list["_Grid"]:
+    def _grids(self) -> list[_Grid]:
         """The tables for this chain, coarsest first, down to slots of one byte or to the smallest budget."""
-        states, columns = len(self._tables.states), len(self._tables.cuts)
-        num_slots = int(np.clip(_WORK / (states * columns**2 / 6 + 1), 64, _MAX_SLOTS))
-        unit_bytes = max(1, -(-self.largest_bytes // num_slots))
-        grids = [_Grid(self._tables, unit_bytes=unit_bytes, num_slots=num_slots, kind=IntervalTree)]
+        sharing = share_segments(self._tables)
+        affordable = min(_WORK / (sharing.work + 1), _MAX_CELLS / (sharing.num_rows + 1))
+        num_slots = int(np.clip(affordable, 64, _MAX_SLOTS))
+        grids = [self._grid(sharing, -(-self.largest_bytes // num_slots), num_slots)]
         while grids[-1].unit_bytes > 1 and grids[-1].span_bytes > _FINER * self._floor.smallest_bytes:
-            unit_bytes = -(-unit_bytes // _FINER)
-            grids.append(_Grid(self._tables, unit_bytes=unit_bytes, num_slots=num_slots, kind=IntervalTree))
+            grids.append(self._grid(sharing, -(-grids[-1].unit_bytes // _FINER), num_slots))
         return grids
 
+    def _grid(self, sharing: Sharing, wanted_bytes: int, num_slots: int) -> _Grid:
+        unit_bytes = slot_bytes(self._tables, wanted_bytes=wanted_bytes)
+
+        def fill(num_slots: int) -> IntervalTree:
+            return IntervalTree(self._tables, sharing, unit_bytes=unit_bytes, num_slots=num_slots)
+
+        return _Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots)
+
     @cached_property
-    def _short_grid(self) -> "_Grid | None":
+    def _short_grid(self) -> _Grid | None:
         """One more table for a short chain; see `short`."""
         num_blocks = len(self._chain.blocks)
         if num_blocks > _SHORT_BLOCKS:
             return None
         tables = Tables(self._chain, cuts=tuple(range(1, num_blocks)), passing=True)
         unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
-        return _Grid(tables, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS, kind=ShortTree)
+
+        def fill(num_slots: int) -> ShortTree:
+            return ShortTree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
+
+        return _Grid(fill, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
@@ -297,6 +312,18 @@ def _keep_fastest(chain: Chain) -> Schedule:
     saves = [ForwardSave(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
     backwards = [Backward(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
     return Schedule(num_blocks=len(fastest), actions=(*saves, *reversed(backwards)))
+
+
+def slot_bytes(tables: Tables, *, wanted_bytes: int) -> int:
+    """Return a slot size of `wanted_bytes` to a quarter more, one that the sizes in the chain are close to whole in."""
+    if wanted_bytes <= 1:
+        return 1
+    held = [keep.held_bytes for state in tables.states for keep in state.keeps]
+    held += [int(state.split_held_bytes[0]) for state in tables.states if len(state.split_held_bytes)]
+    sizes, counts = np.unique(np.array(held, np.int64), return_counts=True)
+    units = np.unique(np.linspace(wanted_bytes, wanted_bytes + wanted_bytes // 4, _UNITS_TRIED).astype(np.int64))
+    error = (2 * sizes + units[:, None]) // (2 * units[:, None]) - sizes / units[:, None]
+    return int(units[(np.abs(error) * counts).sum(axis=1).argmin()])
 
 
 def storable_boundaries(chain: Chain, *, limit: int) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class Tables:
             self._index.append({subset: first + k for k, subset in enumerate(subsets)})
             first += len(subsets)
         self._run_need = self._run_needs()
-        self._elapsed = np.concatenate([[0.0], np.cumsum([block.forward_s for block in chain.blocks])])
+        self._forward_s = np.array([block.forward_s for block in chain.blocks])
         self.states = [self._state(i, held) for i, subsets in enumerate(self._subsets) for held in subsets]
 
     @property
@@ -108,7 +108,7 @@ class Tables:
         """Return what must be left at `boundary`, and the seconds, to run to the end and through the tail."""
         union_bytes = self.union_bytes(boundary, self.num_blocks)
         need_bytes = max(int(self._run_need[boundary, self.num_blocks]), union_bytes + self.chain.tail_peak_bytes)
-        return need_bytes, float(self._elapsed[-1] - self._elapsed[boundary])
+        return need_bytes, float(self._forward_s[boundary:].sum())
 
     def union_bytes(self, first: int, second: int) -> int:
         """Return the bytes of two boundaries held at once."""
@@ -195,7 +195,8 @@ class Tables:
             split_states=np.array(targets, np.int64),
             split_held_bytes=self.boundary_bytes[i] - self._overlap[i, cuts],
             split_need_bytes=self._run_need[i, cuts],
-            split_forward_s=self._elapsed[cuts] - self._elapsed[i],
+            # Summed from here, not as a difference of totals: equal layers get equal sums, to the last bit.
+            split_forward_s=np.cumsum(self._forward_s[i:])[cuts - i - 1],
             pass_state=self._locate(i + 1, held & self._sets[i + 1]) if self._passing else -1,
             pass_held_bytes=self._bytes(held - self._sets[i + 1]),
         )

@@ -5,16 +5,19 @@ per-block options (Rockmate) and shared storages (Note [Bytes left] in `tables`)
 to reverse the segment with `m` slots of `unit_bytes` left; all `m` and all ends are computed at once.
 
 # Note [Rounding]
-What a move holds is rounded to slots so that errors do not add up: a running total along the chain is rounded, not each
-block's bytes. A schedule's true peak may so be off by a few slots in either direction; the planner asks the exact
-simulator and takes the best that fits. With a unit of one byte nothing is rounded.
+What a move holds is rounded to whole slots. The slot size is one, out of some near the wanted size, that makes the
+errors of all blocks cancel best. A schedule's true peak may still be off by some slots in either direction; the planner
+asks the exact simulator and takes the best that fits. With a slot of one byte nothing is rounded.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinybp_lightning.schedule.actions import Schedule
-from tinybp_lightning.schedule.tables import Tables
+from tinybp_lightning.schedule.sharing import Sharing
+from tinybp_lightning.schedule.tables import State, Tables
 from tinybp_lightning.schedule.unfold import KeepHere, Node, RunOut, SplitAt, unfold
 
 __all__ = ["IntervalTree"]
@@ -23,19 +26,30 @@ _Times = NDArray[np.float32]
 _INFINITE = float(np.inf)
 
 
+@dataclass(frozen=True, slots=True)
+class _Splits:
+    """The splits of one segment: `right_table[rights[k]]` and the segment rows `lefts[k]` are the two parts' rows."""
+
+    right_table: _Times
+    right_lowest: NDArray[np.int64]
+    rights: NDArray[np.int64]
+    lefts: NDArray[np.int64]
+
+
 class IntervalTree:
     """The filled table for `num_slots` slots; `seconds[m]` is the least time of a whole step with `m` of them."""
 
-    def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
+    def __init__(self, tables: Tables, sharing: Sharing, *, unit_bytes: int, num_slots: int) -> None:
         self._tables = tables
+        self._sharing = sharing
         self._unit = unit_bytes
         self.num_slots = num_slots
         self._width = num_slots + 1
-        self._offsets = self._keep_offsets()
         num_states = len(tables.states)
-        self._segments: list[_Times] = [np.empty((0, 0), np.float32)] * num_states
-        self._lowest: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * num_states
-        self._sweeps: list[_Times] = [np.empty(0, np.float32)] * num_states
+        self._rows = np.empty((sharing.num_rows, self._width), np.float32)
+        self._lowest = np.full(sharing.num_rows, self._width, np.int64)
+        self._sweeps = np.empty((num_states, self._width), np.float32)
+        self._sweep_lowest = np.full(num_states, self._width, np.int64)
         for index in reversed(range(num_states)):
             if tables.states[index].boundary < tables.num_blocks:
                 self._fill_segments(index)
@@ -60,134 +74,91 @@ class IntervalTree:
         if node.end is None:
             return float(self._sweeps[node.state][slots])
         row = node.end - self._tables.first_cut(self._tables.states[node.state].boundary)
-        return float(self._segments[node.state][row, slots])
+        return float(self._rows[self._sharing.rows[node.state][row], slots])
 
-    def held_slots(self, state: int, held_bytes: int) -> int:
-        """Return `held_bytes` in slots, as rounded at `state`. See Note [Rounding]."""
-        offset = self._offsets[self._tables.states[state].boundary]
-        return int((offset + held_bytes) // self._unit - offset // self._unit)
-
-    def _keep_offsets(self) -> list[int]:
-        total, offsets = self._unit // 2, list[int]()
-        held = {state.boundary: state.keeps[0].held_bytes for state in reversed(self._tables.states) if state.keeps}
-        for boundary in range(self._tables.num_blocks + 1):
-            offsets.append(total)
-            total += held.get(boundary, 0)
-        return offsets
+    def held_slots(self, held_bytes: int) -> int:
+        """Return `held_bytes` in slots. See Note [Rounding]."""
+        return (2 * held_bytes + self._unit) // (2 * self._unit)
 
     def _slots(self, need_bytes: int) -> int:
         return min(self._width, -(-need_bytes // self._unit))
 
     def _fill_segments(self, index: int) -> None:
-        tables, state = self._tables, self._tables.states[index]
+        """Fill the rows that no later state has."""
+        tables, state, sharing = self._tables, self._tables.states[index], self._sharing
         first = tables.first_cut(state.boundary)
-        times = np.full((len(tables.cuts) - first, self._width), _INFINITE, np.float32)
-        ends = np.array([tables.standing_bytes[cut] for cut in tables.cuts[first:]], np.int64)
-        self._relax_keeps(index, times, ends)
-        for number, target in enumerate(state.split_states):
-            self._relax_split(index, number, int(target), times, ends)
-        self._segments[index] = times
-        self._lowest[index] = _first_finite(times)
+        for k, rights in zip(sharing.own[index], sharing.rights[index], strict=True):
+            end = tables.cuts[first + k]
+            times = np.full(self._width, _INFINITE, np.float32)
+            self._keep(times, state, end, None if end == state.boundary + 1 else self._keep_rows(state, end))
+            if k:
+                self._split(times, state, _Splits(self._rows, self._lowest, rights, sharing.rows[index][:k]), end)
+            row = int(sharing.rows[index][k])
+            self._rows[row] = times
+            self._lowest[row] = _first_finite(times)
 
-    def _relax_keeps(self, index: int, times: _Times, ends: NDArray[np.int64]) -> None:
-        tables, state = self._tables, self._tables.states[index]
-        ends_here = tables.cuts[tables.first_cut(state.boundary)] == state.boundary + 1
-        for keep in state.keeps:
-            if ends_here:
-                need = max(keep.replay_need_bytes + int(ends[0]), keep.backward_need_bytes)
-                low = self._slots(need)
-                np.minimum(times[0, low:], np.float32(keep.replay_s + keep.backward_s), out=times[0, low:])
-            needs = np.maximum(keep.save_need_bytes + ends[int(ends_here) :], keep.backward_need_bytes)
-            self._relax(
-                times[int(ends_here) :],
-                keep.next_state,
-                shift=self.held_slots(index, keep.held_bytes),
-                needs=needs,
-                seconds=state.forward_s + keep.backward_s,
-            )
-
-    def _relax_split(self, index: int, number: int, target: int, times: _Times, ends: NDArray[np.int64]) -> None:
-        """Offer every end after the split's cut the way through it; the row of the cut itself is final by now."""
-        state = self._tables.states[index]
-        row = times[number]
-        low = int(_first_finite(row[None])[0])
-        self._relax(
-            times[number + 1 :],
-            target,
-            shift=self.held_slots(index, int(state.split_held_bytes[number])),
-            needs=int(state.split_need_bytes[number]) + ends[number + 1 :],
-            seconds=float(state.split_forward_s[number]),
-            beside=row,
-            low=low,
-        )
-
-    def _relax(
-        self,
-        times: _Times,
-        target: int,
-        *,
-        shift: int,
-        needs: NDArray[np.int64],
-        seconds: float,
-        beside: _Times | None = None,
-        low: int = 0,
-    ) -> None:
-        """`times[j, m] = min(itself, T[target][j, m - shift] + seconds + beside[m])` where `m` covers `needs[j]`."""
-        if not len(times):
-            return
-        child, lowest = self._segments[target], self._lowest[target] + shift
-        start = max(shift, low, int(lowest.min()))
-        if start >= self._width:
-            return
-        shifted: _Times = child[:, start - shift : self._width - shift]
-        through = shifted + (np.float32(seconds) if beside is None else beside[start:] + np.float32(seconds))
-        need_slots = -(-needs // self._unit)
-        for row in np.flatnonzero(need_slots > np.maximum(lowest, start)):
-            through[row, : need_slots[row] - start] = _INFINITE
-        np.minimum(times[:, start:], through, out=times[:, start:])
+    def _keep_rows(self, state: State, end: int) -> list[_Times]:
+        """The rows that keeping the state's block leads to, one for each option."""
+        tables = self._tables
+        k = tables.cuts.index(end) - tables.first_cut(state.boundary + 1)
+        return [self._rows[self._sharing.rows[keep.next_state][k]] for keep in state.keeps]
 
     def _fill_sweep(self, index: int) -> None:
         tables, state = self._tables, self._tables.states[index]
-        times = np.full(self._width, _INFINITE, np.float32)
-        self._sweeps[index] = times
+        times = self._sweeps[index]
+        times[:] = _INFINITE
         if state.boundary == tables.num_blocks:
             times[self._slots(tables.tail_need_bytes) :] = 0
+            self._sweep_lowest[index] = _first_finite(times)
             return
-        for keep in state.keeps:
-            self._relax_sweep(
-                times,
-                self._sweeps[int(keep.next_state)],
-                shift=self.held_slots(index, keep.held_bytes),
-                need_bytes=max(keep.save_need_bytes, keep.backward_need_bytes),
-                seconds=state.forward_s + keep.backward_s,
-            )
-        for number, target in enumerate(state.split_states):
-            self._relax_sweep(
-                times,
-                self._sweeps[int(target)],
-                shift=self.held_slots(index, int(state.split_held_bytes[number])),
-                need_bytes=int(state.split_need_bytes[number]),
-                seconds=float(state.split_forward_s[number]),
-                beside=self._segments[index][number],
-            )
+        self._keep(times, state, None, [self._sweeps[keep.next_state] for keep in state.keeps])
+        rows = self._sharing.rows[index]
+        if len(state.split_states):
+            splits = _Splits(self._sweeps, self._sweep_lowest, state.split_states, rows[: len(state.split_states)])
+            self._split(times, state, splits, None)
         need_bytes, forward_s = tables.run_out(state.boundary)
         low = self._slots(need_bytes)
-        np.minimum(times[low:], self._segments[index][-1, low:] + np.float32(forward_s), out=times[low:])
+        np.minimum(times[low:], self._rows[rows[-1], low:] + np.float32(forward_s), out=times[low:])
+        self._sweep_lowest[index] = _first_finite(times)
 
-    def _relax_sweep(
-        self, times: _Times, child: _Times, *, shift: int, need_bytes: int, seconds: float, beside: _Times | None = None
-    ) -> None:
-        low = max(shift, self._slots(need_bytes))
-        if low < self._width:
-            shifted: _Times = child[low - shift : self._width - shift]
-            through = shifted + (np.float32(seconds) if beside is None else beside[low:] + np.float32(seconds))
-            np.minimum(times[low:], through, out=times[low:])
+    def _keep(self, times: _Times, state: State, end: int | None, rests: list[_Times] | None) -> None:
+        """Offer to keep the state's block; `rests` are the rows of what follows, `None` when nothing does."""
+        standing_bytes = 0 if end is None else self._tables.standing_bytes[end]
+        for option, keep in enumerate(state.keeps):
+            if rests is None:
+                low = self._slots(max(keep.replay_need_bytes + standing_bytes, keep.backward_need_bytes))
+                np.minimum(times[low:], np.float32(keep.replay_s + keep.backward_s), out=times[low:])
+                continue
+            shift = self.held_slots(keep.held_bytes)
+            low = max(shift, self._slots(max(keep.save_need_bytes + standing_bytes, keep.backward_need_bytes)))
+            if low < self._width:
+                rest = rests[option][low - shift : self._width - shift]
+                np.minimum(times[low:], rest + np.float32(state.forward_s + keep.backward_s), out=times[low:])
+
+    def _split(self, times: _Times, state: State, splits: "_Splits", end: int | None) -> None:
+        """Offer all splits at once, those that hold the same number of slots together."""
+        count = len(splits.lefts)
+        standing_bytes = 0 if end is None else self._tables.standing_bytes[end]
+        need_slots = -(-(state.split_need_bytes[:count] + standing_bytes) // self._unit)
+        shifts = (2 * state.split_held_bytes[:count] + self._unit) // (2 * self._unit)
+        lowest = np.maximum(splits.right_lowest[splits.rights] + shifts, self._lowest[splits.lefts])
+        for shift in np.unique(shifts).tolist():
+            group = np.flatnonzero((shifts == shift) & (np.maximum(lowest, need_slots) < self._width))
+            if not len(group):
+                continue
+            start = int(lowest[group].min())
+            through = splits.right_table[splits.rights[group], start - shift : self._width - shift]
+            through += self._rows[splits.lefts[group], start:]
+            through += state.split_forward_s[group, None].astype(np.float32)
+            for k in np.flatnonzero(need_slots[group] > np.maximum(lowest[group], start)):
+                through[k, : need_slots[group[k]] - start] = _INFINITE
+            np.minimum(times[start:], through.min(axis=0), out=times[start:])
 
     def _choose_sweep(self, node: Node) -> KeepHere | SplitAt | RunOut:
         tables, state = self._tables, self._tables.states[node.state]
         best_s, best = _INFINITE, None
         for option, keep in enumerate(state.keeps):
-            rest = Node(keep.next_state, None, node.left - self.held_slots(node.state, keep.held_bytes))
+            rest = Node(keep.next_state, None, node.left - self.held_slots(keep.held_bytes))
             total_s = state.forward_s + keep.backward_s + self.rest_s(rest)
             if node.left >= self._slots(max(keep.save_need_bytes, keep.backward_need_bytes)) and total_s < best_s:
                 best_s, best = total_s, KeepHere(option, rest)
@@ -206,7 +177,7 @@ class IntervalTree:
             if tables.cuts[end] == state.boundary + 1:
                 rest, forward_s, need_bytes = None, keep.replay_s, keep.replay_need_bytes
             else:
-                rest = Node(keep.next_state, end, node.left - self.held_slots(node.state, keep.held_bytes))
+                rest = Node(keep.next_state, end, node.left - self.held_slots(keep.held_bytes))
                 forward_s, need_bytes = state.forward_s, keep.save_need_bytes
             total_s = forward_s + keep.backward_s + (self.rest_s(rest) if rest else 0.0)
             needs = max(need_bytes + standing_bytes, keep.backward_need_bytes)
@@ -220,9 +191,9 @@ class IntervalTree:
         """Compare the first `count` splits of a node with the best other move."""
         tables, state = self._tables, self._tables.states[node.state]
         standing_bytes = 0 if node.end is None else tables.standing_bytes[tables.cuts[node.end]]
-        offset = self._offsets[state.boundary]
-        shifts = (offset + state.split_held_bytes[:count]) // self._unit - offset // self._unit
-        through_s = self._segments[node.state][:count, node.left] + state.split_forward_s[:count]
+        shifts = (2 * state.split_held_bytes[:count] + self._unit) // (2 * self._unit)
+        rows = self._sharing.rows[node.state][:count]
+        through_s = self._rows[rows, node.left] + state.split_forward_s[:count]
         fits = (state.split_need_bytes[:count] + standing_bytes <= node.left * self._unit) & (shifts <= node.left)
         for number in np.flatnonzero(fits & (through_s < best_s)):
             right = Node(int(state.split_states[number]), node.end, int(node.left - shifts[number]))
@@ -235,9 +206,8 @@ class IntervalTree:
         return best
 
 
-def _first_finite(times: _Times) -> NDArray[np.int64]:
-    """Return, for each row, the first finite column, or the number of columns."""
-    finite: NDArray[np.bool_] = np.isfinite(times)
-    first: NDArray[np.int64] = finite.argmax(axis=1)
-    first[~finite.any(axis=1)] = times.shape[1]
-    return first
+def _first_finite(times: _Times) -> int:
+    """Return the first finite column, or the number of columns."""
+    finite = np.isfinite(times)
+    first = int(finite.argmax())
+    return first if finite[first] else len(times)
