@@ -111,10 +111,12 @@ class _ModuleStep:
         impl: Callable[..., Any],
         spec: TreeSpec,
         *,
+        externals: Externals,
         devices: Sequence[torch.device],
         volatile: set[str],
     ) -> None:
         self.name = name
+        self._externals = externals
         self.is_random = True
         self._devices = devices
         self._module = module
@@ -136,6 +138,8 @@ class _ModuleStep:
     def again(self, state: list[Any]) -> list[Any]:
         args, kwargs = tree_unflatten(state, self._spec)
         state.clear()
+        for i in range(len(self._externals.values)):
+            self._externals.value(i, self.name)  # checks that a parameter is what it was
         # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
         owners = [(self._module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self._snapshots]
         own = [swap_buffer(owner, key, self._snapshots[name].clone()) for owner, key, name in owners]
@@ -263,8 +267,9 @@ class ModuleSteps:
         volatile = self._volatile.setdefault(unit, {n for n, _ in _buffers(module)})
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
-        step = _ModuleStep(unit, module, impl, spec, devices=devices, volatile=volatile)
-        externals = Externals.of(list(module.parameters()))
+        # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
+        externals = Externals.of([] if _is_sharded(module) else list(module.parameters()))
+        step = _ModuleStep(unit, module, impl, spec, externals=externals, devices=devices, volatile=volatile)
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast_now(device_type_of(devices)))
         self._runs.append(run)
         run.begin(leaves)
