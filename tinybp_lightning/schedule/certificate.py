@@ -25,8 +25,12 @@ _CLOSE = 1e-4
 _TIGHT = 0.005
 """A bound this near needs no second one."""
 _NEARLY_FULL = 0.97
-_WORK = 2.5e7
+_WORK = 1.5e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
+_STRIDES = 50
+_LONG_BLOCKS = 400
+"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search."""
+_LOOSE = 0.02
 _CAPPED_BLOCKS = 80
 _CAPPED_SLOTS = 96
 
@@ -67,8 +71,12 @@ def certify(
         return Certificate(budget_bytes, plain_s, 0.0, (0.0,) * (num_blocks + 2))
     relaxed = relax(chain, budget_bytes=budget_bytes)
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
-    num_steps = int(np.clip(_WORK / num_blocks**3, 4, 30))
-    priced_s, prices = _search(PricedChain(relaxed), first, timeline.total_s, num_steps=num_steps)
+    priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
+    if num_blocks > _LONG_BLOCKS:
+        priced_s, prices = _try_scales(priced_chain, first, timeline.total_s)
+    else:
+        num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
+        priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
     if priced_s < plain_s:
         priced_s, prices = plain_s, np.zeros(num_blocks + 2)
     capped_s = 0.0
@@ -95,6 +103,16 @@ def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: i
             break
         prices = np.maximum(0.0, prices + step * missing_s / norm * excess)
     return float(best_s), best
+
+
+def _try_scales(chain: PricedChain, first: _Floats, target_s: float) -> tuple[float, _Floats]:
+    """Return the better of two scales of the first prices, the second only where the first is loose."""
+    value_s = chain.value_s(first)
+    if value_s >= target_s * (1 - _LOOSE):
+        return value_s, first
+    lower = 0.9 * first
+    lower_s = chain.value_s(lower)
+    return (lower_s, lower) if lower_s > value_s else (value_s, first)
 
 
 def fastest_possible_s(chain: Chain) -> float:

@@ -161,7 +161,7 @@ class Planner:
         """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
         best = self._best(budget_bytes)
         # What a byte is worth about here: it starts the search for the certificate's prices.
-        less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 32)
+        less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 16)
         slower_s = self._best(less_bytes).timeline.total_s - best.timeline.total_s
         certificate = certify(
             self._chain,
