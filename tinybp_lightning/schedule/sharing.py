@@ -25,15 +25,18 @@ _ODD, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 class Sharing:
     """`rows[state][k]` is the row of the segment from `state` to the `k`-th cut after its boundary.
 
-    `own[state]` are the `k` whose row no later state has, and `rights[state]`, for each of them, the rows of what its
-    splits leave to the right. `num_rows` counts all rows and `work` their splits.
+    `own[state]` are the `k` whose row no later state has. `num_rows` counts all rows and `work` their splits.
     """
 
     rows: tuple[NDArray[np.int64], ...]
     own: tuple[tuple[int, ...], ...]
-    rights: tuple[tuple[NDArray[np.int64], ...], ...]
     num_rows: int
     work: int
+
+    def rights(self, tables: Tables, state: int, k: int) -> NDArray[np.int64]:
+        """Return the rows of what the splits of the segment from `state` to its `k`-th cut leave to the right."""
+        targets = tables.states[state].split_states[:k].tolist()
+        return np.array([self.rows[target][k - number - 1] for number, target in enumerate(targets)], np.int64)
 
 
 def share_segments(tables: Tables) -> Sharing:
@@ -42,7 +45,6 @@ def share_segments(tables: Tables) -> Sharing:
     nothing = np.empty(0, np.int64)
     keys: list[_Keys] = [np.empty(0, np.uint64)] * num_states
     rows, own = [nothing] * num_states, [tuple[int, ...]()] * num_states
-    rights = [tuple[NDArray[np.int64], ...]()] * num_states
     known: dict[int, int] = {}
     work = 0
     for index in reversed(range(num_states)):
@@ -58,12 +60,8 @@ def share_segments(tables: Tables) -> Sharing:
                 new.append(k)
             found.append(known[key])
         rows[index], own[index] = np.array(found, np.int64), tuple(new)
-        targets = [int(target) for target in state.split_states]
-        rights[index] = tuple(
-            np.array([rows[target][k - number - 1] for number, target in enumerate(targets[:k])], np.int64) for k in new
-        )
         work += sum(new)
-    return Sharing(tuple(rows), tuple(own), tuple(rights), len(known), work)
+    return Sharing(tuple(rows), tuple(own), len(known), work)
 
 
 def _segment_keys(tables: Tables, state: State, keys: list[_Keys]) -> _Keys:

@@ -164,7 +164,7 @@ def test_error_says_when_the_loss_sets_the_smallest_budget() -> None:
 
 
 def test_long_chain_of_unlike_blocks_in_time() -> None:
-    chain = _random(1, 400)
+    chain = _random(1, 200)
     planner = Planner(chain)
     found = planner.plan(budget_bytes=planner.largest_bytes // 3)
     assert found.peak_bytes <= planner.largest_bytes // 3
