@@ -25,7 +25,7 @@ _CLOSE = 1e-4
 _TIGHT = 0.005
 """A bound this near needs no second one."""
 _NEARLY_FULL = 0.97
-_WORK = 1.5e7
+_WORK = 1e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
 _STRIDES = 50
 _LONG_BLOCKS = 400

@@ -33,11 +33,12 @@ _WORK = 4e8
 """Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
 _MAX_SLOTS = 2048
 _MAX_STEPS = 512
+_MANY_BLOCKS = 150
 _MAX_CELLS = 4e7
 _MAX_CUTS = 200
 _UNITS_TRIED = 2000
 _MAX_WINDOW = 4
-_SHORT_BLOCKS = 10
+_SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
 _FINER = 4
 _TIME_TOLERANCE = 1e-5
@@ -98,10 +99,13 @@ class _Candidate:
 class _Grid:
     """One slot size: its table, filled as far as the largest budget asked for.
 
-    **Arguments:** `fill`: makes the table for a number of slots.
+    **Arguments:** `fill`: makes the table for a number of slots. `step`: try schedules for every so many slots only.
     """
 
-    def __init__(self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int) -> None:
+    def __init__(
+        self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int, step: int = 1
+    ) -> None:
+        self._step = step
         self._fill = fill
         self.unit_bytes = unit_bytes
         self.span_bytes = unit_bytes * num_slots
@@ -121,7 +125,7 @@ class _Grid:
 
     def steps(self, left_bytes: int) -> list[tuple[int, float]]:
         """Return slots and seconds of the schedules worth trying, fastest first: the fewest slots for each time."""
-        step = max(1, self._max_slots // _MAX_STEPS)
+        step = self._step
         slots = np.arange(0, self._wanted(left_bytes) + 1, step)
         seconds = self.tree(left_bytes).seconds[slots[slots <= self.tree(left_bytes).num_slots]]
         rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
@@ -247,7 +251,8 @@ class Planner:
         def fill(num_slots: int) -> IntervalTree:
             return IntervalTree(self._tables, sharing, unit_bytes=unit_bytes, num_slots=num_slots)
 
-        return _Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots)
+        step = 1 if len(self._chain.blocks) <= _MANY_BLOCKS else max(1, num_slots // _MAX_STEPS)
+        return _Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots, step=step)
 
     @cached_property
     def _short_grid(self) -> _Grid | None:

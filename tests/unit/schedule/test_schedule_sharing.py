@@ -42,7 +42,7 @@ def test_rows_of_equal_blocks_grow_with_length_not_with_its_square() -> None:
 def test_equal_layers_share_and_unlike_ones_do_not() -> None:
     equal, unlike = _tables(transformer_chain(12)), _tables(random_chain(random.Random(3), 30))
     assert share_segments(equal).num_rows < _num_segments(equal) / 4
-    assert share_segments(unlike).num_rows > _num_segments(unlike) * 0.9
+    assert share_segments(unlike).num_rows > _num_segments(unlike) * 0.6
 
 
 def test_one_unlike_block_in_the_middle_is_seen() -> None:
