@@ -8,7 +8,6 @@ that spans it and all finer ones. So every candidate for a budget is one for any
 with the budget. A table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,13 +20,14 @@ from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Sc
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
+from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
 
-__all__ = ["Plan", "Planner", "plan", "slot_bytes", "smallest_budget", "storable_boundaries"]
+__all__ = ["Plan", "Planner", "plan", "smallest_budget"]
 
 _WORK = 4e8
 """Elementary steps of the dynamic program that take about a second; the number of slots follows from it."""
@@ -36,8 +36,6 @@ _MAX_STEPS = 512
 _MANY_BLOCKS = 150
 _MAX_CELLS = 4e7
 _MAX_CUTS = 200
-_UNITS_TRIED = 2000
-_MAX_WINDOW = 4
 _SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
 _FINER = 4
@@ -94,52 +92,6 @@ class _Candidate:
     @property
     def cost(self) -> tuple[float, int]:
         return self.timeline.total_s, self.timeline.peak_bytes
-
-
-class _Grid:
-    """One slot size: its table, filled as far as the largest budget asked for.
-
-    **Arguments:** `fill`: makes the table for a number of slots. `step`: try schedules for every so many slots only.
-    """
-
-    def __init__(
-        self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int, step: int = 1
-    ) -> None:
-        self._step = step
-        self._fill = fill
-        self.unit_bytes = unit_bytes
-        self.span_bytes = unit_bytes * num_slots
-        self._max_slots = num_slots
-        self._tree: IntervalTree | ShortTree | None = None
-
-    def spans(self, left_bytes: int) -> bool:
-        """Whether the table goes on past the margin above `left_bytes`."""
-        return self._wanted(left_bytes) <= self._max_slots
-
-    def tree(self, left_bytes: int) -> IntervalTree | ShortTree:
-        """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
-        num_slots = min(self._max_slots, self._wanted(left_bytes))
-        if self._tree is None or num_slots > self._tree.num_slots:
-            self._tree = self._fill(num_slots)
-        return self._tree
-
-    def steps(self, left_bytes: int) -> list[tuple[int, float]]:
-        """Return slots and seconds of the schedules worth trying, fastest first: the fewest slots for each time."""
-        step = self._step
-        slots = np.arange(0, self._wanted(left_bytes) + 1, step)
-        seconds = self.tree(left_bytes).seconds[slots[slots <= self.tree(left_bytes).num_slots]]
-        rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
-        starts = np.flatnonzero(np.isfinite(seconds) & rises)
-        return [(int(slots[k]), float(seconds[k])) for k in reversed(starts)]
-
-    def schedule(self, slots: int) -> Schedule:
-        """Return the table's schedule for `slots`, which `steps` named."""
-        assert self._tree is not None
-        return self._tree.schedule(slots)
-
-    def _wanted(self, left_bytes: int) -> int:
-        margin = 0 if self.unit_bytes == 1 else 4 + left_bytes // (50 * self.unit_bytes)
-        return left_bytes // self.unit_bytes + margin
 
 
 class Planner:
@@ -235,7 +187,7 @@ class Planner:
         return _Candidate(schedule, simulate(self._chain, schedule))
 
     @cached_property
-    def _grids(self) -> list[_Grid]:
+    def _grids(self) -> list[Grid]:
         """The tables for this chain, coarsest first, down to slots of one byte or to the smallest budget."""
         sharing = share_segments(self._tables)
         affordable = min(_WORK / (sharing.work + 1), _MAX_CELLS / (sharing.num_rows + 1))
@@ -245,17 +197,17 @@ class Planner:
             grids.append(self._grid(sharing, -(-grids[-1].unit_bytes // _FINER), num_slots))
         return grids
 
-    def _grid(self, sharing: Sharing, wanted_bytes: int, num_slots: int) -> _Grid:
+    def _grid(self, sharing: Sharing, wanted_bytes: int, num_slots: int) -> Grid:
         unit_bytes = slot_bytes(self._tables, wanted_bytes=wanted_bytes)
 
         def fill(num_slots: int) -> IntervalTree:
             return IntervalTree(self._tables, sharing, unit_bytes=unit_bytes, num_slots=num_slots)
 
         step = 1 if len(self._chain.blocks) <= _MANY_BLOCKS else max(1, num_slots // _MAX_STEPS)
-        return _Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots, step=step)
+        return Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots, step=step)
 
     @cached_property
-    def _short_grid(self) -> _Grid | None:
+    def _short_grid(self) -> Grid | None:
         """One more table for a short chain; see `short`."""
         num_blocks = len(self._chain.blocks)
         if num_blocks > _SHORT_BLOCKS:
@@ -266,7 +218,7 @@ class Planner:
         def fill(num_slots: int) -> ShortTree:
             return ShortTree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
 
-        return _Grid(fill, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)
+        return Grid(fill, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
@@ -277,7 +229,7 @@ class Planner:
                 break
         return best if self._short_grid is None else self._walk(self._short_grid, budget_bytes, best)
 
-    def _walk(self, grid: "_Grid", budget_bytes: int, best: _Candidate) -> _Candidate:
+    def _walk(self, grid: "Grid", budget_bytes: int, best: _Candidate) -> _Candidate:
         for slots, seconds in grid.steps(budget_bytes - self._chain.workspace_bytes):
             if seconds > best.timeline.total_s * (1 + _TIME_TOLERANCE):
                 break
@@ -286,7 +238,7 @@ class Planner:
                 best = candidate
         return best
 
-    def _at(self, grid: "_Grid", slots: int) -> _Candidate:
+    def _at(self, grid: "Grid", slots: int) -> _Candidate:
         key = (id(grid), slots)
         if key not in self._known:
             self._known[key] = self._candidate(grid.schedule(slots))
@@ -317,30 +269,3 @@ def _keep_fastest(chain: Chain) -> Schedule:
     saves = [ForwardSave(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
     backwards = [Backward(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
     return Schedule(num_blocks=len(fastest), actions=(*saves, *reversed(backwards)))
-
-
-def slot_bytes(tables: Tables, *, wanted_bytes: int) -> int:
-    """Return a slot size of `wanted_bytes` to a quarter more, one that the sizes in the chain are close to whole in."""
-    if wanted_bytes <= 1:
-        return 1
-    held = [keep.held_bytes for state in tables.states for keep in state.keeps]
-    held += [int(state.split_held_bytes[0]) for state in tables.states if len(state.split_held_bytes)]
-    sizes, counts = np.unique(np.array(held, np.int64), return_counts=True)
-    units = np.unique(np.linspace(wanted_bytes, wanted_bytes + wanted_bytes // 4, _UNITS_TRIED).astype(np.int64))
-    error = (2 * sizes + units[:, None]) // (2 * units[:, None]) - sizes / units[:, None]
-    return int(units[(np.abs(error) * counts).sum(axis=1).argmin()])
-
-
-def storable_boundaries(chain: Chain, *, limit: int) -> tuple[int, ...]:
-    """Return the interior boundaries where a plan may store: all of them on short chains, else the narrow ones.
-
-    **Arguments:** `limit`: the most cuts. A window widens until those that are narrowest in theirs, ties included, are
-    few enough; where all are alike, every second or third one is as good.
-    """
-    num_blocks = len(chain.blocks)
-    size = [sum(chain.storage_bytes[s] for s in boundary.storages) for boundary in chain.boundaries]
-    cuts = tuple(range(1, num_blocks))
-    for window in range(1, _MAX_WINDOW + 1):
-        if len(cuts) > limit:
-            cuts = tuple(i for i in range(1, num_blocks) if size[i] <= min(size[max(1, i - window) : i + window + 1]))
-    return cuts[:: -(-len(cuts) // limit) or 1]

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import rows
-from tinybp_lightning.schedule.plan import slot_bytes, storable_boundaries
+from tinybp_lightning.schedule.grid import slot_bytes, storable_boundaries
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree

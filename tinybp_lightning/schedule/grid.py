@@ -1,0 +1,89 @@
+"""How coarse may the table be, and where may a plan store? The dynamic program's grids of bytes and of boundaries."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.short import ShortTree
+from tinybp_lightning.schedule.tables import Tables
+from tinybp_lightning.schedule.tree import IntervalTree
+
+__all__ = ["Grid", "slot_bytes", "storable_boundaries"]
+
+_UNITS_TRIED = 2000
+_MAX_WINDOW = 4
+
+
+class Grid:
+    """One slot size: its table, filled as far as the largest budget asked for.
+
+    **Arguments:** `fill`: makes the table for a number of slots. `step`: try schedules for every so many slots only.
+    """
+
+    def __init__(
+        self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int, step: int = 1
+    ) -> None:
+        self._step = step
+        self._fill = fill
+        self.unit_bytes = unit_bytes
+        self.span_bytes = unit_bytes * num_slots
+        self._max_slots = num_slots
+        self._tree: IntervalTree | ShortTree | None = None
+
+    def spans(self, left_bytes: int) -> bool:
+        """Whether the table goes on past the margin above `left_bytes`."""
+        return self._wanted(left_bytes) <= self._max_slots
+
+    def tree(self, left_bytes: int) -> IntervalTree | ShortTree:
+        """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
+        num_slots = min(self._max_slots, self._wanted(left_bytes))
+        if self._tree is None or num_slots > self._tree.num_slots:
+            self._tree = self._fill(num_slots)
+        return self._tree
+
+    def steps(self, left_bytes: int) -> list[tuple[int, float]]:
+        """Return slots and seconds of the schedules worth trying, fastest first: the fewest slots for each time."""
+        step = self._step
+        slots = np.arange(0, self._wanted(left_bytes) + 1, step)
+        seconds = self.tree(left_bytes).seconds[slots[slots <= self.tree(left_bytes).num_slots]]
+        rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
+        starts = np.flatnonzero(np.isfinite(seconds) & rises)
+        return [(int(slots[k]), float(seconds[k])) for k in reversed(starts)]
+
+    def schedule(self, slots: int) -> Schedule:
+        """Return the table's schedule for `slots`, which `steps` named."""
+        assert self._tree is not None
+        return self._tree.schedule(slots)
+
+    def _wanted(self, left_bytes: int) -> int:
+        margin = 0 if self.unit_bytes == 1 else 4 + left_bytes // (50 * self.unit_bytes)
+        return left_bytes // self.unit_bytes + margin
+
+
+def slot_bytes(tables: Tables, *, wanted_bytes: int) -> int:
+    """Return a slot size of `wanted_bytes` to a quarter more, one that the sizes in the chain are close to whole in."""
+    if wanted_bytes <= 1:
+        return 1
+    held = [keep.held_bytes for state in tables.states for keep in state.keeps]
+    held += [int(state.split_held_bytes[0]) for state in tables.states if len(state.split_held_bytes)]
+    sizes, counts = np.unique(np.array(held, np.int64), return_counts=True)
+    units = np.unique(np.linspace(wanted_bytes, wanted_bytes + wanted_bytes // 4, _UNITS_TRIED).astype(np.int64))
+    error = (2 * sizes + units[:, None]) // (2 * units[:, None]) - sizes / units[:, None]
+    return int(units[(np.abs(error) * counts).sum(axis=1).argmin()])
+
+
+def storable_boundaries(chain: Chain, *, limit: int) -> tuple[int, ...]:
+    """Return the interior boundaries where a plan may store: all of them on short chains, else the narrow ones.
+
+    **Arguments:** `limit`: the most cuts. A window widens until those that are narrowest in theirs, ties included, are
+    few enough; where all are alike, every second or third one is as good.
+    """
+    num_blocks = len(chain.blocks)
+    size = [sum(chain.storage_bytes[s] for s in boundary.storages) for boundary in chain.boundaries]
+    cuts = tuple(range(1, num_blocks))
+    for window in range(1, _MAX_WINDOW + 1):
+        if len(cuts) > limit:
+            cuts = tuple(i for i in range(1, num_blocks) if size[i] <= min(size[max(1, i - window) : i + window + 1]))
+    return cuts[:: -(-len(cuts) // limit) or 1]
