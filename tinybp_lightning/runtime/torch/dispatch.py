@@ -23,6 +23,7 @@ from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.memory import PlainPeak
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.program import GraphProgram
+from tinybp_lightning.runtime.torch.refuse import refuse_unrepeatable
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
@@ -153,6 +154,7 @@ class Dispatcher:
         if not self._wants_gradients(args, kwargs):
             return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
         if self.target is None:
+            refuse_unrepeatable(self.module)
             self.target = Target(self.module, self.plain, self.config, self.observers)
             if self._on_claim is not None:
                 self._on_claim(self)
