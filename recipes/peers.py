@@ -9,8 +9,8 @@ settings are global: a process applies one mode, once.
 # pyright: reportUnknownMemberType=false
 
 import functools
-from collections.abc import Callable
-from typing import Any, assert_never, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, assert_never, cast
 
 import torch
 import torch._dynamo.config
@@ -26,6 +26,9 @@ from recipes.budget import budget_bytes, budget_share
 from recipes.forecast import PlanRecorder, Prediction
 from recipes.models import Workload
 from recipes.modes import Mode
+
+if TYPE_CHECKING:
+    from tinybp_lightning.runtime.profile import Observer
 
 __all__ = ["apply_mode"]
 
@@ -52,11 +55,14 @@ KEPT_OPS: frozenset[Any] = frozenset(
 Forecast = Callable[[], Prediction | None]
 
 
-def apply_mode(mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes: int) -> Forecast:
+def apply_mode(
+    mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes: int, observers: Sequence["Observer"] = ()
+) -> Forecast:
     """Change `workload.model`, in place, so that it trains in `mode`.
 
     **Arguments:** `budget`: for activations, `"30%"` or `"2GiB"`; `naive_peak_bytes`: the activation peak of plain
-    training, which turns bytes into the share that torch's own budget wants (0 when it is not known).
+    training, which turns bytes into the share that torch's own budget wants (0 when it is not known); `observers`: told
+    of `hcb`'s plans and steps.
 
     **Returns:** a function that tells, after training, what the mode predicted; `None` for modes that do not predict.
 
@@ -85,9 +91,9 @@ def apply_mode(mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes:
             _set_memory_budget(budget, naive_peak_bytes)
             _compile_blocks(workload)
         case Mode.hcb_eager:
-            return _hcb(workload, budget, naive_peak_bytes, executor="eager")
+            return _hcb(workload, budget, naive_peak_bytes, executor="eager", observers=observers)
         case Mode.hcb_inductor:
-            return _hcb(workload, budget, naive_peak_bytes, executor="inductor")
+            return _hcb(workload, budget, naive_peak_bytes, executor="inductor", observers=observers)
         case _:
             assert_never(mode)
     return _no_forecast
@@ -129,11 +135,13 @@ def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
     torch._functorch.config.activation_memory_budget = budget_share(budget, naive_peak_bytes=naive_peak_bytes)
 
 
-def _hcb(workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str) -> Forecast:
+def _hcb(
+    workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str, observers: Sequence["Observer"]
+) -> Forecast:
     """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
     from tinybp_lightning import hcb  # noqa: PLC0415  the peers' processes do without it
 
     recorder = PlanRecorder()
     activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
-    hcb(workload.model, activation_budget=activation_budget, executor=executor, observers=(recorder,))
+    hcb(workload.model, activation_budget=activation_budget, executor=executor, observers=(recorder, *observers))
     return recorder.prediction

@@ -3,19 +3,11 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from tinybp_lightning.analysis import format_bytes
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanReport", "StepProfile", "format_bytes"]
-
-
-def format_bytes(size_bytes: float) -> str:
-    """Return a size for people: `12.3 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size_bytes) < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.2f} TiB"
+__all__ = ["Observer", "PlanReport", "StepProfile"]
 
 
 @dataclass(frozen=True, slots=True)

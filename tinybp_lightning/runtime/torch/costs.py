@@ -22,7 +22,7 @@ from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
 from tinybp_lightning.runtime.torch.assemble import BlockCosts, chain_of
 from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
-from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, has_storage
+from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
 
 __all__ = ["compile_program", "measure_chain"]
 
@@ -129,11 +129,7 @@ class _Probe:
         self._device = device
 
     def _state(self) -> list[Any]:
-        fresh = [
-            t.detach().requires_grad_(wants) if isinstance(t, torch.Tensor) and wants else t
-            for t, wants in zip(self._leaves, self._wants, strict=True)
-        ]
-        return [t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in fresh]
+        return fresh_leaves(self._leaves, self._wants)
 
     def _step(self) -> GraphStep:
         return GraphStep(self._piece, self._externals)

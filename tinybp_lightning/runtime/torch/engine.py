@@ -41,7 +41,7 @@ from tinybp_lightning.runtime.torch.ambient import (
 )
 from tinybp_lightning.runtime.torch.script import Move, Script
 from tinybp_lightning.runtime.torch.slots import Reference, SlotBook, StopReplay, forget, never_unpacked
-from tinybp_lightning.runtime.torch.steps import Externals, Step
+from tinybp_lightning.runtime.torch.steps import Externals, Step, fresh_leaves
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
 __all__ = ["Run", "RunStats"]
@@ -249,13 +249,7 @@ class Run:
             stored.check(self._steps[block].name)
             leaves = stored.leaves
         self._cursor = None
-        fresh = [
-            t.detach().requires_grad_(wants) if isinstance(t, torch.Tensor) and wants else t
-            for t, wants in zip(leaves, self._requires_grad[block], strict=True)
-        ]
-        # An alias that is no leaf, so that an in-place op on it is as legal as it was in the forward.
-        with torch.enable_grad():
-            return [t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in fresh]
+        return fresh_leaves(leaves, self._requires_grad[block])
 
     @contextlib.contextmanager
     def _as_first_run(self, block: int) -> Generator[None]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from tinybp_lightning.analysis import GraphReport, report_graph
+from tinybp_lightning.analysis import GraphReport, format_bytes, report_graph
 from tinybp_lightning.errors import ConfigError
-from tinybp_lightning.runtime.profile import PlanReport, format_bytes
+from tinybp_lightning.runtime.profile import PlanReport
 from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule import simulate, to_text
 

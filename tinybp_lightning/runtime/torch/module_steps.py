@@ -204,7 +204,7 @@ class ModuleSteps:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward of the whole module."""
-        if self._watch is not None and not self._watch.ended:
+        if self._watch is not None:
             self._watch.abandon()
         device = self._parameters[0].device
         self._calls, self._runs = [], []
@@ -226,7 +226,7 @@ class ModuleSteps:
         if self.pilot is not None:
             return self.pilot.begin_step(self._parameters)
         stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
-        return StepWatch.traced_if_possible(device, self._parameters, self._config.budget)
+        return StepWatch(device, self._parameters, self._config.budget, wants_trace=True)
 
     def _ended(self, watch: StepWatch, calls: list[_CallCost], stats: list[RunStats], device: torch.device) -> None:
         total = RunStats()

@@ -13,8 +13,7 @@ from enum import Enum
 
 import torch
 
-from tinybp_lightning.capture.torch.allocator import can_trace
-from tinybp_lightning.config import Budget, BudgetKind
+from tinybp_lightning.config import Budget
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
@@ -23,7 +22,7 @@ from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.plan import Plan, plan, smallest_budget
+from tinybp_lightning.schedule.plan import Plan, Planner, plan
 from tinybp_lightning.schedule.simulate import simulate
 
 __all__ = ["Pilot"]
@@ -78,9 +77,10 @@ class Pilot:
         self._good: _Flight | None = None
         self._plain_fits = True  # until it is seen not to
         self._base_bytes = chain.workspace_bytes
-        smallest_bytes, _ = smallest_budget(chain)
-        self._chain = replace(chain, workspace_bytes=self._base_bytes + int(_MARGIN * smallest_bytes))
-        self._flight = self._smallest()
+        planner = Planner(chain)
+        margin_bytes = int(_MARGIN * planner.smallest_bytes)
+        self._chain = replace(chain, workspace_bytes=self._base_bytes + margin_bytes)
+        self._flight = self._smallest(planner.smallest_bytes + margin_bytes, planner.smallest_plan().schedule)
 
     @property
     def script(self) -> Script:
@@ -100,8 +100,7 @@ class Pilot:
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
         """Start to follow a step."""
         wants = self._phase is not _Phase.STEADY
-        counts = self._budget.kind is BudgetKind.MEMORY
-        return StepWatch(self._device, parameters, traced=wants and can_trace(self._device), counts_gradients=counts)
+        return StepWatch(self._device, parameters, self._budget, wants_trace=wants)
 
     def end_step(self, watch: StepWatch, stats: RunStats) -> StepProfile:
         """Learn from a step that has ended, tell the observers, and decide what the next one flies."""
@@ -186,18 +185,20 @@ class Pilot:
         for observer in self._observers:
             observer.on_plan(flight.report)
 
-    def _smallest(self) -> _Flight:
-        budget_bytes = self._room(self._plain_peak())
-        smallest_bytes, found = smallest_budget(self._chain)
+    def _smallest(self, smallest_bytes: int, schedule: Schedule) -> _Flight:
+        """The smallest plan, the margin included: a constant added to every moment leaves it the smallest."""
+        plain_peak_bytes = self._plain_peak()
+        budget_bytes = self._room(plain_peak_bytes)
         if smallest_bytes > budget_bytes:
-            if self._plain_peak() <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
+            if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
                 return self._flight_of(keep_all(self._chain), budget_bytes, "calibration")
             self._plan(budget_bytes)
-        return self._flight_of(found.schedule, budget_bytes, "calibration")
+        return self._flight_of(schedule, budget_bytes, "calibration")
 
     def _for_budget(self, reason: str) -> _Flight:
-        budget_bytes = self._room(self._plain_peak())
-        if self._plain_fits and self._plain_peak() <= budget_bytes:
+        plain_peak_bytes = self._plain_peak()
+        budget_bytes = self._room(plain_peak_bytes)
+        if self._plain_fits and plain_peak_bytes <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         found = self._plan(budget_bytes)
         return self._flight_of(found.schedule, budget_bytes, reason, lower_bound_s=found.lower_bound_s)

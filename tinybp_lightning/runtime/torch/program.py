@@ -73,11 +73,6 @@ class GraphProgram:
         """The graph, once the first call has recorded it."""
         return None if self._program is None else self._program.graph
 
-    def abandon(self) -> None:
-        """Stop to follow the last step: its results are not used."""
-        if self._watch is not None and not self._watch.ended:
-            self._watch.abandon()
-
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
         values = self._values(args)
@@ -118,7 +113,8 @@ class GraphProgram:
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
     ) -> Any:
-        self.abandon()  # if the last forward had no backward (yet), it can no longer be measured
+        if self._watch is not None:
+            self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
         externals = Externals.of(values)
         run = Run(pilot.script, externals, devices=devices, autocast=autocast)

@@ -14,7 +14,7 @@ from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["Externals", "GraphStep", "Step", "has_storage"]
+__all__ = ["Externals", "GraphStep", "Step", "fresh_leaves", "has_storage"]
 
 
 class Step(Protocol):
@@ -74,6 +74,22 @@ def has_storage(t: torch.Tensor) -> bool:
     return type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided
 
 
+def fresh_leaves(leaves: Sequence[Any], wants: Sequence[bool]) -> list[Any]:
+    """Return aliases of a boundary's leaves as a first run would see them: same gradients wanted, not graph leaves.
+
+    A tensor that is no graph leaf may be changed in place, as in the forward. Memory is shared with `leaves`.
+    """
+    with torch.enable_grad():
+        return [
+            _interior(t.detach().requires_grad_()) if isinstance(t, torch.Tensor) and wanted else t
+            for t, wanted in zip(leaves, wants, strict=True)
+        ]
+
+
+def _interior(t: torch.Tensor) -> torch.Tensor:
+    return t.view_as(t)
+
+
 class GraphStep:
     """A piece of a traced graph, bound to the externals of one forward."""
 
@@ -97,24 +113,25 @@ class GraphStep:
         values = self._externals.values
         # What the block changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
         self._snapshots = {i: values[i].detach().clone() for i in self._piece.volatile}
-        return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=False)
+        return self._run(state, replay=False)
 
     def again(self, state: list[Any]) -> list[Any]:
         """Run again, on copies of what the first run changed."""
-        return self._run(state, [s.index if s.origin == EXTERNAL else None for s in self._piece.reads], replay=True)
+        return self._run(state, replay=True)
 
-    def _run(self, state: list[Any], external: list[int | None], *, replay: bool) -> list[Any]:
-        arguments: list[Any] = []
-        for source, index in zip(self._piece.reads, external, strict=True):
-            if index is None:
-                arguments.append(state[source.index])
-            elif not replay:
-                arguments.append(self._externals.values[index])
-            elif index in self._snapshots:
-                arguments.append(self._snapshots[index].clone())
-            else:
-                arguments.append(self._externals.value(index, self.name))
+    def _run(self, state: list[Any], *, replay: bool) -> list[Any]:
+        arguments = [
+            self._external(s.index, replay=replay) if s.origin == EXTERNAL else state[s.index]
+            for s in self._piece.reads
+        ]
         carried = {s.index: state[s.index] for s in self._piece.state if s.origin == STATE}
         state.clear()
         made = self._piece.call(arguments)
         return [made[s.index] if s.origin == MADE else carried[s.index] for s in self._piece.state]
+
+    def _external(self, index: int, *, replay: bool) -> Any:
+        if not replay:
+            return self._externals.values[index]
+        if index in self._snapshots:
+            return self._snapshots[index].clone()
+        return self._externals.value(index, self.name)

@@ -41,7 +41,7 @@ class Measured:
 
 
 class StepWatch:
-    """Follows one forward and the first backward through it.
+    """Follows one forward and the first backward through it; traces it if wanted, unless something else traces.
 
     `is_disturbed`: another target's step began before this one's ended, so what was measured belongs to both.
     """
@@ -49,12 +49,13 @@ class StepWatch:
     num_started = 0
 
     def __init__(
-        self, device: torch.device, parameters: Sequence[torch.Tensor], *, traced: bool, counts_gradients: bool
+        self, device: torch.device, parameters: Sequence[torch.Tensor], budget: Budget, *, wants_trace: bool
     ) -> None:
+        traced = wants_trace and can_trace(device)
         self._started = time.perf_counter()
         self._forward_s = 0.0
         self._backward_started = 0.0
-        self._counts_gradients = counts_gradients
+        self._counts_gradients = budget.kind is BudgetKind.MEMORY
         self._without_grad = [p for p in parameters if p.grad is None and p.requires_grad]
         StepWatch.num_started += 1
         self._number = StepWatch.num_started
@@ -69,14 +70,6 @@ class StepWatch:
         self.step_s = 0.0
         self.ended = False
         self._mark("forward")
-
-    @classmethod
-    def traced_if_possible(
-        cls, device: torch.device, parameters: Sequence[torch.Tensor], budget: Budget
-    ) -> "StepWatch":
-        """Follow a step, and trace it unless something else traces already."""
-        counts = budget.kind is BudgetKind.MEMORY
-        return cls(device, parameters, traced=can_trace(device), counts_gradients=counts)
 
     def _mark(self, label: str) -> None:
         if self._trace is not None:
@@ -145,15 +138,17 @@ class StepWatch:
             trace.abandon()
 
     def abandon(self) -> None:
-        """The step will not end (no backward, or an exception): let go of everything, measure nothing."""
-        trace, self._trace = self._trace, None
+        """The step will not end (no backward, or an exception): let go of everything, measure nothing.
+
+        Harmless where the step has ended.
+        """
+        if self.ended:
+            return
+        self.untrace()
         self._on_end = None
         self.ended = True
-        for queue in (_PENDING, _TRACING):
-            if self in queue:
-                queue.remove(self)
-        if trace is not None:
-            trace.abandon()
+        if self in _PENDING:
+            _PENDING.remove(self)
 
 
 _PENDING: list[StepWatch] = []
