@@ -31,6 +31,7 @@ from recipes.modes import Mode, parse_modes
 from recipes.peers import apply_mode
 from recipes.run_one import pick_device
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
+from tinybp_lightning.schedule import to_text
 
 __all__ = ["ModeProfile", "main"]
 
@@ -40,7 +41,10 @@ NUM_KERNELS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ModeProfile:
-    """One mode's step. Times in seconds; `host_s` ends when backward returns, before the device has finished."""
+    """One mode's step. Times in seconds; `host_s` ends when backward returns, before the device has finished.
+
+    `chain` and `schedule` are those of the plan in force: what the planner saw and what it made of it.
+    """
 
     mode: str
     wall_s: float
@@ -53,6 +57,8 @@ class ModeProfile:
     recompute_s: float | None
     predicted_recompute_s: float | None
     plan: str
+    chain: dict[str, Any] | None
+    schedule: str
 
 
 @dataclass(slots=True)
@@ -130,6 +136,8 @@ def _profile(trainee: _Trainee, batch: Batch, device: torch.device) -> ModeProfi
         recompute_s=watcher.step.replay_s if watcher.step else None,
         predicted_recompute_s=watcher.plan.predicted_recompute_s if watcher.plan else None,
         plan=_plan(watcher),
+        chain=asdict(watcher.plan.chain) if watcher.plan else None,
+        schedule=to_text(watcher.plan.schedule) if watcher.plan else "",
     )
 
 

@@ -3,8 +3,8 @@
 A cut should be narrow, because a stored boundary costs its frontier's bytes. Both granularities start from the narrow
 places of `valleys.py`. `Granularity.FINE` takes all of them, joins blocks that make next to nothing to a neighbour and
 splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.COARSE` takes one for
-each repeated module, and the narrowest where modules say nothing. Which boundaries a plan *stores* is the planner's
-decision.
+each repeated module, the narrowest where modules say nothing, and those of results that are read on. Which boundaries
+a plan *stores* is the planner's decision.
 """
 
 from bisect import bisect_left
@@ -21,7 +21,7 @@ from tinybp_lightning.graph.ids import NodeId, ValueId
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.graph.modules import common_module
 from tinybp_lightning.graph.structure import block_signature
-from tinybp_lightning.graph.valleys import fill_long_stretches, layer_cuts, narrow_valleys, space_out
+from tinybp_lightning.graph.valleys import fill_long_stretches, layer_cuts, narrow_valleys, returned_midway, space_out
 
 __all__ = ["BlockSpan", "Granularity", "choose_cuts", "cut_blocks"]
 
@@ -65,7 +65,9 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
             cuts = split_heavy_blocks(graph, profile, cuts)
         case Granularity.COARSE:
             layers = layer_cuts(graph, profile)
-            cuts = space_out(profile, sorted({*layers, *fill_long_stretches(profile, layers)}), num_nodes)
+            stretches = fill_long_stretches(profile, layers)
+            returned = returned_midway(graph, profile)
+            cuts = space_out(profile, sorted({*layers, *stretches, *returned}), num_nodes)
         case _:
             assert_never(granularity)
     return tuple(NodeId(cut) for cut in cuts)

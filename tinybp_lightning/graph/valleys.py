@@ -15,7 +15,7 @@ from tinybp_lightning.graph.frontier import FrontierProfile
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.graph.modules import layer_transitions
 
-__all__ = ["MIN_OPS", "fill_long_stretches", "layer_cuts", "narrow_valleys", "space_out"]
+__all__ = ["MIN_OPS", "fill_long_stretches", "layer_cuts", "narrow_valleys", "returned_midway", "space_out"]
 
 # A one-op block has nothing to keep or drop that the boundaries around it do not hold already.
 MIN_OPS = 2
@@ -77,6 +77,19 @@ def fill_long_stretches(profile: FrontierProfile, layers: Sequence[int]) -> tupl
             inside = [p for p in valleys if left < p < right]
             filling.extend(p for p in inside if _is_narrowest_near(profile, inside, p))
     return tuple(filling)
+
+
+def returned_midway(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
+    """Return the places where a tensor is made that the graph returns and goes on to read (logits, then their loss).
+
+    A compiled block that returns such a tensor beside its result counts on a gradient for it from outside, and makes
+    zeros of its size in backward when none comes. Cut where it is made, the block after it is the one that gives it.
+    """
+    read_after = {v: node.id for node in graph.nodes for v in node.reads}
+    made = {v: node.id for node in graph.nodes for v in node.makes}
+    found = {made[v] for v in graph.outputs if v in made and read_after.get(v, made[v]) > made[v]}
+    found = {p for p in found if any(graph.values[v].requires_grad for v in graph.nodes[p].makes)}
+    return tuple(sorted(p for p in found if profile.is_allowed(p)))
 
 
 def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int) -> tuple[int, ...]:

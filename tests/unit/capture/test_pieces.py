@@ -117,3 +117,22 @@ def test_an_input_nobody_holds_is_freed_at_its_last_use() -> None:
     with torch.no_grad():
         piece.call(arguments)
     assert held() is None
+
+
+class WithLoss(nn.Module):
+    """Returns its scores beside their loss, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.layers(x)
+        return scores.logsumexp(-1).mean(), scores
+
+
+@pytest.mark.parametrize(("forward", "expected"), [(WithLoss(), [0]), (Skips(), [0, 1])], ids=["loss", "no loss"])
+def test_backward_is_presumed_to_start_at_the_loss_if_there_is_one(forward: nn.Module, expected: list[int]) -> None:
+    found = trace_graph(forward, X)
+    program = program_of(found)
+    assert program.differentiated == {found.graph.outputs[k] for k in expected}

@@ -1,6 +1,7 @@
 """Cuts are legal on every graph, and where a reader would put them on graphs of known shape."""
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -111,6 +112,21 @@ def test_coarse_is_one_block_a_layer(num_layers: int) -> None:
     assert list(cuts) == layer_ends(num_layers)
     blocks = cut_blocks(graph, cuts)
     assert [block.name.partition("[")[0] for block in blocks[1:-1]] == [f"model.layers.{i}" for i in range(num_layers)]
+
+
+def test_coarse_ends_a_block_at_a_result_that_is_read_on() -> None:
+    """Logits that are returned beside their loss: `lm_head` is not in one block with the loss."""
+    plain = transformer_graph(3)
+    (loss,) = plain.outputs
+    logits = plain.nodes[-1].reads[0]
+    graph = replace(plain, outputs=(loss, logits))
+    head = next(node.id for node in graph.nodes if logits in node.makes)
+    # The loss alone would be a block of one op: give it two.
+    softmax = GraphBuilder(graph.name, [*graph.nodes[:-1]], [*graph.values], [*graph.storages], [*graph.inputs])
+    scaled = softmax.op("softmax", [logits], 2000, save_output=True)
+    graph = softmax.build(softmax.op("nll_loss", [scaled, graph.inputs[0]], 4), logits)
+    assert head in choose_cuts(graph, granularity=COARSE)
+    assert head not in choose_cuts(replace(graph, outputs=graph.outputs[:1]), granularity=COARSE)
 
 
 def test_fine_is_the_residual_stream_before_and_after_each_half() -> None:

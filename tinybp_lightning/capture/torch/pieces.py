@@ -56,6 +56,8 @@ class Program:
 
     `outputs` says where each result of the original graph is found after the last piece; `template` is the original
     output structure, with positions into `outputs` in place of the values.
+    `differentiated`: the results that backward is presumed to start from. A graph that returns a loss (a single number)
+    beside other results is differentiated through it alone; the first measured step shows where that is wrong.
     """
 
     graph: Graph
@@ -63,6 +65,7 @@ class Program:
     boundaries: tuple[tuple[ValueId, ...], ...]
     outputs: tuple[Source, ...]
     template: Any
+    differentiated: frozenset[ValueId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
         return _Slot(len(outputs) - 1)
 
     template = fx.map_arg(module.graph.output_node().args[0], place)  # pyright: ignore[reportArgumentType]
-    return Program(graph, pieces, boundaries, tuple(outputs), template)
+    return Program(graph, pieces, boundaries, tuple(outputs), template, _differentiated(graph))
 
 
 def fill_template(template: Any, values: Sequence[Any]) -> Any:
@@ -115,6 +118,12 @@ def fill_template(template: Any, values: Sequence[Any]) -> Any:
     if isinstance(template, (list, tuple)):
         return tuple(fill_template(item, values) for item in template)  # pyright: ignore[reportUnknownVariableType]
     return template
+
+
+def _differentiated(graph: Graph) -> frozenset[ValueId]:
+    wanted = frozenset(v for v in graph.outputs if graph.values[v].requires_grad)
+    numbers = frozenset(v for v in wanted if graph.values[v].shape == ())
+    return numbers or wanted
 
 
 def _volatile_externals(graph: Graph, externals: dict[ValueId, int]) -> frozenset[int]:

@@ -21,6 +21,7 @@ __all__ = [
     "cuda_history",
     "cuda_history_is_on",
     "graph_task_id",
+    "hold_cuda",
     "is_profiling",
     "leaving_transforms",
     "queue_callback",
@@ -104,6 +105,11 @@ def swap_buffer(owner: nn.Module, name: str, buffer: torch.Tensor | None) -> tor
 def cuda_history_is_on() -> bool:
     """Whether somebody records the CUDA allocator's history already."""
     return bool(torch._C._cuda_isHistoryEnabled()) if hasattr(torch._C, "_cuda_isHistoryEnabled") else False
+
+
+def hold_cuda(cycles: int) -> None:
+    """Keep the current stream busy for so many clock cycles of the device."""
+    torch.cuda._sleep(cycles)
 
 
 def start_cuda_history(max_events: int) -> None:

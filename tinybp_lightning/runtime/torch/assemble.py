@@ -14,28 +14,35 @@ from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import StorageKind
 
-__all__ = ["BlockCosts", "chain_of"]
+__all__ = ["BlockCosts", "BlockSizes", "chain_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCosts:
-    """One unique block, measured. `saved_reads` and `saved_made` are positions in its reads and in what it makes.
+class BlockSizes:
+    """One unique block's bytes. `saved_reads` and `saved_made` are positions in its reads and in what it makes.
 
     `input_gradients`: for each position in its reads that got a gradient, the storage the gradient lives on (a number
     of its own for each) and that storage's bytes. The gradients of a concatenation's parts are views of one storage.
     """
 
-    forward_s: float
     forward_peak_bytes: int
     saved_bytes: int
     saved_reads: tuple[int, ...]
     saved_made: tuple[int, ...]
     save_peak_bytes: int
-    replay_s: float
     replay_peak_bytes: int
-    backward_s: float
     backward_peak_bytes: int
     input_gradients: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCosts:
+    """One unique block, measured: its bytes, and the seconds of its forward, its early-stopped replay, its backward."""
+
+    sizes: BlockSizes
+    forward_s: float
+    replay_s: float
+    backward_s: float
 
 
 def chain_of(
@@ -74,19 +81,19 @@ def chain_of(
     for i, (piece, c) in enumerate(zip(program.pieces, costs, strict=True)):
         before, after = program.boundaries[i], program.boundaries[i + 1]
         made = [v for v, s in zip(after, piece.state, strict=True) if s.origin == MADE]
-        saved = [before[piece.reads[k].index] for k in c.saved_reads] + [made[k] for k in c.saved_made]
+        saved = [before[piece.reads[k].index] for k in c.sizes.saved_reads] + [made[k] for k in c.sizes.saved_made]
         made_bytes = sum(sizes[s] for s in set(frontiers[i + 1]) - set(frontiers[i]))
-        forward_peak = max(c.forward_peak_bytes, made_bytes)
-        save_peak = max(c.save_peak_bytes, forward_peak, c.saved_bytes + made_bytes)
+        forward_peak = max(c.sizes.forward_peak_bytes, made_bytes)
+        save_peak = max(c.sizes.save_peak_bytes, forward_peak, c.sizes.saved_bytes + made_bytes)
         option = SavedSet(
             name="all",
             storages=chain_ids(saved),
-            saved_bytes=c.saved_bytes,
+            saved_bytes=c.sizes.saved_bytes,
             save_peak_bytes=save_peak,
             replay_s=c.replay_s,
-            replay_peak_bytes=c.replay_peak_bytes,
+            replay_peak_bytes=c.sizes.replay_peak_bytes,
             backward_s=c.backward_s,
-            backward_peak_bytes=c.backward_peak_bytes,
+            backward_peak_bytes=c.sizes.backward_peak_bytes,
         )
         span = piece.span
         blocks.append(Block(span.name, span.signature, c.forward_s, forward_peak, parameters[i], (option,)))
@@ -110,7 +117,7 @@ def _gradient_bytes(
     """Bytes of the gradients of one boundary's leaves, once every later block's backward has run.
 
     A gradient that one block made is held as that block made it, with the whole storage it lives on; one that several
-    blocks contributed to was summed into a tensor of its own.
+    blocks contributed to was summed into a tensor of its own. A result that nobody differentiates has none.
     """
     graph = program.graph
     total = 0
@@ -122,7 +129,7 @@ def _gradient_bytes(
         if len(made) == 1:
             (block, number, size_bytes), *_ = made
             storages[block, number] = size_bytes
-        else:
+        elif made:
             total += _dense_bytes(graph.values[value].shape, graph.values[value].dtype)
     return total + sum(storages.values())
 
@@ -134,10 +141,10 @@ def _contributions(
     found: list[tuple[int, int, int]] = []
     for block in range(boundary, len(program.pieces)):
         before = program.boundaries[block]
-        for position, number, size_bytes in costs[block].input_gradients:
+        for position, number, size_bytes in costs[block].sizes.input_gradients:
             if before[program.pieces[block].reads[position].index] == value:
                 found.append((block, number, size_bytes))
-    if value in program.boundaries[-1]:
+    if value in program.differentiated:
         value_bytes = _dense_bytes(program.graph.values[value].shape, program.graph.values[value].dtype)
         found.append((len(program.pieces), value, value_bytes))  # the caller's own gradient for an output
     return found

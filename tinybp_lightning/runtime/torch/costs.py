@@ -6,7 +6,6 @@ stop, backward; the allocator's events give the exact peaks. Parameters are pass
 the generators are put back, so nothing of the user's is touched. Costs are kept per structural signature.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,11 +19,14 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.assemble import BlockCosts, chain_of
+from tinybp_lightning.runtime.torch.assemble import BlockCosts, BlockSizes, chain_of
+from tinybp_lightning.runtime.torch.clock import Clock, Spent
 from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
 
 __all__ = ["compile_program", "measure_chain"]
+
+_NOTHING = Spent(0.0, 0.0)
 
 
 def measure_chain(
@@ -86,21 +88,65 @@ def _walk(
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
 ) -> tuple[list[BlockCosts], list[list[bool]]]:
-    known: dict[str, BlockCosts] = {}
-    costs: list[BlockCosts] = []
+    known: dict[tuple[str, tuple[int, ...]], _Measured] = {}
+    seeds = _seeds(program)
+    measured: list[_Measured] = []
     leaves: list[Any] = []
     wants: list[list[bool]] = [[]]
     for done, piece in enumerate(program.pieces):
         with autocast_as(autocast), torch.enable_grad():
-            probe = _Probe(piece, externals, leaves, wants[-1], device)
-            if piece.span.signature not in known:
-                known[piece.span.signature] = probe.measure()
-            costs.append(known[piece.span.signature])
+            probe = _Probe(piece, externals, leaves, wants[-1], seeds[done], device)
+            key = piece.span.signature, seeds[done]
+            if key not in known:
+                known[key] = probe.measure()
+            measured.append(known[key])
             out = probe.run_dropping()
         wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
         leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
         on_block(done + 1, len(program.pieces))
-    return costs, wants
+    return _costs(measured), wants
+
+
+def _seeds(program: Program) -> list[tuple[int, ...]]:
+    """Return what of each piece's values gets a gradient: what later pieces read, and where backward starts."""
+    wanted = set(program.differentiated)
+    seeds: list[tuple[int, ...]] = []
+    for piece, before, after in reversed(
+        list(zip(program.pieces, program.boundaries, program.boundaries[1:], strict=False))
+    ):
+        made = [(s.index, v) for s, v in zip(piece.state, after, strict=True) if s.origin == MADE]
+        seeds.append(tuple(index for index, v in made if v in wanted))
+        wanted.update(before[s.index] for s in piece.reads if s.origin == STATE)
+    return seeds[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One unique block's bytes, and the seconds of running it each way, on the device and on the host."""
+
+    sizes: BlockSizes
+    forward: Spent
+    replay: Spent
+    backward: Spent
+
+
+def _costs(measured: Sequence[_Measured]) -> list[BlockCosts]:
+    """The blocks in the seconds of whichever is slower over the whole step, device or host."""
+    device_s = sum(m.forward.device_s + m.backward.device_s for m in measured)
+    host_s = sum(m.forward.host_s + m.backward.host_s for m in measured)
+
+    def seconds(spent: Spent) -> float:
+        return spent.device_s if device_s >= host_s else spent.host_s
+
+    return [
+        BlockCosts(
+            sizes=m.sizes,
+            forward_s=seconds(m.forward),
+            replay_s=min(seconds(m.replay), seconds(m.forward)),
+            backward_s=seconds(m.backward),
+        )
+        for m in measured
+    ]
 
 
 class _Seed(torch.autograd.Function):
@@ -120,12 +166,19 @@ class _Probe:
     """Runs one block in every way the engine may, and reads the clock and the allocator."""
 
     def __init__(
-        self, piece: Piece, externals: Externals, leaves: list[Any], wants: list[bool], device: torch.device
+        self,
+        piece: Piece,
+        externals: Externals,
+        leaves: list[Any],
+        wants: list[bool],
+        seeds: tuple[int, ...],
+        device: torch.device,
     ) -> None:
         self._piece = piece
         self._externals = externals
         self._leaves = leaves
         self._wants = wants
+        self._seeds = seeds
         self._device = device
 
     def _state(self) -> list[Any]:
@@ -139,34 +192,32 @@ class _Probe:
         with torch.autograd.graph.saved_tensors_hooks(forget, never_unpacked):
             return self._step().first(self._state())
 
-    def measure(self) -> BlockCosts:
+    def measure(self) -> _Measured:
         """Measure the block. See the module docstring for how."""
         saved, reads, made = self._saved_set()
-        self._save_and_backward(lambda _: None, _Clock(self._device))  # warm up: kernels are picked, backward compiled
+        clock = Clock(self._device)
+        warm = self._save_and_backward(lambda _: None, clock).backward  # kernels are picked, backward compiled
         trace = open_trace(self._device)
-        clock = _Clock(self._device)
         trace.mark("forward")
-        forward_s = clock.time(self.run_dropping)
+        forward = clock.time_repeatable(self.run_dropping)
         trace.mark("between")
-        replay_s = self._replay(trace.mark, clock)
+        replay = self._replay(trace.mark, clock)
         trace.mark("between")
         run = self._save_and_backward(trace.mark, clock)
         trace.leave_out(run.parameter_gradients)
         parts = {s.label: s for s in _joined(trace.close())}
         save, back = parts["save"], parts["backward"]
-        return BlockCosts(
-            forward_s=forward_s,
+        sizes = BlockSizes(
             forward_peak_bytes=_peak(parts["forward"]),
             saved_bytes=saved,
             saved_reads=reads,
             saved_made=made,
             save_peak_bytes=max(_peak(save), saved),
-            replay_s=min(replay_s, forward_s),
             replay_peak_bytes=max(min(_peak(parts["replay"]), max(_peak(save), saved)), saved),
-            backward_s=run.backward_s,
             backward_peak_bytes=max(0, back.peak_bytes - back.start_bytes - run.seeded_bytes),
             input_gradients=run.input_gradients,
         )
+        return _Measured(sizes, forward, replay, run.backward.at_most(warm))
 
     def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Return private saved bytes, and which reads and results of the block its saved tensors alias."""
@@ -198,7 +249,7 @@ class _Probe:
             keys.pop(storage_key(t), None)
         return sum(keys.values()), reads, made_saved
 
-    def _replay(self, mark: Callable[[str], None], clock: "_Clock") -> float:
+    def _replay(self, mark: Callable[[str], None], clock: Clock) -> Spent:
         slots: list[Any] = []
         state = self._state()
         book = SlotBook(0, self._externals.storages, state)
@@ -212,7 +263,7 @@ class _Probe:
         book.close()
         if book.num_replayed == 0:
             mark("replay")
-            return 0.0
+            return _NOTHING
 
         def replay() -> None:
             with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
@@ -222,13 +273,13 @@ class _Probe:
                     return
 
         mark("replay")
-        seconds = clock.time(replay)
+        spent = clock.time_repeatable(replay)
         for slot in slots:
             if isinstance(slot, Slot):
                 slot.value = None
-        return seconds
+        return spent
 
-    def _save_and_backward(self, mark: Callable[[str], None], clock: "_Clock") -> "_BackwardRun":
+    def _save_and_backward(self, mark: Callable[[str], None], clock: Clock) -> "_BackwardRun":
         state = self._state()
         reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
         reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -237,52 +288,34 @@ class _Probe:
         parameters = list({id(p): p for p in parameters if isinstance(p, torch.Tensor) and p.requires_grad}.values())
         mark("save")
         out = self._step().first(state)
-        made = [t for s, t in zip(self._piece.state, out, strict=True) if s.origin == MADE]
+        made = [t for s, t in zip(self._piece.state, out, strict=True) if s.origin == MADE and s.index in self._seeds]
         made = [t for t in made if isinstance(t, torch.Tensor) and t.requires_grad]
         if not made:
             mark("backward")
-            return _BackwardRun(0.0, 0, (), ())
+            return _BackwardRun(_NOTHING, 0, (), ())
         seeded_bytes = sum(t.numel() * t.element_size() for t in made)
         loss = cast("torch.Tensor", _Seed.apply(*made))
         del out, made
         grads: list[torch.Tensor | None] = []
         mark("backward")
-        seconds = clock.time(lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)))
+        spent = clock.time(lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)))
         numbers: dict[int, int] = {}
         mine = tuple(
             (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
             for (k, _), g in zip(reads, grads, strict=False)
             if g is not None
         )
-        return _BackwardRun(seconds, seeded_bytes, mine, tuple(g for g in grads[len(inputs) :] if g is not None))
+        return _BackwardRun(spent, seeded_bytes, mine, tuple(g for g in grads[len(inputs) :] if g is not None))
 
 
 @dataclass(frozen=True, slots=True)
 class _BackwardRun:
     """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
 
-    backward_s: float
+    backward: Spent
     seeded_bytes: int
     input_gradients: tuple[tuple[int, int, int], ...]
     parameter_gradients: tuple[torch.Tensor, ...]
-
-
-class _Clock:
-    """Times a call, waiting for the device on both sides."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def time(self, call: Callable[[], Any]) -> float:
-        self._wait()
-        started = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def _peak(segment: Segment) -> int:

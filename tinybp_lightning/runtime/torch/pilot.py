@@ -145,10 +145,18 @@ class Pilot:
     def _learn_tail(self, measured: Measured) -> None:
         self._chain = replace(self._chain, workspace_bytes=self._base_bytes)
         timeline = simulate(self._chain, self._flight.report.schedule)
+        self._forget_gradients(timeline.tail.after_bytes - measured.backward_start_bytes)
+        timeline = simulate(self._chain, self._flight.report.schedule)
         live = max(0, measured.backward_start_bytes - timeline.tail.after_bytes)
         peak = max(0, measured.tail_peak_bytes - measured.forward_end_bytes)
         self._chain = replace(self._chain, tail_peak_bytes=max(peak, live), tail_live_bytes=live)
         self._learn_residual(measured, may_shrink=False)
+
+    def _forget_gradients(self, missing_bytes: int) -> None:
+        """The caller's code did not make as many gradients for what the last block returns as was presumed."""
+        *others, last = self._chain.boundaries
+        gradient_bytes = last.gradient_bytes - min(max(0, missing_bytes), last.gradient_bytes)
+        self._chain = replace(self._chain, boundaries=(*others, replace(last, gradient_bytes=gradient_bytes)))
 
     def _learn_residual(self, measured: Measured, *, may_shrink: bool) -> None:
         predicted = simulate(self._chain, self._flight.report.schedule).peak_bytes

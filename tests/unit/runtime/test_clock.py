@@ -1,0 +1,23 @@
+"""A call is timed once on the CPU, and the lesser of two times is that of each clock."""
+
+import time
+
+import torch
+
+from tinybp_lightning.runtime.torch.clock import Clock, Spent
+
+
+def test_a_call_on_the_cpu_takes_the_same_on_both_clocks() -> None:
+    calls: list[int] = []
+
+    def nap() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    spent = Clock(torch.device("cpu")).time_repeatable(nap)
+    assert len(calls) == 1
+    assert spent.device_s == spent.host_s >= 0.02
+
+
+def test_the_lesser_is_taken_on_each_clock() -> None:
+    assert Spent(3.0, 1.0).at_most(Spent(2.0, 4.0)) == Spent(2.0, 1.0)

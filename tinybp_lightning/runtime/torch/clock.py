@@ -1,0 +1,70 @@
+"""How long does a call take? On a GPU there are two answers, and which one counts is known only of a whole step.
+
+The *device* needs its time to run the kernels, the *host* its own to hand them out. In a step both go on at once, so
+the slower of the two over the whole step is what the step takes: a small block that the host alone would make slow
+costs next to nothing between large ones. Waiting for the device around each call would charge every block for launches
+that overlap, so the device is held back until the call has been handed out, and then runs it without a gap.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tinybp_lightning.capture.torch.private import hold_cuda
+
+__all__ = ["Clock", "Spent"]
+
+_HOLD_CYCLES = 20_000_000
+"""About 10 ms at 2 GHz: longer than the host takes to hand out a block."""
+_CUDA_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of the device and of the host; on the CPU they are the same."""
+
+    device_s: float
+    host_s: float
+
+    def at_most(self, other: "Spent") -> "Spent":
+        """Return the lesser of each."""
+        return Spent(min(self.device_s, other.device_s), min(self.host_s, other.host_s))
+
+
+class Clock:
+    """Times calls whose work is on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def time(self, call: Callable[[], Any]) -> Spent:
+        """Run `call` once and return what it took."""
+        if self._device.type == "cuda":
+            return self._time_cuda(call)
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+        return Spent(seconds, seconds)
+
+    def time_repeatable(self, call: Callable[[], Any]) -> Spent:
+        """Run `call` as often as it takes to tell, and return the least that it took."""
+        spent = self.time(call)
+        for _ in range(_CUDA_REPEATS - 1 if self._device.type == "cuda" else 0):
+            spent = spent.at_most(self.time(call))
+        return spent
+
+    def _time_cuda(self, call: Callable[[], Any]) -> Spent:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            hold_cuda(_HOLD_CYCLES)
+            begin.record()
+            started = time.perf_counter()
+            call()
+            host_s = time.perf_counter() - started
+            end.record()
+            torch.cuda.synchronize()
+        return Spent(begin.elapsed_time(end) * 1e-3, host_s)
