@@ -10,6 +10,7 @@ import contextlib
 import random
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ import tinybp_lightning as tbp
 from benchmarks.zoo import Architecture, Blocks, Phase
 from recipes.budget import budget_bytes
 from recipes.measure import record_memory
+from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import module_steps, program
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.session import targets
+from tinybp_lightning.schedule.actions import Backward
 
 __all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "Snapshot", "check", "differences"]
 
@@ -73,7 +76,8 @@ class Conformity:
 
     `budget` was asked for; `is_smallest` says that it cannot be met and that `budget_bytes` is the smallest that can.
     Peaks are bytes of activations in a step (parameters' gradients left out), of the widest phase. `blocks` is `None`
-    where nothing is replayed. `recompute_share`, `step_s`: of the last step that was not traced.
+    where nothing is replayed. `num_partial` blocks go by an option that saves a part and repeats the rest in their
+    backward. `recompute_share`, `step_s`: of the last step that was not traced.
     """
 
     architecture: str
@@ -89,6 +93,7 @@ class Conformity:
     blocks: Blocks | None
     num_blocks: int
     num_kept: int
+    num_partial: int
     replayed_blocks: int
     advanced_blocks: int
     rescued_blocks: int
@@ -162,24 +167,37 @@ def _reference(architecture: Architecture, executor: Executor) -> "_Training":
         case Executor.EAGER:
             return _Training(architecture)
         case Executor.INDUCTOR:
-            training = _Training(architecture, around=_without_replay)
+            training = _Training(architecture, around=lambda: _running(_KeepingRun))
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
         case _:
             assert_never(executor)
 
 
+# The options by which the runs of a training's last step went, for the reference's next step to go by.
+_FLOWN: deque[tuple[OptionId, ...]] = deque()
+
+
+class _NotingRun(Run):
+    """An engine run that notes the options of its blocks."""
+
+    def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
+        _FLOWN.append(script.options)
+        super().__init__(script, *args, **kwargs)
+
+
 class _KeepingRun(Run):
-    """An engine run that keeps what every block saves, whatever the plan says."""
+    """An engine run by the options noted that keeps what every block saves, whatever the plan says."""
 
     def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
         num_blocks = len(script.kept)
-        super().__init__(Script((True,) * num_blocks, frozenset(), ((),) * num_blocks), *args, **kwargs)
+        options = _FLOWN.popleft() if _FLOWN else script.options
+        super().__init__(Script((True,) * num_blocks, options, frozenset(), ((),) * num_blocks), *args, **kwargs)
 
 
 @contextlib.contextmanager
-def _without_replay() -> Generator[None]:
-    with patch.object(program, "Run", _KeepingRun), patch.object(module_steps, "Run", _KeepingRun):
+def _running(run: type[Run]) -> Generator[None]:
+    with patch.object(program, "Run", run), patch.object(module_steps, "Run", run):
         yield
 
 
@@ -312,7 +330,10 @@ class _Compared:
 
 def _compare(plain: _Training, architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
     plain.restart()
-    ours, listener = _Training(architecture), _Listener()
+    _FLOWN.clear()
+    noting = executor is Executor.INDUCTOR
+    around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
+    ours, listener = _Training(architecture, around), _Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()
@@ -322,12 +343,12 @@ def _compare(plain: _Training, architecture: Architecture, executor: Executor, a
     num_steps = 0
     while num_steps < _MAX_STEPS:
         num_steps += 1
-        wall_s, expected = _timed(plain.step)
-        plain_steps_s.append(wall_s)
         listener.profiles.clear()
         wall_s, found = _timed(ours.step)
         planning_s = planning_s or wall_s
         last_step = tuple(listener.profiles)
+        wall_s, expected = _timed(plain.step)
+        plain_steps_s.append(wall_s)
         for name in Snapshot.__slots__:
             different = differences(getattr(expected, name), getattr(found, name))
             told += [f"step {num_steps}: {name}: {d}" for d in different]
@@ -407,6 +428,9 @@ def _conformity(
         blocks=compared.blocks,
         num_blocks=sum(len(plan.chain.blocks) for plan in compared.plans),
         num_kept=sum(plan.num_kept for plan in compared.plans),
+        num_partial=sum(
+            isinstance(a, Backward) and a.option > 0 for plan in compared.plans for a in plan.schedule.actions
+        ),
         replayed_blocks=_total(profile.replayed_blocks for profile in steps),
         advanced_blocks=_total(profile.advanced_blocks for profile in steps),
         rescued_blocks=_total(profile.rescued_blocks for profile in steps),

@@ -25,6 +25,7 @@ _CONFORMITY = Conformity(
     blocks=Blocks.GRAPH,
     num_blocks=8,
     num_kept=3,
+    num_partial=0,
     replayed_blocks=5,
     advanced_blocks=0,
     rescued_blocks=0,

@@ -25,7 +25,7 @@ def run(program: Program, inputs: tuple[Any, ...]) -> Any:
         arguments = [inputs[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
         carried = {s.index: state[s.index] for s in piece.state if s.origin == STATE}
         state.clear()
-        made = piece.call(arguments)
+        made = piece.calls[0](arguments)
         assert arguments == [], "a piece empties its list of arguments"
         state = [made[s.index] if s.origin == MADE else carried[s.index] for s in piece.state]
     values = [inputs[s.index] if s.origin == EXTERNAL else state[s.index] for s in program.outputs]
@@ -115,7 +115,7 @@ def test_an_input_nobody_holds_is_freed_at_its_last_use() -> None:
     del state
     assert held() is not None
     with torch.no_grad():
-        piece.call(arguments)
+        piece.calls[0](arguments)
     assert held() is None
 
 

@@ -36,12 +36,13 @@ STATE, EXTERNAL, MADE = "state", "external", "made"
 class Piece:
     """One block as a callable.
 
-    `call` takes one list (boxed): the values named by `reads`, in that order; it returns the values it makes.
+    `calls` has one entry for each option. Each takes one list (boxed): the values named by `reads`, in that order; it
+    returns the values that the piece makes. They differ in what autograd is given to save.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
     `volatile`: positions in the externals that some block of the forward changes in place (running statistics).
     """
 
-    call: Callable[[list[Any]], Sequence[Any]]
+    calls: tuple[Callable[[list[Any]], Sequence[Any]], ...]
     module: fx.GraphModule
     reads: tuple[Source, ...]
     state: tuple[Source, ...]
@@ -161,7 +162,7 @@ def _piece(
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
     has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
-        call=_leaving_transforms(body.forward) if has_transforms else body.forward,
+        calls=(_leaving_transforms(body.forward) if has_transforms else body.forward,),
         module=body,
         reads=sources,
         state=state,

@@ -19,8 +19,9 @@ __all__ = ["BlockCosts", "BlockSizes", "chain_of"]
 
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
-    """One unique block's bytes. `saved_reads` and `saved_made` are positions in its reads and in what it makes.
+    """The bytes of one option of a unique block.
 
+    `saved_reads` and `saved_made` are positions in its reads and in what it makes.
     `input_gradients`: for each position in its reads that got a gradient, the storage the gradient lives on (a number
     of its own for each) and that storage's bytes. The gradients of a concatenation's parts are views of one storage.
     """
@@ -37,7 +38,7 @@ class BlockSizes:
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """One unique block, measured: its bytes, and the seconds of its forward, its early-stopped replay, its backward."""
+    """One option of a unique block, measured: bytes, and seconds of forward, early-stopped replay and backward."""
 
     sizes: BlockSizes
     forward_s: float
@@ -46,12 +47,12 @@ class BlockCosts:
 
 
 def chain_of(
-    program: Program, costs: Sequence[BlockCosts], wants: Sequence[Sequence[bool]], *, counts_gradients: bool
+    program: Program, costs: Sequence[Sequence[BlockCosts]], wants: Sequence[Sequence[bool]], *, counts_gradients: bool
 ) -> Chain:
     """Return the chain of a program whose blocks were measured.
 
-    **Arguments:** `costs`: one per piece; `wants[i]`: which leaves of boundary `i` want gradients; `counts_gradients`:
-    whether parameters' gradients are part of the budget.
+    **Arguments:** `costs`: for each piece one per option; `wants[i]`: which leaves of boundary `i` want gradients;
+    `counts_gradients`: whether parameters' gradients are part of the budget.
     """
     graph = program.graph
     ids: dict[StorageId, StorageId] = {}
@@ -78,28 +79,49 @@ def chain_of(
     else:
         gradients = [own + shared for own, shared in zip(gradients, _shared_gradient_bytes(program), strict=True)]
     blocks: list[Block] = []
-    for i, (piece, c) in enumerate(zip(program.pieces, costs, strict=True)):
+    for i, (piece, options) in enumerate(zip(program.pieces, costs, strict=True)):
         before, after = program.boundaries[i], program.boundaries[i + 1]
         made = [v for v, s in zip(after, piece.state, strict=True) if s.origin == MADE]
-        saved = [before[piece.reads[k].index] for k in c.sizes.saved_reads] + [made[k] for k in c.sizes.saved_made]
         made_bytes = sum(sizes[s] for s in set(frontiers[i + 1]) - set(frontiers[i]))
-        forward_peak = max(c.sizes.forward_peak_bytes, made_bytes)
-        save_peak = max(c.sizes.save_peak_bytes, forward_peak, c.sizes.saved_bytes + made_bytes)
-        option = SavedSet(
-            name="all",
-            storages=chain_ids(saved),
-            saved_bytes=c.sizes.saved_bytes,
-            save_peak_bytes=save_peak,
-            replay_s=c.replay_s,
-            replay_peak_bytes=c.sizes.replay_peak_bytes,
-            backward_s=c.backward_s,
-            backward_peak_bytes=c.sizes.backward_peak_bytes,
+        forward_peak_bytes = max(made_bytes, *(c.sizes.forward_peak_bytes for c in options))
+        saved = [
+            chain_ids(
+                [*(before[piece.reads[k].index] for k in c.sizes.saved_reads), *(made[k] for k in c.sizes.saved_made)]
+            )
+            for c in options
+        ]
+        blocks.append(
+            Block(
+                name=piece.span.name,
+                signature=piece.span.signature,
+                forward_s=max(c.forward_s for c in options),
+                forward_peak_bytes=forward_peak_bytes,
+                parameter_gradient_bytes=parameters[i],
+                options=tuple(
+                    _saved_set(c, storages, made_bytes, forward_peak_bytes)
+                    for c, storages in zip(options, saved, strict=True)
+                ),
+            )
         )
-        span = piece.span
-        blocks.append(Block(span.name, span.signature, c.forward_s, forward_peak, parameters[i], (option,)))
     boundaries = tuple(Boundary(f, g) for f, g in zip(frontiers, gradients, strict=True))
     workspace_bytes = _bookkeeping_bytes(program)
     return Chain(tuple(sizes), tuple(blocks), boundaries, workspace_bytes=workspace_bytes)
+
+
+def _saved_set(
+    costs: BlockCosts, storages: tuple[StorageId, ...], made_bytes: int, forward_peak_bytes: int
+) -> SavedSet:
+    sizes = costs.sizes
+    return SavedSet(
+        name=f"{sizes.saved_bytes} bytes",
+        storages=storages,
+        saved_bytes=sizes.saved_bytes,
+        save_peak_bytes=max(sizes.save_peak_bytes, forward_peak_bytes, sizes.saved_bytes + made_bytes),
+        replay_s=costs.replay_s,
+        replay_peak_bytes=sizes.replay_peak_bytes,
+        backward_s=costs.backward_s,
+        backward_peak_bytes=sizes.backward_peak_bytes,
+    )
 
 
 def _bookkeeping_bytes(program: Program) -> int:
@@ -112,7 +134,7 @@ def _bookkeeping_bytes(program: Program) -> int:
 
 
 def _gradient_bytes(
-    program: Program, boundary: int, costs: Sequence[BlockCosts], wants: Sequence[Sequence[bool]]
+    program: Program, boundary: int, costs: Sequence[Sequence[BlockCosts]], wants: Sequence[Sequence[bool]]
 ) -> int:
     """Bytes of the gradients of one boundary's leaves, once every later block's backward has run.
 
@@ -135,13 +157,13 @@ def _gradient_bytes(
 
 
 def _contributions(
-    program: Program, boundary: int, value: ValueId, costs: Sequence[BlockCosts]
+    program: Program, boundary: int, value: ValueId, costs: Sequence[Sequence[BlockCosts]]
 ) -> list[tuple[int, int, int]]:
     """Return (block, storage number, bytes) of each gradient that blocks after `boundary` give `value`."""
     found: list[tuple[int, int, int]] = []
     for block in range(boundary, len(program.pieces)):
         before = program.boundaries[block]
-        for position, number, size_bytes in costs[block].sizes.input_gradients:
+        for position, number, size_bytes in costs[block][0].sizes.input_gradients:
             if before[program.pieces[block].reads[position].index] == value:
                 found.append((block, number, size_bytes))
     if value in program.differentiated:

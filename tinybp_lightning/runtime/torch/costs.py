@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 
 from tinybp_lightning.capture.torch.allocator import Segment, open_trace
-from tinybp_lightning.capture.torch.inductor import compile_pieces
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece, Program
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.chain import Chain
@@ -24,7 +23,7 @@ from tinybp_lightning.runtime.torch.clock import Clock, Spent
 from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
 
-__all__ = ["compile_program", "measure_chain"]
+__all__ = ["measure_chain", "measuring_values"]
 
 _NOTHING = Spent(0.0, 0.0)
 
@@ -46,7 +45,7 @@ def measure_chain(
     """
     random = random_state_now(devices)
     try:
-        costs, wants = _walk(program, _aliases(program, values), device, autocast, on_block)
+        costs, wants = _walk(program, measuring_values(program, values), device, autocast, on_block)
     finally:
         set_random_state(random)
     chain = chain_of(program, costs, wants, counts_gradients=counts_gradients)
@@ -54,22 +53,8 @@ def measure_chain(
     return chain
 
 
-def compile_program(
-    program: Program,
-    values: Sequence[Any],
-    devices: Sequence[torch.device],
-    on_piece: Callable[[int, int], None],
-) -> Program:
-    """Return the program with its pieces compiled by Inductor; nothing of the user's is touched."""
-    random = random_state_now(devices)
-    try:
-        return compile_pieces(program, _aliases(program, values).values, on_piece=on_piece)
-    finally:
-        set_random_state(random)
-
-
-def _aliases(program: Program, values: Sequence[Any]) -> Externals:
-    """Aliases of parameters and inputs, copies of what the forward changes: measuring leaves no trace."""
+def measuring_values(program: Program, values: Sequence[Any]) -> Externals:
+    """Return aliases of parameters and inputs, copies of what the forward changes: measuring leaves no trace."""
     volatile = {i for piece in program.pieces for i in piece.volatile}
 
     def alias(i: int, value: Any) -> Any:
@@ -87,20 +72,23 @@ def _walk(
     device: torch.device,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
-) -> tuple[list[BlockCosts], list[list[bool]]]:
-    known: dict[tuple[str, tuple[int, ...]], _Measured] = {}
+) -> tuple[list[tuple[BlockCosts, ...]], list[list[bool]]]:
+    known: dict[tuple[str, tuple[int, ...]], tuple[_Measured, ...]] = {}
     seeds = _seeds(program)
-    measured: list[_Measured] = []
+    measured: list[tuple[_Measured, ...]] = []
     leaves: list[Any] = []
     wants: list[list[bool]] = [[]]
     for done, piece in enumerate(program.pieces):
         with autocast_as(autocast), torch.enable_grad():
-            probe = _Probe(piece, externals, leaves, wants[-1], seeds[done], device)
             key = piece.span.signature, seeds[done]
+            probes = [
+                _Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
+                for option in range(len(piece.calls))
+            ]
             if key not in known:
-                known[key] = probe.measure()
+                known[key] = tuple(probe.measure() for probe in probes)
             measured.append(known[key])
-            out = probe.run_dropping()
+            out = probes[0].run_dropping()
         wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
         leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
         on_block(done + 1, len(program.pieces))
@@ -122,7 +110,7 @@ def _seeds(program: Program) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One unique block's bytes, and the seconds of running it each way, on the device and on the host."""
+    """One option of a unique block: its bytes, and the seconds of running it each way, of device and host."""
 
     sizes: BlockSizes
     forward: Spent
@@ -130,23 +118,23 @@ class _Measured:
     backward: Spent
 
 
-def _costs(measured: Sequence[_Measured]) -> list[BlockCosts]:
-    """The blocks in the seconds of whichever is slower over the whole step, device or host."""
-    device_s = sum(m.forward.device_s + m.backward.device_s for m in measured)
-    host_s = sum(m.forward.host_s + m.backward.host_s for m in measured)
+def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, ...]]:
+    """Every option of every block in the seconds of whichever is slower over the whole step, device or host."""
+    device_s = sum(first.forward.device_s + first.backward.device_s for first, *_ in measured)
+    host_s = sum(first.forward.host_s + first.backward.host_s for first, *_ in measured)
 
     def seconds(spent: Spent) -> float:
         return spent.device_s if device_s >= host_s else spent.host_s
 
-    return [
-        BlockCosts(
+    def costs(m: _Measured) -> BlockCosts:
+        return BlockCosts(
             sizes=m.sizes,
             forward_s=seconds(m.forward),
             replay_s=min(seconds(m.replay), seconds(m.forward)),
             backward_s=seconds(m.backward),
         )
-        for m in measured
-    ]
+
+    return [tuple(costs(m) for m in options) for options in measured]
 
 
 class _Seed(torch.autograd.Function):
@@ -163,11 +151,12 @@ class _Seed(torch.autograd.Function):
 
 
 class _Probe:
-    """Runs one block in every way the engine may, and reads the clock and the allocator."""
+    """Runs one option of a block in every way the engine may, and reads the clock and the allocator."""
 
     def __init__(
         self,
         piece: Piece,
+        option: int,
         externals: Externals,
         leaves: list[Any],
         wants: list[bool],
@@ -175,6 +164,7 @@ class _Probe:
         device: torch.device,
     ) -> None:
         self._piece = piece
+        self._option = option
         self._externals = externals
         self._leaves = leaves
         self._wants = wants
@@ -185,7 +175,7 @@ class _Probe:
         return fresh_leaves(self._leaves, self._wants)
 
     def _step(self) -> GraphStep:
-        return GraphStep(self._piece, self._externals)
+        return GraphStep(self._piece, self._externals, self._option)
 
     def run_dropping(self) -> list[Any]:
         """Run forward, keep nothing but the outputs."""

@@ -78,8 +78,8 @@ class _Stored:
 class Run:
     """One forward of a chain of steps and the backwards that follow it.
 
-    **Arguments:** `script`: what to play; `externals`: of this forward; `devices`: whose generators to guard;
-    `autocast`: in force around the forward.
+    **Arguments:** `script`: what to play, each block by its option there; `externals`: of this forward;
+    `devices`: whose generators to guard; `autocast`: in force around the forward.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Run:
         autocast: Sequence[Autocast],
     ) -> None:
         self.stats = RunStats()
-        self._script = script
+        self.script = script
         self._externals = externals
         self._devices = tuple(devices)
         self._autocast = tuple(autocast)
@@ -120,7 +120,7 @@ class Run:
         self._steps.append(step)
         if step.is_random:
             self._random[index] = self._random_state()
-        if self._script.kept[index]:
+        if self.script.kept[index]:
             with closing_regions():
                 out = step.first(state)
         else:
@@ -132,7 +132,7 @@ class Run:
         if not step.is_random and self._random.pop(index, None) is not None:
             self._last_random = None
         self._requires_grad.append([_wants_grad(t) for t in out])
-        if BoundaryId(index + 1) in self._script.stored:
+        if BoundaryId(index + 1) in self.script.stored:
             self._stored[index + 1] = _stored(out)
         return out
 
@@ -172,7 +172,7 @@ class Run:
                 self._graph_task = task
                 first, self._next_backward = self._next_backward - 1, int(block)
                 for b in range(first, block - 1, -1):
-                    self._play(self._script.segments[b])
+                    self._play(self.script.segments[b])
             else:
                 self._rescue(block)
         self.stats.replay_s += time.perf_counter() - started

@@ -22,7 +22,7 @@ from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
-from tinybp_lightning.graph.ids import BlockId, StorageId
+from tinybp_lightning.graph.ids import BlockId, OptionId, StorageId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of, random_state_now
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
@@ -37,7 +37,7 @@ __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
-_REPLAYED = Script((False,), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
+_REPLAYED = Script((False,), (OptionId(0),), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
 # A norm that is in evaluation mode now may learn later, and does so without raising the version counter.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)

@@ -23,7 +23,8 @@ from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
-from tinybp_lightning.runtime.torch.costs import compile_program, measure_chain
+from tinybp_lightning.runtime.torch.compiled import compile_program
+from tinybp_lightning.runtime.torch.costs import measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
 from tinybp_lightning.runtime.torch.pilot import Pilot
@@ -121,8 +122,8 @@ class GraphProgram:
         try:
             run.begin([])
             state: list[Any] = []
-            for piece in program.pieces:
-                state = run.sweep(GraphStep(piece, externals), state)
+            for piece, option in zip(program.pieces, run.script.options, strict=True):
+                state = run.sweep(GraphStep(piece, externals, option), state)
         except BaseException:
             watch.abandon()
             raise
@@ -164,7 +165,8 @@ class GraphProgram:
                 self._program = self._cut(values)
             if self._executor is Executor.INDUCTOR and situation not in self._compiled:
                 progress.stage("compiling", total=len(self._program.pieces))
-                self._compiled[situation] = compile_program(self._program, values, devices, progress.advance)
+                externals = measuring_values(self._program, values)
+                self._compiled[situation] = compile_program(self._program, externals, devices, progress.advance)
             progress.stage("measuring", total=len(self._program.pieces))
             chain = measure_chain(
                 self._pieces(situation),

@@ -8,7 +8,7 @@ the later block saved.
 from dataclasses import dataclass
 
 from tinybp_lightning.errors import ScheduleError
-from tinybp_lightning.graph.ids import BlockId, BoundaryId
+from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
 from tinybp_lightning.schedule.actions import (
     Action,
     Backward,
@@ -36,11 +36,13 @@ class Move:
 class Script:
     """A schedule as the engine plays it.
 
-    `kept[i]`: block i saves its tensors in the first sweep, as in plain training. `stored`: boundaries kept from the
-    first sweep. `segments[i]`: what to play just before block i's backward.
+    `kept[i]`: block i saves its tensors in the first sweep, as in plain training. `options[i]`: of block i's backward,
+    and so of every run of it: the autograd graph that the first run leaves behind is the one that backward follows.
+    `stored`: boundaries kept from the first sweep. `segments[i]`: what to play just before block i's backward.
     """
 
     kept: tuple[bool, ...]
+    options: tuple[OptionId, ...]
     stored: frozenset[BoundaryId]
     segments: tuple[tuple[Move, ...], ...]
 
@@ -48,19 +50,20 @@ class Script:
 def split_schedule(schedule: Schedule) -> Script:
     """Return the `Script` of a schedule that passed `verify_schedule`.
 
-    **Raises:** `ScheduleError` for an action this engine does not play (offload), or a partial option.
+    **Raises:** `ScheduleError` for an action this engine does not play (offload), or a block saved by two options.
     """
     n = schedule.num_blocks
     kept = [False] * n
+    options = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
     stored: set[BoundaryId] = set()
     segments: list[tuple[Move, ...]] = [()] * n
     sweeping, pending = 0, list[Action]()
     for action in schedule.actions:
         match action:
             case Offload() | Reload():
-                raise ScheduleError(f"`{action}`: the eager engine does not move boundaries to host memory yet.")
-            case ForwardSave(option=option) if option != 0:
-                raise ScheduleError(f"`{action}`: the eager engine only plays option 0, which saves everything.")
+                raise ScheduleError(f"`{action}`: the engine does not move boundaries to host memory yet.")
+            case ForwardSave(block=block, option=option) if option != options[block]:
+                raise ScheduleError(f"`{action}`: the block's backward goes by option `{options[block]}`.")
             case Forward() | ForwardSave() if sweeping < n:
                 kept[sweeping] = isinstance(action, ForwardSave)
                 sweeping += 1
@@ -73,7 +76,7 @@ def split_schedule(schedule: Schedule) -> Script:
                 pending = []
             case Forward() | ForwardSave() | Store() | Drop():
                 pending.append(action)
-    return Script(tuple(kept), frozenset(stored), tuple(segments))
+    return Script(tuple(kept), tuple(options[BlockId(b)] for b in range(n)), frozenset(stored), tuple(segments))
 
 
 def _moves(actions: list[Action]) -> tuple[Move, ...]:

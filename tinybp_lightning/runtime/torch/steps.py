@@ -91,10 +91,11 @@ def _interior(t: torch.Tensor) -> torch.Tensor:
 
 
 class GraphStep:
-    """A piece of a traced graph, bound to the externals of one forward."""
+    """A piece of a traced graph, bound to the externals of one forward, and the option by which all its runs go."""
 
-    def __init__(self, piece: Piece, externals: Externals) -> None:
+    def __init__(self, piece: Piece, externals: Externals, option: int = 0) -> None:
         self._piece = piece
+        self._call = piece.calls[option]
         self._externals = externals
         self._snapshots: dict[int, torch.Tensor] = {}
 
@@ -126,7 +127,7 @@ class GraphStep:
         ]
         carried = {s.index: state[s.index] for s in self._piece.state if s.origin == STATE}
         state.clear()
-        made = self._piece.call(arguments)
+        made = self._call(arguments)
         return [made[s.index] if s.origin == MADE else carried[s.index] for s in self._piece.state]
 
     def _external(self, index: int, *, replay: bool) -> Any:

@@ -1,0 +1,74 @@
+"""Options of a compiled block: each saves less than the one before, and all compute the same."""
+
+import pytest
+import torch
+from torch import nn
+
+import tinybp_lightning as tbp
+from tests.unit.capture.graphs import trace_graph
+from tests.unit.runtime.training import Recorder, peak_bytes, residual_net, train
+from tinybp_lightning.capture.torch.pieces import cut_program
+from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.runtime.torch.compiled import compile_program
+from tinybp_lightning.runtime.torch.steps import Externals
+from tinybp_lightning.schedule.actions import Backward
+
+WIDTH, ROWS = 32, 256
+X = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def _net() -> nn.Sequential:
+    return residual_net(4, width=WIDTH, dropout=0.0)
+
+
+@pytest.mark.timeout(900)
+def test_each_option_saves_less_and_computes_the_same() -> None:
+    found = trace_graph(_net(), X)
+    program = cut_program(found.module, found.graph, granularity=Granularity.COARSE)
+    externals = Externals.of(found.inputs)
+    compiled = compile_program(program, externals, [torch.device("cpu")], lambda done, total: None)
+    piece = next(p for p in compiled.pieces if len(p.calls) > 1)
+    arguments = [found.inputs[s.index] for s in piece.reads if s.origin == "external"]
+    assert len(arguments) == len(piece.reads) - 1, "one leaf of the boundary, all else are parameters"
+    saved: list[int] = []
+    results: list[list[torch.Tensor]] = []
+    for call in piece.calls:
+        hidden = X.clone().requires_grad_()
+        held: dict[int, int] = {}
+
+        def pack(t: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[storage_key(t)] = t.untyped_storage().nbytes()
+            return t
+
+        values = [found.inputs[s.index] if s.origin == "external" else hidden for s in piece.reads]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            (out,) = call(list(values))
+        gradients = torch.autograd.grad(out.square().sum(), [hidden, *arguments])
+        results.append([out.detach(), *gradients])
+        own = {storage_key(t) for t in values}
+        saved.append(sum(size_bytes for key, size_bytes in held.items() if key not in own))
+    assert saved[0] > saved[1] >= saved[2] >= saved[3]
+    assert saved[3] < saved[0] / 4
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.timeout(900)
+def test_a_plan_uses_options_where_they_are_cheaper_than_replays() -> None:
+    """At a budget that keeps a part of every block, some block's backward goes by a further option."""
+    plain, model, recorder = _net(), _net(), Recorder()
+
+    def loss_of(net: nn.Module) -> torch.Tensor:
+        return net(X).square().mean()
+
+    expected = train(plain, loss_of, steps=4)
+    budget_bytes = int(0.6 * peak_bytes(plain, loss_of))
+    tbp.hcb(model, activation_budget=budget_bytes, executor="inductor", observers=[recorder])
+    found = train(model, loss_of, steps=4)
+    assert any(isinstance(a, Backward) and a.option for plan in recorder.plans for a in plan.schedule.actions)
+    assert peak_bytes(model, loss_of) <= budget_bytes
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.loss, other.loss)
+        assert all(torch.allclose(g, other.gradients[n], atol=1e-6) for n, g in one.gradients.items())
