@@ -20,7 +20,7 @@ from tinybp_lightning.errors import (
 from tinybp_lightning.integrations import _import_hook
 
 if TYPE_CHECKING:
-    from tinybp_lightning.runtime.torch import attach, hcb, restore
+    from tinybp_lightning.runtime.torch import attach, hcb, restore, run_step
     from tinybp_lightning.runtime.torch.explain import Explanation, explain
     from tinybp_lightning.schedule import plan, simulate
 
@@ -43,6 +43,7 @@ __all__ = [
     "hcb",
     "plan",
     "restore",
+    "run_step",
     "simulate",
 ]
 
@@ -55,6 +56,7 @@ _LAZY = {
     "hcb": "tinybp_lightning.runtime.torch",
     "plan": "tinybp_lightning.schedule",
     "restore": "tinybp_lightning.runtime.torch",
+    "run_step": "tinybp_lightning.runtime.torch",
     "simulate": "tinybp_lightning.schedule",
 }
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
-__all__ = ["Budget", "BudgetKind", "Executor", "HCBConfig", "parse_budget"]
+__all__ = ["Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "parse_budget"]
 
 _UNITS = {
     "B": 1,
@@ -34,6 +34,13 @@ class Executor(Enum):
     AUTO = "auto"
     EAGER = "eager"
     INDUCTOR = "inductor"
+
+
+class OnOom(Enum):
+    """What an `OutOfMemoryError` in a step that we own is answered with: a tighter plan, or nothing."""
+
+    REPLAN = "replan"
+    RAISE = "raise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,9 @@ class HCBConfig:
     - `optimizer_state_bytes`: what to set aside for optimizer state that does not exist yet when the first step is
       planned; `None` assumes two copies of the trainable parameters, until the real state is seen. Only
       `memory_budget` uses it.
+    - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device by a tighter plan and runs the same step
+      again, with nothing lost; `"raise"` lets it pass. Either needs a step whose bounds are known: Lightning's
+      automatic optimization, or `tbp.run_step`.
 
     **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
     """
@@ -73,12 +83,14 @@ class HCBConfig:
     activation_budget: int | str | None = None
     executor: str = "auto"
     optimizer_state_bytes: int | None = None
+    on_oom: str = "replan"
 
     def __post_init__(self) -> None:
         _ = self.budget
-        choices = [e.value for e in Executor]
-        if self.executor not in choices:
-            raise ConfigError(f"`executor={self.executor!r}` is unknown: expected one of {choices}.")
+        for name, value, kinds in (("executor", self.executor, Executor), ("on_oom", self.on_oom, OnOom)):
+            choices = [e.value for e in kinds]
+            if value not in choices:
+                raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")
         state = self.optimizer_state_bytes
         if state is not None and (isinstance(state, bool) or not isinstance(state, int) or state < 0):
             raise ConfigError(f"`optimizer_state_bytes={state!r}` is no size: expected an int of at least 0 (bytes).")

@@ -16,6 +16,8 @@ from torch import nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - no stub lists it
 
 __all__ = [
+    "accumulation_hooks",
+    "buffers_of",
     "call_impl",
     "compiled_call_impl",
     "cuda_history",
@@ -93,6 +95,16 @@ def set_call_impl(module: nn.Module, impl: Callable[..., Any] | None) -> None:
     The attribute is `Module.compile`'s: `copy.deepcopy` and `pickle` of the module leave it behind.
     """
     module._compiled_call_impl = impl
+
+
+def accumulation_hooks(parameter: nn.Parameter) -> list[Any]:
+    """Return the hooks that run after a gradient has been accumulated into `parameter`."""
+    return list((parameter._post_accumulate_grad_hooks or {}).values())
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return the module's own buffers by name, as they are registered: the dictionary itself, no copy."""
+    return module._buffers
 
 
 def swap_buffer(owner: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:

@@ -22,8 +22,10 @@ from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.memory import PlainPeak
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.program import GraphProgram
 from tinybp_lightning.runtime.torch.refuse import refuse_unrepeatable
+from tinybp_lightning.runtime.torch.rewind import Rewinder
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
@@ -73,6 +75,31 @@ class Target:
     def graphs(self) -> tuple[Graph, ...]:
         """The graphs traced so far."""
         return tuple(g for p in self.programs if (g := p.graph) is not None)
+
+    @property
+    def flown(self) -> PlanReport | None:
+        """The plan of the last forward, if that was planned."""
+        pilot = self._pilot
+        return None if pilot is None else pilot.report
+
+    @property
+    def _pilot(self) -> Pilot | None:
+        if self.module_steps is not None:
+            return self.module_steps.pilot
+        return None if self._last is None else self._last.pilot
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The peak of the smallest plan for the inputs last seen; 0 where nothing is planned yet."""
+        pilot = self._pilot
+        return 0 if pilot is None else pilot.smallest_bytes
+
+    def tighten(self, share: float) -> bool:
+        """Tighten the plans of the inputs last seen, as `Pilot.tighten` does; return whether one changed."""
+        if self.module_steps is not None:
+            pilot = self.module_steps.pilot
+            return pilot is not None and pilot.tighten(share)
+        return self._last is not None and self._last.tighten(share)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -144,6 +171,7 @@ class Dispatcher:
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self.target: Target | None = None
+        self.rewinder: Rewinder | None = None  # kept from one `run_step` to the next
         module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +227,7 @@ class Dispatcher:
         self._own_forward = state["own_forward"]
         self._on_claim = None
         self.target = None
+        self.rewinder = None
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:

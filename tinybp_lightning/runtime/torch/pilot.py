@@ -22,7 +22,7 @@ from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.plan import Plan, Planner, plan
+from tinybp_lightning.schedule.plan import Plan, Planner
 from tinybp_lightning.schedule.simulate import simulate
 
 __all__ = ["Pilot"]
@@ -75,8 +75,10 @@ class Pilot:
         self._traces = 0
         self._steps = 0
         self._good: _Flight | None = None
+        self._cap_bytes: int | None = None  # what a plan may use since one of them ran out of memory
         self._plain_fits = True  # until it is seen not to
         self._base_bytes = chain.workspace_bytes
+        self._last_planner: tuple[Chain, Planner] | None = None
         planner = Planner(chain)
         margin_bytes = int(_MARGIN * planner.smallest_bytes)
         self._chain = replace(chain, workspace_bytes=self._base_bytes + margin_bytes)
@@ -96,6 +98,11 @@ class Pilot:
     def chain(self) -> Chain:
         """The chain with everything learned so far."""
         return self._chain
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The peak of the smallest plan, as far as is known now."""
+        return self._planner().smallest_bytes
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
         """Start to follow a step."""
@@ -127,6 +134,21 @@ class Pilot:
         for observer in self._observers:
             observer.on_replay(profile)
         return profile
+
+    def tighten(self, share: float) -> bool:
+        """Fly a plan whose peak is lower by `share` (1.0: the smallest), and none that needs more from now on.
+
+        **Returns:** whether there was one; if not, the plan in force stays.
+        """
+        planner = self._planner()
+        peak_bytes = simulate(self._chain, self._flight.report.schedule).peak_bytes
+        if planner.smallest_bytes >= peak_bytes:
+            return False
+        self._cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
+        found = planner.plan(budget_bytes=self._cap_bytes)
+        self._good = None
+        self._fly(self._flight_of(found.schedule, self._cap_bytes, "out of memory", lower_bound_s=found.lower_bound_s))
+        return True
 
     # ---- learning ----------------------------------------------------------------------------------------------
 
@@ -162,8 +184,10 @@ class Pilot:
         predicted = simulate(self._chain, self._flight.report.schedule).peak_bytes
         residual = measured.peak_bytes - predicted
         if residual > 0 or may_shrink:
-            workspace = max(0, self._chain.workspace_bytes + residual)
-            self._chain = replace(self._chain, workspace_bytes=workspace)
+            before = self._chain.workspace_bytes
+            self._chain = replace(self._chain, workspace_bytes=max(0, before + residual))
+            if self._cap_bytes is not None:  # the same plans are meant: what they need is known better now
+                self._cap_bytes += self._chain.workspace_bytes - before
 
     def _settle(self, measured: Measured) -> None:
         flown = self._flight.report
@@ -206,14 +230,22 @@ class Pilot:
     def _for_budget(self, reason: str) -> _Flight:
         plain_peak_bytes = self._plain_peak()
         budget_bytes = self._room(plain_peak_bytes)
+        if self._cap_bytes is not None:
+            budget_bytes = min(budget_bytes, max(self._cap_bytes, self._planner().smallest_bytes))
         if self._plain_fits and plain_peak_bytes <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         found = self._plan(budget_bytes)
         return self._flight_of(found.schedule, budget_bytes, reason, lower_bound_s=found.lower_bound_s)
 
+    def _planner(self) -> Planner:
+        """The planner of the chain as it is known now; its tables serve every budget."""
+        if self._last_planner is None or self._last_planner[0] is not self._chain:
+            self._last_planner = self._chain, Planner(self._chain)
+        return self._last_planner[1]
+
     def _plan(self, budget_bytes: int) -> Plan:
         try:
-            return plan(self._chain, budget_bytes=budget_bytes)
+            return self._planner().plan(budget_bytes=budget_bytes)
         except BudgetTooSmallError as error:
             raise self._in_users_words(error, budget_bytes) from error
 

@@ -74,6 +74,10 @@ class GraphProgram:
         """The graph, once the first call has recorded it."""
         return None if self._program is None else self._program.graph
 
+    def tighten(self, share: float) -> bool:
+        """Tighten every plan of this graph, as `Pilot.tighten` does; return whether one changed."""
+        return sum(pilot.tighten(share) for pilot in self._pilots.values()) > 0
+
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
         values = self._values(args)
