@@ -26,6 +26,7 @@ from tinybp_lightning.integrations._step_log import StepLogMixin
 if TYPE_CHECKING:
     import torch
 
+    from tinybp_lightning.integrations._owned_step import OwnedStep
     from tinybp_lightning.runtime.profile import Observer
     from tinybp_lightning.runtime.torch import Session
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         @property
         def root_device(self) -> torch.device: ...
         def setup(self, trainer: Any) -> None: ...
+        def training_step(self, *args: Any, **kwargs: Any) -> Any: ...
+        def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any: ...
         def teardown(self) -> None: ...
         def _configure_launcher(self) -> None: ...
         def __getstate__(self) -> dict[str, Any]: ...
@@ -52,6 +55,7 @@ class _Attachment:
     """What `setup` put in place and `teardown` takes away."""
 
     session: "Session"
+    step: "OwnedStep"
     step_log: StepLogMixin
     trainer: Any
 
@@ -111,14 +115,28 @@ class HCBMixin(_Strategy):
         # The enum of either namespace compares equal to its string.
         if trainer.state.fn != "fit" or _is_compiled(self.lightning_module):
             return
-        from tinybp_lightning.runtime.torch import attach  # noqa: PLC0415 - evaluation does not load the engine
+        # Evaluation does not load the engine.
+        from tinybp_lightning.integrations._owned_step import OwnedStep  # noqa: PLC0415
+        from tinybp_lightning.runtime.torch import attach  # noqa: PLC0415
 
         step_log = self._step_log_type()
         observers = (*self._hcb_observers, step_log)
         # After `super`: DDP has wrapped the LightningModule, and the session acts on the modules inside it.
         session = attach(self.lightning_module, config=self._hcb_config, observers=observers, discover=True)
-        self._hcb_attachment = _Attachment(session, step_log, trainer)
+        self._hcb_attachment = _Attachment(session, OwnedStep(self, session, trainer), step_log, trainer)
         trainer.callbacks.insert(0, step_log)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's `training_step`, again if memory runs out and nothing is lost by that."""
+        if self._hcb_attachment is None:
+            return super().training_step(*args, **kwargs)
+        return self._hcb_attachment.step.training_step(super().training_step, args, kwargs)
+
+    def backward(self, closure_loss: "torch.Tensor", *args: Any, **kwargs: Any) -> Any:
+        """Run backward; if memory runs out, forward and backward again."""
+        if self._hcb_attachment is None:
+            return super().backward(closure_loss, *args, **kwargs)
+        return self._hcb_attachment.step.backward(super().backward, closure_loss, *args, **kwargs)
 
     def teardown(self) -> None:
         """Detach, then tear down as the Lightning strategy does; the Trainer calls this after an exception too."""

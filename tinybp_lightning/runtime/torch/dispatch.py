@@ -16,11 +16,11 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import BudgetKind, HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
-from tinybp_lightning.runtime.torch.memory import PlainPeak
+from tinybp_lightning.runtime.torch.memory import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.program import GraphProgram
@@ -39,7 +39,12 @@ class Target:
     """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
 
     def __init__(
-        self, module: nn.Module, plain: Callable[..., Any], config: HCBConfig, observers: Sequence[Observer]
+        self,
+        module: nn.Module,
+        plain: Callable[..., Any],
+        config: HCBConfig,
+        observers: Sequence[Observer],
+        memory: TargetMemory,
     ) -> None:
         self.name = type(module).__name__
         self._module = module
@@ -50,10 +55,10 @@ class Target:
         self._last: GraphProgram | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self._plain_peak = PlainPeak()
+        self._memory = memory
         self.module_steps: ModuleSteps | None = None
         if has_sharded_units(module):
-            self.module_steps = ModuleSteps(module, plain, self.name, config, observers)
+            self.module_steps = ModuleSteps(module, plain, self.name, config, observers, memory)
 
     @property
     def profile(self) -> StepProfile | None:
@@ -114,7 +119,7 @@ class Target:
             return self._by_module_steps(error.reason, args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers)
+        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers, self._memory)
         try:
             result = steps.call(args, kwargs)
         except BaseException:
@@ -136,7 +141,7 @@ class Target:
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
         self._num_traces[_inputs_of(module)] += 1
-        program = GraphProgram(module, self.name, self._config, self._observers, self._plain_peak)
+        program = GraphProgram(module, self.name, self._config, self._observers, self._memory)
         self.programs.append(program)
 
         def run(*args: Any) -> Any:
@@ -155,7 +160,8 @@ def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:
 class Dispatcher:
     """Callable stored as `module.forward`.
 
-    **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward.
+    **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward; `optimizer_state`:
+    of whatever is trained together with the module, where the budget counts it.
     """
 
     def __init__(
@@ -164,12 +170,14 @@ class Dispatcher:
         config: HCBConfig,
         observers: Sequence[Observer] = (),
         on_claim: "Callable[[Dispatcher], None] | None" = None,
+        optimizer_state: OptimizerState | None = None,
     ) -> None:
         self.module = module
         self.config = config
         self.observers = tuple(observers)
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
+        self._optimizer_state = optimizer_state
         self.target: Target | None = None
         self.rewinder: Rewinder | None = None  # kept from one `run_step` to the next
         module.__dict__["forward"] = self
@@ -183,7 +191,10 @@ class Dispatcher:
             return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
         if self.target is None:
             refuse_unrepeatable(self.module)
-            self.target = Target(self.module, self.plain, self.config, self.observers)
+            if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
+                self._optimizer_state = OptimizerState(self.module.parameters())  # this is a copy of another module
+            memory = TargetMemory(self._optimizer_state)
+            self.target = Target(self.module, self.plain, self.config, self.observers, memory)
             if self._on_claim is not None:
                 self._on_claim(self)
         return self.target.call(args, kwargs)
@@ -215,6 +226,7 @@ class Dispatcher:
         if self.target is not None:
             self.target.close()
             self.target = None
+        self._optimizer_state = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans, graphs and observers stay behind: a copy plans for itself on its first step.
@@ -226,6 +238,7 @@ class Dispatcher:
         self.observers = ()
         self._own_forward = state["own_forward"]
         self._on_claim = None
+        self._optimizer_state = None
         self.target = None
         self.rewinder = None
 

@@ -2,15 +2,19 @@
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
 
-__all__ = ["PlainPeak", "Room", "room_bytes", "static_bytes"]
+__all__ = ["OptimizerState", "Room", "TargetMemory", "fragmented_bytes", "room_bytes", "static_bytes"]
 
 # What `"auto"` leaves free: fragmentation of the caching allocator and libraries that allocate beside it.
 _AUTO_MARGIN = 0.05
@@ -52,37 +56,125 @@ def room_bytes(budget: Budget, device: torch.device) -> int:
     return int((free + mine) * (1 - _AUTO_MARGIN))
 
 
-class PlainPeak:
-    """The largest peak that plain training of one target was seen to need, over all shapes.
+def fragmented_bytes(device: torch.device) -> int:
+    """Return the bytes that the allocator holds in pieces beside living tensors, and cannot give back.
 
-    A share is of that: a small last batch must not be held to a share of its own small peak.
+    On CUDA they are reserved without being allocated, and count as much against the device. The CPU's allocator has
+    none to tell of.
+    """
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
+
+
+class TargetMemory:
+    """What all plans of one target share: the largest plain peak, and what is known of the optimizer's state.
+
+    **Arguments:** `optimizer_state`: `None` where the budget does not count it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer_state: "OptimizerState | None") -> None:
+        self.optimizer_state = optimizer_state
         self._largest_bytes = 0
 
-    def largest(self, plain_peak_bytes: int) -> int:
-        """Take one more peak into account and return the largest."""
+    def largest_plain_peak(self, plain_peak_bytes: int) -> int:
+        """Take one more plain peak into account and return the largest.
+
+        A share is of that: a small last batch must not be held to a share of its own small peak.
+        """
         self._largest_bytes = max(self._largest_bytes, plain_peak_bytes)
         return self._largest_bytes
+
+
+class OptimizerState:
+    """How many bytes does optimizer state take? Seen in the first step of each optimizer of `parameters`.
+
+    `existed_bytes` were there before that step (a checkpoint was loaded), `made_bytes` came with it, `unknown_bytes`
+    are those of the parameters that no optimizer has stepped yet.
+
+    It must be made before the step that it is to see: an optimizer's closure runs after the hook that looks first. Its
+    hooks stay for as long as it lives, as one may not be removed while the optimizer goes through them.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._unknown = {id(p): _local_bytes(p) for p in parameters if p.requires_grad}
+        self._before_bytes = 0
+        self.has_seen = False
+        self.existed_bytes = 0
+        self.made_bytes = 0
+        self.unknown_bytes = sum(self._unknown.values())
+        pre, post = _Look(weakref.ref(self), has_stepped=False), _Look(weakref.ref(self), has_stepped=True)
+        for handle in (register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)):
+            weakref.finalize(self, handle.remove)
+
+    def look(self, optimizer: torch.optim.Optimizer, *, has_stepped: bool) -> None:
+        """See what `optimizer` keeps for our parameters, just before or just after a step of it."""
+        if not self._unknown:
+            return
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        mine: list[torch.Tensor] = [p for group in groups for p in group["params"] if id(p) in self._unknown]
+        if not mine:
+            return
+        state: Mapping[torch.Tensor, Any] = optimizer.state
+        now_bytes = sum(_state_bytes(p, state.get(p)) for p in mine)
+        if not has_stepped:
+            self._before_bytes = now_bytes
+            return
+        self.has_seen = True
+        self.existed_bytes += self._before_bytes
+        self.made_bytes += now_bytes - self._before_bytes
+        self._before_bytes = 0
+        for p in mine:
+            del self._unknown[id(p)]
+        self.unknown_bytes = sum(self._unknown.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A hook of every optimizer that does not keep the one it looks for alive."""
+
+    state: "weakref.ref[OptimizerState]"
+    has_stepped: bool
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        state = self.state()
+        if state is not None:
+            state.look(optimizer, has_stepped=self.has_stepped)
+
+
+def _state_bytes(p: torch.Tensor, state: Any) -> int:
+    """Bytes of one parameter's state on its own device; a step counter may be on the CPU."""
+    return sum(_local_bytes(t) for t in tree_leaves(state) if isinstance(t, torch.Tensor) and t.device == p.device)
+
+
+def _local_bytes(t: torch.Tensor) -> int:
+    """Bytes of `t` in this process: of a sharded tensor, its own part."""
+    local: Any = t.to_local() if isinstance(t, _Sharded) else t
+    return local.numel() * local.element_size()
+
+
+@runtime_checkable
+class _Sharded(Protocol):
+    def to_local(self) -> torch.Tensor: ...
 
 
 class Room:
     """Bytes a plan may use above what is alive when a step begins.
 
     **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned;
-    `plain`: what a share is of, one for all programs of a target.
+    `shared`: one for all plans of a target.
     """
 
     def __init__(
-        self, config: HCBConfig, device: torch.device, tensors: Sequence[torch.Tensor], plain: "PlainPeak"
+        self, config: HCBConfig, device: torch.device, tensors: Sequence[torch.Tensor], shared: TargetMemory
     ) -> None:
-        self._plain = plain
+        self._shared = shared
         self._budget = config.budget
         self._device = device
-        self._parameters = [weakref.ref(t) for t in tensors if t.requires_grad and t.is_leaf]
-        self._static = static_bytes(device, tensors)
-        self._reserve = config.optimizer_state_bytes
+        self._static_bytes = static_bytes(device, tensors)
+        self._assumed_bytes = config.optimizer_state_bytes
+        self._state = shared.optimizer_state
+        self._made_before_bytes = 0 if self._state is None else self._state.made_bytes
 
     def __call__(self, plain_peak_bytes: int) -> int:
         """Return the room, given the predicted peak of plain training."""
@@ -90,12 +182,23 @@ class Room:
         if budget.kind is BudgetKind.ACTIVATION:
             if budget.fraction is None:
                 return budget.size_bytes or 0
-            return int(self._plain.largest(plain_peak_bytes) * budget.fraction)
-        return room_bytes(budget, self._device) - self._static - self._reserved_bytes()
+            return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
+        taken_bytes = self._static_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
+        return room_bytes(budget, self._device) - taken_bytes
 
-    def _reserved_bytes(self) -> int:
-        """Optimizer state that does not exist yet: by default two copies of the trainable parameters, as Adam keeps."""
-        if self._reserve is not None:
-            return self._reserve
-        parameters = [p for r in self._parameters if (p := r()) is not None]
-        return 2 * sum(p.numel() * p.element_size() for p in parameters)
+    @property
+    def optimizer_bytes(self) -> int:
+        """Optimizer state that was not there when the room was first measured; it changes when more is known.
+
+        Until an optimizer has stepped, two copies of its parameters are assumed, as Adam keeps, or what the user said.
+        """
+        state = self._state
+        if state is None:
+            return 0
+        if self._assumed_bytes is not None and not state.has_seen:
+            return self._assumed_bytes
+        if self._device.type == "cuda":  # the allocator's count includes what existed
+            seen_bytes = state.made_bytes - self._made_before_bytes
+        else:
+            seen_bytes = state.existed_bytes + state.made_bytes
+        return seen_bytes + 2 * state.unknown_bytes

@@ -26,7 +26,7 @@ from tinybp_lightning.graph.ids import BlockId, OptionId, StorageId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of, random_state_now
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
-from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
+from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Move, Script
 from tinybp_lightning.runtime.torch.steps import Externals
@@ -177,7 +177,9 @@ class ModuleSteps:
         name: str,
         config: HCBConfig,
         observers: Sequence[Observer],
+        memory: TargetMemory,
     ) -> None:
+        self._memory = memory
         self._plain = plain
         self._name = name
         self._config = config
@@ -236,7 +238,7 @@ class ModuleSteps:
             total.replay_s += s.replay_s
         if self.pilot is None:
             tensors = [*self._parameters, *self._buffers]
-            room = Room(self._config, device, tensors, PlainPeak())
+            room = Room(self._config, device, tensors, self._memory)
             chain = _chain(calls, watch.measured)
             self.pilot = Pilot(
                 self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers

@@ -7,7 +7,7 @@ Note [Calibration]
     repaired until a traced step is at or under the budget. After that nothing is traced.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -18,6 +18,7 @@ from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.engine import RunStats
+from tinybp_lightning.runtime.torch.memory import Room
 from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
@@ -51,8 +52,8 @@ class _Flight:
 class Pilot:
     """Decides what one chain flies, step by step.
 
-    **Arguments:** `room`: returns the bytes the plan may use given the plain peak, above what is alive when a step
-    begins; called before each planning.
+    **Arguments:** `room`: the bytes the plan may use above what is alive when a step begins; asked before each
+    planning, and again when the optimizer's state has been seen.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Pilot:
         chain: Chain,
         *,
         budget: Budget,
-        room: Callable[[int], int],
+        room: Room,
         device: torch.device,
         observers: Sequence[Observer],
     ) -> None:
@@ -71,6 +72,7 @@ class Pilot:
         self._room = room
         self._device = device
         self._observers = observers
+        self._optimizer_bytes = room.optimizer_bytes  # what the plan in force takes it to be
         self._phase = _Phase.CALIBRATE
         self._traces = 0
         self._steps = 0
@@ -106,6 +108,9 @@ class Pilot:
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
         """Start to follow a step."""
+        if self._phase is not _Phase.CALIBRATE and self._room.optimizer_bytes != self._optimizer_bytes:
+            self._good, self._traces, self._phase = None, 0, _Phase.SETTLE
+            self._fly(self._for_budget("optimizer state"))
         wants = self._phase is not _Phase.STEADY
         return StepWatch(self._device, parameters, self._budget, wants_trace=wants)
 
@@ -229,6 +234,7 @@ class Pilot:
 
     def _for_budget(self, reason: str) -> _Flight:
         plain_peak_bytes = self._plain_peak()
+        self._optimizer_bytes = self._room.optimizer_bytes
         budget_bytes = self._room(plain_peak_bytes)
         if self._cap_bytes is not None:
             budget_bytes = min(budget_bytes, max(self._cap_bytes, self._planner().smallest_bytes))

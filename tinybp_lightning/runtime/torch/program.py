@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, devic
 from tinybp_lightning.runtime.torch.compiled import compile_program
 from tinybp_lightning.runtime.torch.costs import measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.engine import Run
-from tinybp_lightning.runtime.torch.memory import PlainPeak, Room
+from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
@@ -52,11 +52,11 @@ class GraphProgram:
         target: str,
         config: HCBConfig,
         observers: Sequence[Observer],
-        plain: PlainPeak,
+        memory: TargetMemory,
     ) -> None:
         self._module = module
         self._target = target
-        self._plain = plain
+        self._memory = memory
         self._config = config
         self._observers = observers
         self._program: Program | None = None
@@ -183,7 +183,7 @@ class GraphProgram:
             )
             progress.stage("planning")
             tensors = [v for v in values if isinstance(v, torch.Tensor)]
-            room = Room(self._config, device, tensors, self._plain)
+            room = Room(self._config, device, tensors, self._memory)
             return Pilot(self._target, chain, budget=budget, room=room, device=device, observers=self._observers)
 
 

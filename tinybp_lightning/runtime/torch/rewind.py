@@ -214,8 +214,8 @@ class Rewinder:
                     self._finished[index] = p.grad
             p.grad = None
             if index in self._finished:
-                register: Any = p.register_post_accumulate_grad_hook  # not annotated in full
-                self._handles.append(register(_PutBack(self._finished[index])))
+                parameter: Any = p  # the method is not annotated in full
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_PutBack(self._finished[index])))
 
 
 @dataclass(frozen=True, slots=True)

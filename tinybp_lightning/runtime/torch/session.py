@@ -12,10 +12,11 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from tinybp_lightning.capture.torch.private import compiled_call_impl
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import BudgetKind, HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.dispatch import Dispatcher, Target, dispatcher_of
+from tinybp_lightning.runtime.torch.memory import OptimizerState
 
 __all__ = ["Session", "attach", "hcb", "restore", "targets"]
 
@@ -32,7 +33,9 @@ class Session:
         # Losses and metrics have no parameters: they are no targets, but part of what surrounds one.
         own = [m for m in root.modules() if not isinstance(m, _CONTAINERS) and next(m.parameters(), None) is not None]
         modules = own if discover else [root]
-        self._dispatchers = [Dispatcher(m, config, observers, self._claim) for m in modules]
+        is_counted = config.budget.kind is BudgetKind.MEMORY
+        state = OptimizerState(root.parameters()) if is_counted else None  # the dispatchers' alone, and gone with them
+        self._dispatchers = [Dispatcher(m, config, observers, self._claim, state) for m in modules]
 
     def _claim(self, dispatcher: Dispatcher) -> None:
         """An outermost module was called: what lies below it is part of it."""

@@ -160,6 +160,10 @@ def settle_pending() -> None:
     """Close the traces of steps whose backward has ended. Called outside backward only."""
     while _HANDLES:
         _HANDLES.pop().remove()
+    _settle_all()
+
+
+def _settle_all() -> None:
     while _PENDING:
         _PENDING.pop().settle()
 
@@ -179,4 +183,4 @@ def _listen() -> None:
 
 
 def _on_optimizer(*_: Any) -> None:
-    settle_pending()
+    _settle_all()  # the hooks stay for now: the optimizer goes through them at this moment
