@@ -1,0 +1,101 @@
+"""How does a step run out of memory on demand? By an error at a chosen run of a block, where no device can be filled.
+
+The engine runs blocks through the `Step` protocol, and that is the seam: while `Faults` is entered, every step that a
+run sweeps is wrapped. Nothing in the package knows of it.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.steps import Step
+
+__all__ = ["Faults", "Place", "out_of_memory"]
+
+
+class Place(Enum):
+    """Where a fault strikes: in a block's first run, in a replay, or in a gradient hook (`Faults.hook`)."""
+
+    FORWARD = "forward"
+    REPLAY = "replay"
+    BACKWARD = "backward"
+
+
+def out_of_memory() -> BaseException:
+    """Return an error such as the CUDA allocator's."""
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. (injected)")
+
+
+class Faults:
+    """Raises at the places it is armed for, once for each `arm`; a context manager.
+
+    **Arguments:** `make`: makes what is raised.
+    """
+
+    def __init__(self, make: Callable[[], BaseException] = out_of_memory) -> None:
+        self._make = make
+        self._left: dict[Place, int] = {}
+        self._sweep: Callable[..., Any] = Run.sweep
+        self.num_raised = 0
+
+    def arm(self, place: Place, *, after: int = 0) -> None:
+        """Raise at `place`, at the run that follows `after` others."""
+        self._left[place] = after
+
+    def disarm(self) -> None:
+        """Raise nowhere."""
+        self._left.clear()
+
+    def strike(self, place: Place) -> None:
+        """Something happens at `place`: raise if this is the one."""
+        if place not in self._left:
+            return
+        self._left[place] -= 1
+        if self._left[place] < 0:
+            del self._left[place]
+            self.num_raised += 1
+            raise self._make()
+
+    def hook(self, _: torch.Tensor) -> None:
+        """Strike in backward: for `Tensor.register_hook`."""
+        self.strike(Place.BACKWARD)
+
+    def __enter__(self) -> "Faults":
+        original, faults = self._sweep, self
+
+        def sweep(self: Run, step: Step, state: list[Any]) -> list[Any]:
+            return original(self, _FaultyStep(step, faults), state)
+
+        Run.sweep = sweep
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        Run.sweep = self._sweep
+
+
+class _FaultyStep:
+    """A step whose runs may be struck."""
+
+    def __init__(self, step: Step, faults: Faults) -> None:
+        self._step = step
+        self._faults = faults
+
+    @property
+    def name(self) -> str:
+        return self._step.name
+
+    @property
+    def is_random(self) -> bool:
+        return self._step.is_random
+
+    def first(self, state: list[Any]) -> list[Any]:
+        self._faults.strike(Place.FORWARD)
+        return self._step.first(state)
+
+    def again(self, state: list[Any]) -> list[Any]:
+        self._faults.strike(Place.REPLAY)
+        return self._step.again(state)
