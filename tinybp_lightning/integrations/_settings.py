@@ -25,6 +25,7 @@ def config_from(
     activation_budget: int | str | None,
     executor: Literal["auto", "eager", "inductor"],
     environ: Mapping[str, str],
+    on_oom: Literal["replan", "raise"] = "replan",
 ) -> HCBConfig:
     """Return the one `HCBConfig` that the arguments and, without a budget among them, the environment ask for.
 
@@ -33,15 +34,19 @@ def config_from(
     """
     given = {"memory_budget": memory_budget, "activation_budget": activation_budget}
     if config is not None:
-        return _config_alone(config, others={**given, "executor": None if executor == "auto" else executor})
+        chosen = {
+            "executor": executor if executor != "auto" else None,
+            "on_oom": on_oom if on_oom != "replan" else None,
+        }
+        return _config_alone(config, others={**given, **chosen})
     if any(value is not None for value in given.values()):
-        return HCBConfig(memory_budget=memory_budget, activation_budget=activation_budget, executor=executor)
+        return HCBConfig(memory_budget, activation_budget, executor=executor, on_oom=on_oom)
     found = {name: text for name, variable in _VARIABLES.items() if (text := environ.get(variable, "").strip())}
     if not found:
-        return HCBConfig(executor=executor)
+        return HCBConfig(executor=executor, on_oom=on_oom)
     try:
         memory, activation = (_budget_from_text(found.get(name)) for name in _VARIABLES)
-        return HCBConfig(memory_budget=memory, activation_budget=activation, executor=executor)
+        return HCBConfig(memory, activation, executor=executor, on_oom=on_oom)
     except ConfigError as error:
         source = " ".join(f"{_VARIABLES[name]}={text}" for name, text in found.items())
         raise BudgetError(f"in the environment, `{source}`: {error}") from error

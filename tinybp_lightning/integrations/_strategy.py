@@ -71,8 +71,10 @@ class HCBMixin(_Strategy):
     **Arguments:** `memory_budget`: total device bytes of this process in a step (`"20GiB"`, `"80%"`, bytes, `"auto"`);
     `activation_budget`: activations alone (`"30%"` of what plain training keeps, or bytes). At most one of them; with
     neither, `HCB_MEMORY_BUDGET` or `HCB_ACTIVATION_BUDGET` from the environment, else `HCBConfig`'s default.
-    `executor`: `"eager"`, `"inductor"` or `"auto"`. `observers`: told of every plan and every step. `config`: a whole
-    `HCBConfig` in place of the first three. All other options are the Lightning strategy's.
+    `executor`: `"eager"`, `"inductor"` or `"auto"`. `on_oom`: `"replan"` runs a step that was out of memory again,
+    under a tighter plan, on one device and in automatic optimization; `"raise"` lets the error pass. `observers`: told
+    of every plan and every step. `config`: a whole `HCBConfig` in place of the first four. All other options are the
+    Lightning strategy's.
 
     **Raises:** `ConfigError` and `BudgetError` as `HCBConfig` does.
     """
@@ -85,6 +87,7 @@ class HCBMixin(_Strategy):
         memory_budget: int | str | None = None,
         activation_budget: int | str | None = None,
         executor: Literal["auto", "eager", "inductor"] = "auto",
+        on_oom: Literal["replan", "raise"] = "replan",
         observers: "Iterable[Observer]" = (),
         config: HCBConfig | None = None,
         **strategy_options: Any,
@@ -95,6 +98,7 @@ class HCBMixin(_Strategy):
             memory_budget=memory_budget,
             activation_budget=activation_budget,
             executor=executor,
+            on_oom=on_oom,
             environ=os.environ,
         )
         self._hcb_observers = tuple(observers)

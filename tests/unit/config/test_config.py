@@ -108,6 +108,9 @@ def test_the_budget_in_force(options: dict[str, Any], kind: BudgetKind, text: st
         ({"activation_budget": "30"}, BudgetError, "`activation_budget='30'`"),
         ({"executor": "fast"}, ConfigError, "`executor='fast'`"),
         ({"executor": None}, ConfigError, "`executor=None`"),
+        ({"on_oom": "retry"}, ConfigError, "`on_oom='retry'` is unknown: expected one of ['replan', 'raise']"),
+        ({"on_oom": None}, ConfigError, "`on_oom=None`"),
+        ({"on_oom": True}, ConfigError, "`on_oom=True`"),
         ({"optimizer_state_bytes": -1}, ConfigError, "`optimizer_state_bytes=-1`"),
         ({"optimizer_state_bytes": True}, ConfigError, "`optimizer_state_bytes=True`"),
         ({"optimizer_state_bytes": 1.5}, ConfigError, "`optimizer_state_bytes=1.5`"),
@@ -125,6 +128,12 @@ def test_a_wrong_option_is_named_when_the_config_is_made(
 @pytest.mark.parametrize("executor", ["auto", "eager", "inductor"])
 def test_executors(executor: str) -> None:
     assert HCBConfig(executor=executor).executor == executor
+
+
+@pytest.mark.parametrize("on_oom", ["replan", "raise"])
+def test_answers_to_a_lack_of_memory(on_oom: str) -> None:
+    assert HCBConfig(on_oom=on_oom).on_oom == on_oom
+    assert HCBConfig().on_oom == "replan"
 
 
 def test_a_config_is_a_value() -> None:

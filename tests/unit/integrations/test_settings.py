@@ -25,6 +25,7 @@ def test_without_budgets_the_config_is_the_default() -> None:
         ({"activation_budget": "30%"}, HCBConfig(memory_budget=None, activation_budget="30%")),
         ({"activation_budget": 4096, "executor": "eager"}, HCBConfig(None, 4096, executor="eager")),
         ({"config": HCBConfig(None, "30%")}, HCBConfig(None, "30%")),
+        ({"memory_budget": "2GiB", "on_oom": "raise"}, HCBConfig("2GiB", on_oom="raise")),
     ],
     ids=str,
 )
@@ -68,7 +69,8 @@ def test_a_bad_budget_from_the_environment_names_its_variable(environ: Mapping[s
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("memory_budget", "1GiB"), ("activation_budget", "3%"), ("executor", "eager")]
+    ("name", "value"),
+    [("memory_budget", "1GiB"), ("activation_budget", "3%"), ("executor", "eager"), ("on_oom", "raise")],
 )
 def test_a_config_stands_alone(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}=.*` was passed beside `config`"):

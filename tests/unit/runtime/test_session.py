@@ -256,6 +256,8 @@ def test_what_cannot_be_trained_is_named(make: Callable[[], Any], message: str) 
         ({"executor": "fast"}, ConfigError),
         ({"config": tbp.HCBConfig(), "activation_budget": "50%"}, ConfigError),
         ({"config": tbp.HCBConfig(), "executor": "eager"}, ConfigError),
+        ({"config": tbp.HCBConfig(), "on_oom": "raise"}, ConfigError),
+        ({"on_oom": "retry"}, ConfigError),
     ],
 )
 def test_wrong_options_leave_the_module_alone(options: dict[str, Any], error: type[Exception]) -> None:

@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.program import GraphProgram
 from tinybp_lightning.runtime.torch.refuse import refuse_unrepeatable
 from tinybp_lightning.runtime.torch.rewind import Rewinder
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.watch import settle_pending, stop_listening
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 
@@ -135,7 +135,8 @@ class Target:
         return result
 
     def close(self) -> None:
-        """Let go of everything installed below the module."""
+        """Let go of everything installed below the module, and beside it."""
+        self._memory.optimizer_state = None
         if self.module_steps is not None:
             self.module_steps.remove()
 
@@ -227,6 +228,7 @@ class Dispatcher:
             self.target.close()
             self.target = None
         self._optimizer_state = None
+        stop_listening()
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans, graphs and observers stay behind: a copy plans for itself on its first step.

@@ -70,7 +70,8 @@ def fragmented_bytes(device: torch.device) -> int:
 class TargetMemory:
     """What all plans of one target share: the largest plain peak, and what is known of the optimizer's state.
 
-    **Arguments:** `optimizer_state`: `None` where the budget does not count it.
+    **Arguments:** `optimizer_state`: `None` where the budget does not count it. Held here alone, and given up when the
+    target is: Dynamo keeps what it has compiled, and our programs with it, for longer.
     """
 
     def __init__(self, optimizer_state: "OptimizerState | None") -> None:
@@ -173,8 +174,8 @@ class Room:
         self._device = device
         self._static_bytes = static_bytes(device, tensors)
         self._assumed_bytes = config.optimizer_state_bytes
-        self._state = shared.optimizer_state
-        self._made_before_bytes = 0 if self._state is None else self._state.made_bytes
+        state = shared.optimizer_state
+        self._made_before_bytes = 0 if state is None else state.made_bytes
 
     def __call__(self, plain_peak_bytes: int) -> int:
         """Return the room, given the predicted peak of plain training."""
@@ -192,7 +193,7 @@ class Room:
 
         Until an optimizer has stepped, two copies of its parameters are assumed, as Adam keeps, or what the user said.
         """
-        state = self._state
+        state = self._shared.optimizer_state
         if state is None:
             return 0
         if self._assumed_bytes is not None and not state.has_seen:

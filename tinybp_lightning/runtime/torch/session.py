@@ -105,6 +105,7 @@ def hcb(
     memory_budget: int | str | None = None,
     activation_budget: int | str | None = None,
     executor: str = "auto",
+    on_oom: str = "replan",
     observers: Sequence[Observer] = (),
     config: HCBConfig | None = None,
 ) -> M:
@@ -116,10 +117,10 @@ def hcb(
     **Raises:** `BudgetError`, `ConfigError`, `UnsupportedModuleError` now; `BudgetTooSmallError` at the first training
     step, when the smallest feasible budget is known.
     """
-    given = {"memory_budget": memory_budget, "activation_budget": activation_budget}
-    if config is not None and (any(v is not None for v in given.values()) or executor != "auto"):
+    given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom)
+    if config is not None and given != HCBConfig():
         raise ConfigError("`config` was given together with single options: expected one or the other.")
-    attach(module, config=config or HCBConfig(memory_budget, activation_budget, executor), observers=observers)
+    attach(module, config=config or given, observers=observers)
     return module
 
 

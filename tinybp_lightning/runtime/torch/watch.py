@@ -23,7 +23,7 @@ from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, ca
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 
-__all__ = ["Measured", "StepWatch", "settle_pending", "stop_tracing"]
+__all__ = ["Measured", "StepWatch", "settle_pending", "stop_listening", "stop_tracing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,12 @@ def stop_tracing() -> None:
     settle_pending()
     for watch in tuple(_TRACING):
         watch.untrace()
+
+
+def stop_listening() -> None:
+    """Take the hooks away if nothing waits for an optimizer's step."""
+    while _HANDLES and not _PENDING:
+        _HANDLES.pop().remove()
 
 
 def _listen() -> None:
