@@ -17,7 +17,8 @@ class PlanReport:
     `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate.
 
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
-    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`).
+    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`,
+    `budget`, `measured`, `optimizer state`, `out of memory`).
     """
 
     target: str

@@ -1,6 +1,7 @@
 """Does a fit go on, bit for bit, when its steps run out of memory, and does the right error come when it cannot?"""
 
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from benchmarks.faults import Faults, Place
 from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.runtime.torch.engine import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*` ran out of device memory:tinybp_lightning.errors.HCBWarning"),
@@ -102,6 +104,32 @@ def test_a_fit_loses_nothing(
     assert torch.equal(drawn, plain_drawn)
     for found, expected in zip(ours.epochs, plain.epochs, strict=True):
         assert {n: v.item() for n, v in found.items()} == {n: v.item() for n, v in expected.items()}
+
+
+def test_nothing_of_the_failed_run_is_alive_in_the_second(
+    models: dict[str, Any],
+    trainer_for: Callable[..., Any],
+    batches: Any,
+    strategy: Any,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop holds the failed run by its loss, and by what `training_step` returned beside it."""
+    model = counting(models["Model"])()
+    arm_every_third(model, faults, Place.BACKWARD)
+    runs: list[weakref.ref[Run]] = []
+    num_alive: list[int] = []
+    original = Run.begin
+
+    def begin(self: Run, root: list[object]) -> None:
+        num_alive.append(sum(r() is not None for r in runs))
+        runs.append(weakref.ref(self))
+        original(self, root)
+
+    monkeypatch.setattr(Run, "begin", begin)
+    trainer_for(strategy, max_epochs=1).fit(model, batches(4))
+    assert faults.num_raised == 1
+    assert num_alive == [0] * 5
 
 
 def test_the_first_error_is_raised_when_nothing_helps(

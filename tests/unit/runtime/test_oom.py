@@ -201,7 +201,10 @@ def test_a_first_step_that_never_fits_says_so(faults: Faults) -> None:
     assert "`Sequential` flew the plan `calibration`" in caught.value.__notes__[0]
 
 
-def test_nothing_of_the_failed_run_is_alive_in_the_second(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", list(Place))
+def test_nothing_of_the_failed_run_is_alive_in_the_second(
+    place: Place, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without it, the second run would need twice the memory."""
     model = tbp.hcb(residual_net(5), activation_budget="80%")
     for _ in range(4):
@@ -216,7 +219,8 @@ def test_nothing_of_the_failed_run_is_alive_in_the_second(faults: Faults, monkey
         original(self, root)
 
     monkeypatch.setattr(Run, "begin", begin)
-    faults.arm(Place.REPLAY, after=1)
+    model[2].up.weight.register_hook(faults.hook)
+    faults.arm(place, after=0)
     rescued_step(model)
     assert faults.num_raised == 1
     assert alive_at_begin == [0, 0]

@@ -6,7 +6,10 @@ run. There, and where the user says `on_oom="raise"`, the error passes, with our
 
 Note [Letting go]
     An exception's traceback holds the frames that it passed, and these hold the failed step's graph. So the error is
-    kept without its frames' contents, and the second run begins outside of the `except` block.
+    kept without its frames' contents, and the second run begins outside of the `except` block. The autograd engine
+    holds it too: a backward that fails leaves the nodes it did not reach in its thread's queue, and only takes them out
+    when it comes to them. The queue is in the order of creation, newest first, so a backward through a node that is
+    older than the step takes them all out (torch 2.13, `engine.cpp`: `CompareNodeTaskTime`, `thread_main`).
 
 Note [How much tighter]
     Little at first, as a smaller plan costs time in every later step; more each time the same step fails again, and
@@ -59,6 +62,9 @@ class StepRescue:
         self._put_back: Callable[[], None] | None = None
         self._error: torch.OutOfMemoryError | None = None
         self._num_failures = 0
+        with torch.enable_grad():
+            self._leaf = torch.zeros((), requires_grad=True)
+            self._older_than_any_step = self._leaf * 1
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """A step begins that will read `inputs`, in every run of it."""
@@ -104,6 +110,7 @@ class StepRescue:
         """Make room and rewind, or raise."""
         assert self._error is not None, "there is no failure to answer"
         self._num_failures += 1
+        torch.autograd.grad(self._older_than_any_step, self._leaf, retain_graph=True)  # See Note [Letting go]
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
