@@ -79,12 +79,16 @@ class _Gradient:
 
     @classmethod
     def of(cls, p: nn.Parameter) -> "_Gradient":
-        return cls(None if p.grad is None else weakref.ref(p.grad), _version(p.grad))
+        gradient = p.grad
+        return _NO_GRADIENT if gradient is None else cls(weakref.ref(gradient), _version(gradient))
 
     def is_of(self, p: nn.Parameter) -> bool:
         """Whether `p` has the same gradient, unchanged."""
         tensor = None if self.tensor is None else self.tensor()
         return p.grad is tensor and _version(p.grad) == self.version
+
+
+_NO_GRADIENT = _Gradient(None, -1)
 
 
 class Rewinder:
