@@ -14,6 +14,7 @@ from tests.unit.runtime.training import Recorder, residual_net
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.runtime.torch import memory
 from tinybp_lightning.runtime.torch.memory import OptimizerState, Room, TargetMemory, fragmented_bytes, room_bytes
+from tinybp_lightning.runtime.torch.watch import settle_pending
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WIDTH = 16
@@ -90,6 +91,7 @@ def test_the_hooks_go_with_the_model() -> None:
         hooks: Any = torch_optimizer
         return len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks)
 
+    settle_pending()  # of the test before
     before = num_hooks()
     model = tbp.hcb(residual_net(2), memory_budget="1GiB")
     optimizer = momentum(model.parameters())
