@@ -3,7 +3,8 @@
 Live bytes are the *set* of storages held for any reason (stored boundaries, the cursor, what saved sets alias), each
 counted once, plus the private bytes of the saved sets alive, the gradient of the boundary the backward stands at, the
 parameter gradients accumulated so far, what the code after the last block still holds, and the workspace. The model
-follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*, with shared storages and early stop added.
+follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*, with shared storages, early stop and copies
+to host memory (Note [Two directions of one link]) added.
 
 # Note [Where the loss stands]
 The first sweep ends with the last block's first forward. Then, before any other action, comes the *tail*: the caller's
@@ -14,7 +15,6 @@ aliases it) and its gradient is alive.
 from dataclasses import dataclass
 from typing import assert_never
 
-from tinybp_lightning.errors import ScheduleError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import (
     Action,
@@ -27,6 +27,7 @@ from tinybp_lightning.schedule.actions import (
     Schedule,
     Store,
 )
+from tinybp_lightning.schedule.link import Leaving, Link
 from tinybp_lightning.schedule.verify import verify_schedule
 
 __all__ = ["Machine", "Moment", "Timeline", "peak_and_time", "simulate"]
@@ -49,7 +50,8 @@ class Timeline:
 
     `tail` is the moment after action `tail_after`, the last of the first sweep. `peak_action` is the index of the first
     action that reaches `peak_bytes`; it is `tail_after` with `peak_in_tail` set when the tail does.
-    `recompute_s` is the time of forwards after the first sweep; `num_forwards[b]` counts every forward of block `b`.
+    `recompute_s` is the time of forwards after the first sweep; `num_forwards[b]` counts every forward of block `b`;
+    `wait_s` is the time that compute waits for copies to and from host memory.
     """
 
     moments: tuple[Moment, ...]
@@ -61,12 +63,13 @@ class Timeline:
     total_s: float
     recompute_s: float
     num_forwards: tuple[int, ...]
+    wait_s: float = 0.0
 
 
 def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None = None) -> Timeline:
     """Play `schedule` on `chain` and return what every action costs.
 
-    **Arguments:** `link_bytes_per_s`: bandwidth to host memory, for schedules that offload.
+    **Arguments:** `link_bytes_per_s`: bandwidth to host memory in each direction, for schedules that offload.
 
     **Returns:** the timeline; its `peak_bytes` is exact in the model of this file.
 
@@ -100,6 +103,7 @@ def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None
         total_s=machine.now_s,
         recompute_s=machine.recompute_s,
         num_forwards=tuple(num_forwards),
+        wait_s=machine.wait_s,
     )
 
 
@@ -137,23 +141,21 @@ class Machine:
         self._references = [0] * len(self._chain.storage_bytes)
         self._cursor: int | None = None
         self._stored: set[int] = {0}
-        self._offloads: dict[int, float] = {}
-        self._ready_s: dict[int, float] = {}
-        self._link_free_s = 0.0
+        self._link = Link(self._chain.storage_bytes, self._link_bytes_per_s)
         self._sweeping = True
         self.at_tail = False
         self.live_bytes = self._chain.workspace_bytes
         self.action_peak_bytes = 0
         self.now_s = 0.0
         self.recompute_s = 0.0
+        self.wait_s = 0.0
         self._hold(self._boundary[0])
 
     def start(self) -> tuple[int, float]:
         """Let go of what copies to the host have freed by now; return live bytes and the time."""
-        if self._offloads:
-            for boundary in [b for b, end_s in self._offloads.items() if end_s <= self.now_s]:
-                del self._offloads[boundary]
-                self._release(self._boundary[boundary])
+        if self._link.leaving:
+            for ended in self._link.take_ended(self.now_s):
+                self._release(ended.storages)
         return self.live_bytes, self.now_s
 
     def play(self, actions: tuple[Action, ...], index: int) -> None:
@@ -173,16 +175,12 @@ class Machine:
                 self._stored.add(boundary)
                 self._hold(self._boundary[boundary])
             case Drop(boundary):
-                if boundary in self._stored:
-                    self._stored.remove(boundary)
-                    self._release(self._boundary[boundary])
+                self._drop(boundary)
             case Offload(boundary):
                 self._stored.remove(boundary)
-                self._offloads[boundary] = self._copy(boundary)
+                self._release(self._link.offload(self._boundary[boundary], self.now_s))
             case Reload(boundary):
-                self._stored.add(boundary)
-                self._hold(self._boundary[boundary])
-                self._ready_s[boundary] = self._copy(boundary)
+                self._reload(boundary)
             case _:
                 assert_never(action)
         self.action_peak_bytes = max(self.action_peak_bytes, self.live_bytes)
@@ -228,22 +226,42 @@ class Machine:
         self.now_s += saved.backward_s
 
     def _run(self, block: int, new_bytes: int, seconds: float) -> None:
-        if self._cursor != block and block in self._ready_s:
-            self.now_s = max(self.now_s, self._ready_s.pop(block))
+        if self._cursor != block:
+            self._wait(self._link.arrival_s(self._boundary[block]))
         self.action_peak_bytes = self.live_bytes + new_bytes
         self.now_s += seconds
         if not self._sweeping:
             self.recompute_s += seconds
 
-    def _copy(self, boundary: int) -> float:
-        """Put a copy on the link, which moves one boundary at a time; return when it ends."""
-        if self._link_bytes_per_s is None:
-            raise ScheduleError(
-                "`link_bytes_per_s=None` but the schedule offloads: give the measured bandwidth to host memory."
-            )
-        moved_bytes = sum(self._chain.storage_bytes[s] for s in self._boundary[boundary])
-        self._link_free_s = max(self._link_free_s, self.now_s) + moved_bytes / self._link_bytes_per_s
-        return self._link_free_s
+    def _drop(self, boundary: int) -> None:
+        storages = self._boundary[boundary]
+        if boundary not in self._stored:
+            self._link.forget(storages)
+            return
+        self._stored.remove(boundary)
+        arrival_s = self._link.arrival_s(storages)
+        if arrival_s > self.now_s:
+            self._link.leaving.append(Leaving(arrival_s, storages))
+        else:
+            self._release(storages)
+
+    def _reload(self, boundary: int) -> None:
+        """Bring a boundary back. See Note [Two directions of one link]."""
+        storages = self._boundary[boundary]
+        held_by_copies = [s for one in self._link.leaving for s in one.storages]
+        on_the_way = [s for s in storages if 0 < self._references[s] == held_by_copies.count(s)]
+        self._wait(self._link.leaves_s(on_the_way))
+        missing = [s for s in storages if not self._references[s]]
+        self._link.reload(storages, missing, self.now_s)
+        self._stored.add(boundary)
+        self.action_peak_bytes = self.live_bytes
+        self._hold(storages)
+
+    def _wait(self, until_s: float) -> None:
+        if until_s > self.now_s:
+            self.wait_s += until_s - self.now_s
+            self.now_s = until_s
+            self.start()
 
     def _move_cursor(self, boundary: int | None) -> None:
         if boundary is not None:
