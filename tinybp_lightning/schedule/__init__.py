@@ -11,7 +11,17 @@ from tinybp_lightning.schedule.actions import (
     Schedule,
     Store,
 )
-from tinybp_lightning.schedule.baselines import every_k, every_sqrt_n, keep_all, per_block, revolve, revolve_cost
+from tinybp_lightning.schedule.baselines import (
+    every_k,
+    every_sqrt_n,
+    keep_all,
+    keep_some,
+    per_block,
+    revolve,
+    revolve_cost,
+    saved_knapsack,
+    selective,
+)
 from tinybp_lightning.schedule.certificate import Certificate, certify
 from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
@@ -38,10 +48,13 @@ __all__ = [
     "every_sqrt_n",
     "from_text",
     "keep_all",
+    "keep_some",
     "per_block",
     "plan",
     "revolve",
     "revolve_cost",
+    "saved_knapsack",
+    "selective",
     "simulate",
     "smallest_budget",
     "to_text",

@@ -9,13 +9,16 @@ Counts of block forwards on a chain of `n` blocks, the first sweep's `n` include
 | `every_k` | 2n, less the last segment, which is kept from the first sweep (as `checkpoint_sequential` does) |
 | `revolve(s)` | 2n + `revolve_cost(n, s)`: first sweep, one replay of every block, advances |
 | `revolve(s, keep_spine=True)` | as above, less the advances of the first descent, which the first sweep does |
+| `keep_some`, `saved_knapsack`, `selective` | 2n, less the blocks that are kept |
 
-`revolve` follows Griewank & Walther 2000 (*Algorithm 799: revolve*), `every_sqrt_n` Chen et al. 2016. All of them keep
-option 0 of a block.
+`revolve` follows Griewank & Walther 2000 (*Algorithm 799: revolve*), `every_sqrt_n` Chen et al. 2016, `saved_knapsack`
+torch's `activation_memory_budget` (`torch/_functorch/partitioners.py`), `selective` torch's selective activation
+checkpointing. All of them keep option 0 of a block.
 """
 
+from collections.abc import Collection
 from functools import lru_cache
-from math import isqrt
+from math import ceil, isqrt
 
 import numpy as np
 
@@ -24,7 +27,20 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import BlockId, BoundaryId
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Schedule, Store
 
-__all__ = ["every_k", "every_sqrt_n", "keep_all", "per_block", "revolve", "revolve_cost"]
+__all__ = [
+    "every_k",
+    "every_sqrt_n",
+    "keep_all",
+    "keep_some",
+    "knapsack_blocks",
+    "per_block",
+    "revolve",
+    "revolve_cost",
+    "saved_knapsack",
+    "selective",
+]
+
+_KNAPSACK_SLOTS = 4096
 
 
 def keep_all(chain: Chain) -> Schedule:
@@ -69,6 +85,100 @@ def every_k(chain: Chain, *, k: int) -> Schedule:
 def every_sqrt_n(chain: Chain) -> Schedule:
     """Return `every_k` with about `sqrt(n)` blocks in a segment."""
     return every_k(chain, k=max(1, isqrt(len(chain.blocks))))
+
+
+def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -> Schedule:
+    """Return one level of recomputation: blocks that keep their saved set, and runs of others, each replayed at once.
+
+    **Arguments:** `kept`: blocks that keep their saved set from the first sweep; `stored`: boundaries at which a run of
+    others ends and the next begins. Those behind a kept block are stored anyway: nothing else leads there.
+    """
+    num_blocks = len(chain.blocks)
+    starts = [b for b in range(num_blocks) if b not in kept and (b in stored or b == 0 or b - 1 in kept)]
+    actions: list[Action] = []
+    for block in range(num_blocks):
+        actions += _store(block) if block in starts else []
+        actions += [ForwardSave(BlockId(block))] if block in kept else [Forward(BlockId(block))]
+    end = num_blocks
+    for block in reversed(range(num_blocks)):
+        if block in kept:
+            actions += _backwards(block, block + 1)
+            end = block
+        elif block in starts:
+            first, *rest = _saves(block, end)
+            actions += [first, *_drop(block), *rest, *_backwards(block, end)]
+            end = block
+    return _schedule(num_blocks, actions)
+
+
+def saved_knapsack(chain: Chain, *, saved_share: float) -> Schedule:
+    """Return what torch's `activation_memory_budget` does: a knapsack over saved bytes, nothing recomputed twice.
+
+    It keeps the saved sets that spare most time within a share of the bytes that plain training saves. A boundary that
+    a replay passes is not worth saving to it, because that spares no recomputation: a run of blocks that are not kept
+    is replayed at once.
+
+    **Arguments:** `saved_share`: 0 saves boundaries alone, 1 everything.
+
+    **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
+    """
+    return keep_some(chain, kept=knapsack_blocks(chain, saved_share=saved_share), stored=())
+
+
+def knapsack_blocks(chain: Chain, *, saved_share: float) -> tuple[int, ...]:
+    """Return the blocks that `saved_knapsack` keeps, in order.
+
+    **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
+    """
+    if not 0 <= saved_share <= 1:
+        raise ConfigError(f"`saved_share={saved_share}` must be from 0 to 1: a share of what plain training saves.")
+    weights = _saved_bytes(chain)
+    limit_bytes = int(saved_share * sum(weights))
+    values = [block.forward_s for block in chain.blocks]
+    return tuple(sorted(_knapsack(weights, values, limit_bytes)))
+
+
+def selective(chain: Chain, *, signatures: Collection[str], k: int) -> Schedule:
+    """Return selective checkpointing: regions of `k` blocks, in which blocks of some kinds keep their saved sets.
+
+    **Arguments:** `signatures`: the kinds that are kept, as their `Block.signature`; none gives every `k`-th boundary.
+
+    **Raises:** `ConfigError` when `k` is below 1.
+    """
+    if k < 1:
+        raise ConfigError(f"`k={k}` must be at least 1: it is the number of blocks in a region.")
+    kept = [b for b, block in enumerate(chain.blocks) if block.signature in signatures]
+    return keep_some(chain, kept=kept, stored=range(0, len(chain.blocks), k))
+
+
+def _saved_bytes(chain: Chain) -> list[int]:
+    """Return what each block's saved set holds; a boundary storage is counted where it is saved first."""
+    seen, found = set[int](), list[int]()
+    for block in chain.blocks:
+        new = [s for s in block.options[0].storages if s not in seen]
+        seen.update(new)
+        found.append(block.options[0].saved_bytes + sum(chain.storage_bytes[s] for s in new))
+    return found
+
+
+def _knapsack(weights: list[int], values: list[float], limit: int) -> list[int]:
+    """Return the indices of the most valuable items within `limit`, weights rounded up to slots."""
+    unit = max(1, ceil(limit / _KNAPSACK_SLOTS))
+    num_slots = limit // unit
+    best = np.zeros(num_slots + 1)
+    taken: list[np.ndarray] = []
+    slots = [-(-weight // unit) for weight in weights]
+    for weight, value in zip(slots, values, strict=True):
+        with_it = np.full(num_slots + 1, -np.inf)
+        with_it[weight:] = best[: max(0, num_slots + 1 - weight)] + value
+        taken.append(with_it > best)
+        best = np.maximum(best, with_it)
+    left, found = num_slots, list[int]()
+    for index in reversed(range(len(weights))):
+        if taken[index][left]:
+            found.append(index)
+            left -= slots[index]
+    return found
 
 
 def revolve_cost(num_blocks: int, num_slots: int) -> int:

@@ -104,6 +104,11 @@ class Planner:
         self._known: dict[tuple[int, int], _Candidate] = {}
 
     @property
+    def chain(self) -> Chain:
+        """The chain that is planned."""
+        return self._chain
+
+    @property
     def smallest_bytes(self) -> int:
         """The smallest budget that `plan` accepts."""
         return self._smallest.timeline.peak_bytes
@@ -127,6 +132,10 @@ class Planner:
             seconds_per_byte=slower_s / max(1, budget_bytes - less_bytes),
         )
         return self._plan_of(best, budget_bytes, certificate)
+
+    def schedule(self, *, budget_bytes: int) -> Schedule:
+        """Return the schedule of the plan for `budget_bytes`, without the work of certifying it."""
+        return self._best(budget_bytes).schedule
 
     def smallest_plan(self) -> Plan:
         """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
