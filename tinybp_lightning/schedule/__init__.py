@@ -23,6 +23,7 @@ from tinybp_lightning.schedule.baselines import (
     selective,
 )
 from tinybp_lightning.schedule.certificate import Certificate, certify
+from tinybp_lightning.schedule.offload import OffloadPlan, plan_offload
 from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
 from tinybp_lightning.schedule.text import from_text, to_text
@@ -37,6 +38,7 @@ __all__ = [
     "ForwardSave",
     "Moment",
     "Offload",
+    "OffloadPlan",
     "Plan",
     "Planner",
     "Reload",
@@ -51,6 +53,7 @@ __all__ = [
     "keep_some",
     "per_block",
     "plan",
+    "plan_offload",
     "revolve",
     "revolve_cost",
     "saved_knapsack",
