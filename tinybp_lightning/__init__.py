@@ -22,7 +22,7 @@ from tinybp_lightning.integrations import _import_hook
 if TYPE_CHECKING:
     from tinybp_lightning.runtime.torch import attach, hcb, restore, run_step
     from tinybp_lightning.runtime.torch.explain import Explanation, explain
-    from tinybp_lightning.schedule import plan, simulate
+    from tinybp_lightning.schedule import Pareto, pareto, plan, simulate
 
     HCBStrategy: Any
 
@@ -35,12 +35,14 @@ __all__ = [
     "HCBConfig",
     "HCBStrategy",
     "HCBWarning",
+    "Pareto",
     "ReplayError",
     "TinyBPError",
     "UnsupportedModuleError",
     "attach",
     "explain",
     "hcb",
+    "pareto",
     "plan",
     "restore",
     "run_step",
@@ -51,9 +53,11 @@ __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "Explanation": "tinybp_lightning.runtime.torch.explain",
+    "Pareto": "tinybp_lightning.schedule",
     "attach": "tinybp_lightning.runtime.torch",
     "explain": "tinybp_lightning.runtime.torch.explain",
     "hcb": "tinybp_lightning.runtime.torch",
+    "pareto": "tinybp_lightning.schedule",
     "plan": "tinybp_lightning.schedule",
     "restore": "tinybp_lightning.runtime.torch",
     "run_step": "tinybp_lightning.runtime.torch",

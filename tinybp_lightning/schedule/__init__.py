@@ -24,6 +24,7 @@ from tinybp_lightning.schedule.baselines import (
 )
 from tinybp_lightning.schedule.certificate import Certificate, certify
 from tinybp_lightning.schedule.offload import OffloadPlan, plan_offload
+from tinybp_lightning.schedule.pareto import Pareto, ParetoPoint, ParetoReference, pareto
 from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
 from tinybp_lightning.schedule.text import from_text, to_text
@@ -39,6 +40,9 @@ __all__ = [
     "Moment",
     "Offload",
     "OffloadPlan",
+    "Pareto",
+    "ParetoPoint",
+    "ParetoReference",
     "Plan",
     "Planner",
     "Reload",
@@ -51,6 +55,7 @@ __all__ = [
     "from_text",
     "keep_all",
     "keep_some",
+    "pareto",
     "per_block",
     "plan",
     "plan_offload",

@@ -10,7 +10,7 @@ from tinybp_lightning.analysis import GraphReport, format_bytes, report_graph
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanReport
 from tinybp_lightning.runtime.torch.session import targets
-from tinybp_lightning.schedule import simulate, to_text
+from tinybp_lightning.schedule import Pareto, pareto, simulate, to_text
 
 __all__ = ["Explanation", "explain"]
 
@@ -43,6 +43,13 @@ class Explanation:
         from tinybp_lightning.runtime.torch.plot import plot_plans  # noqa: PLC0415 - matplotlib is an extra
 
         return plot_plans(self.plans, Path(path))
+
+    def pareto(self, *, num_points: int = 12) -> tuple[Pareto, ...]:
+        """Return plan and bound against budget for the chain of each plan, in the order of `plans`.
+
+        **Arguments:** `num_points`: how many budgets; each takes as long as a plan.
+        """
+        return tuple(pareto(plan.chain, num_points=num_points) for plan in self.plans)
 
 
 def explain(module: nn.Module) -> Explanation:
