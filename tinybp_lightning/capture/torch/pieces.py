@@ -16,7 +16,7 @@ from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
-from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.graph.ir import Graph, Node
 
 __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template"]
 
@@ -39,7 +39,8 @@ class Piece:
     `calls` has one entry for each option. Each takes one list (boxed): the values named by `reads`, in that order; it
     returns the values that the piece makes. They differ in what autograd is given to save.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
-    `volatile`: positions in the externals that some block of the forward changes in place (running statistics).
+    `volatile`: positions in the externals it reads that some block of the forward changes in place (running
+    statistics); `written`: those that this one does. `is_compiled`: `calls` are no longer the user's own kernels.
     """
 
     calls: tuple[Callable[[list[Any]], Sequence[Any]], ...]
@@ -47,8 +48,10 @@ class Piece:
     reads: tuple[Source, ...]
     state: tuple[Source, ...]
     volatile: tuple[int, ...]
+    written: tuple[int, ...]
     is_random: bool
     span: BlockSpan
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
     inputs = iter(graph.inputs)
     for n in fx_nodes:
         node_of[next(calls).makes[0] if is_op(n) else next(inputs)] = n
-    volatile = _volatile_externals(graph, externals)
+    volatile = _written_externals(graph, externals, graph.nodes)
     pieces = tuple(
         _piece(module, graph, span, before, after, externals, node_of, volatile)
         for span, before, after in zip(spans, boundaries, boundaries[1:], strict=False)
@@ -127,8 +130,8 @@ def _differentiated(graph: Graph) -> frozenset[ValueId]:
     return numbers or wanted
 
 
-def _volatile_externals(graph: Graph, externals: dict[ValueId, int]) -> frozenset[int]:
-    written = {s for node in graph.nodes for s in node.writes}
+def _written_externals(graph: Graph, externals: dict[ValueId, int], nodes: Sequence[Node]) -> frozenset[int]:
+    written = {s for node in nodes for s in node.writes}
     return frozenset(i for v, i in externals.items() if graph.values[v].storage in written)
 
 
@@ -160,13 +163,15 @@ def _piece(
     position = {v: i for i, v in enumerate(before)}
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
+    read = {s.index for s in sources if s.origin == EXTERNAL}
     has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
         calls=(_leaving_transforms(body.forward) if has_transforms else body.forward,),
         module=body,
         reads=sources,
         state=state,
-        volatile=tuple(sorted({s.index for s in sources if s.origin == EXTERNAL} & volatile)),
+        volatile=tuple(sorted(read & volatile)),
+        written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
         is_random=any(node.is_random for node in nodes),
         span=span,
     )

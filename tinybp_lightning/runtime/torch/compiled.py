@@ -75,7 +75,7 @@ def _compile_pieces(program: Program, values: Sequence[Any], on_piece: Callable[
             t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t
             for t, w in zip(following, wants, strict=True)
         ]
-        pieces.append(replace(piece, calls=calls))
+        pieces.append(replace(piece, calls=calls, is_compiled=True))
         on_piece(done + 1, len(program.pieces))
     return replace(program, pieces=tuple(pieces))
 

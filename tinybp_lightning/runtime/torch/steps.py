@@ -4,7 +4,7 @@ A boundary's state is a flat list of leaves. *Externals* (parameters, buffers, t
 the caller holds them for the whole step, so they are passed by reference and cost nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["Externals", "GraphStep", "Step", "fresh_leaves", "has_storage"]
+__all__ = ["Externals", "GraphStep", "Step", "copies", "fresh_leaves", "has_storage"]
 
 
 class Step(Protocol):
@@ -90,6 +90,22 @@ def _interior(t: torch.Tensor) -> torch.Tensor:
     return t.view_as(t)
 
 
+def copies(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return graph leaves with the same values, strides and wish for a gradient; what shared memory still does."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    return {i: _copy(t, storages).requires_grad_(t.requires_grad) for i, t in tensors.items()}
+
+
+def _copy(t: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    if not has_storage(t) or t.is_conj() or t.is_neg():
+        return t.detach().clone()
+    key = storage_key(t)
+    if key not in storages:
+        storages[key] = t.untyped_storage().clone()
+    whole = torch.empty(0, dtype=t.dtype, device=t.device)
+    return whole.set_(storages[key], t.storage_offset(), t.shape, t.stride())
+
+
 class GraphStep:
     """A piece of a traced graph, bound to the externals of one forward, and the option by which all its runs go."""
 
@@ -112,27 +128,36 @@ class GraphStep:
     def first(self, state: list[Any]) -> list[Any]:
         """Run for the first time, on the caller's own values."""
         values = self._externals.values
-        # What the block changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
-        self._snapshots = {i: values[i].detach().clone() for i in self._piece.volatile}
-        return self._run(state, replay=False)
+        # What the forward changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
+        self._snapshots = copies({i: values[i] for i in self._piece.volatile})
+        if not self._piece.is_compiled:
+            return self._run(state, {})
+        # A compiled block may save what it was given where the user's code saves a copy (AOTAutograd takes a `clone`
+        # for nothing): it must not be given what a later block changes. It works on copies, which are written back.
+        # A parameter is given as it is, or its gradient would be the copy's.
+        taken = {i: t for i, t in self._snapshots.items() if not t.requires_grad}
+        written = [i for i in self._piece.written if i in taken]
+        working = taken | copies({i: taken[i] for i in written})
+        results = self._run(state, working)
+        for i in written:
+            values[i].copy_(working[i])
+        return results
 
     def again(self, state: list[Any]) -> list[Any]:
-        """Run again, on copies of what the first run changed."""
-        return self._run(state, replay=True)
+        """Run again, on copies of what the forward changed."""
+        for s in self._piece.reads:
+            if s.origin == EXTERNAL and s.index not in self._snapshots:
+                self._externals.value(s.index, self.name)  # checks that it is what it was
+        return self._run(state, copies(self._snapshots))
 
-    def _run(self, state: list[Any], *, replay: bool) -> list[Any]:
+    def _run(self, state: list[Any], instead: Mapping[int, torch.Tensor]) -> list[Any]:
+        """Run the piece, on `instead` where it names an external."""
+        values = self._externals.values
         arguments = [
-            self._external(s.index, replay=replay) if s.origin == EXTERNAL else state[s.index]
+            (instead[s.index] if s.index in instead else values[s.index]) if s.origin == EXTERNAL else state[s.index]
             for s in self._piece.reads
         ]
         carried = {s.index: state[s.index] for s in self._piece.state if s.origin == STATE}
         state.clear()
         made = self._call(arguments)
         return [made[s.index] if s.origin == MADE else carried[s.index] for s in self._piece.state]
-
-    def _external(self, index: int, *, replay: bool) -> Any:
-        if not replay:
-            return self._externals.values[index]
-        if index in self._snapshots:
-            return self._snapshots[index].clone()
-        return self._externals.value(index, self.name)
