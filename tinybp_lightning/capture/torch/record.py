@@ -23,7 +23,7 @@ from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
 from tinybp_lightning.graph.verify import verify_graph
 
-__all__ = ["enters_transform", "is_op", "record_graph"]
+__all__ = ["enters_transform", "is_op", "module_path", "record_graph"]
 
 _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 # These change their running statistics without raising the version counter (seen on torch 2.13, CPU and fake).
@@ -172,7 +172,7 @@ class _Recorder(fx.Interpreter):
                 id=NodeId(len(self._nodes)),
                 name=n.name,
                 op=_op_name(n),
-                module=_module_path(n),
+                module=module_path(n),
                 reads=tuple(reads),
                 makes=(made,),
                 writes=_unique(self._storage(t, StorageKind.ACTIVATION) for t in written),
@@ -252,8 +252,8 @@ def _op_name(n: fx.Node) -> str:
     return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target))
 
 
-def _module_path(n: fx.Node) -> str:
-    """The dotted path of the innermost module, from Dynamo's `nn_module_stack` (`L['self'].layers.0.mlp`)."""
+def module_path(n: fx.Node) -> str:
+    """Return the dotted path of a node's innermost module, from Dynamo's `nn_module_stack` (`L['self'].layers.0`)."""
     stack = n.meta.get("nn_module_stack")
     if not stack:
         return ""

@@ -39,6 +39,7 @@ from tinybp_lightning.runtime.torch.ambient import (
     random_state_now,
     set_random_state,
 )
+from tinybp_lightning.runtime.torch.check import CheckedBook, is_checking
 from tinybp_lightning.runtime.torch.script import Move, Script
 from tinybp_lightning.runtime.torch.slots import Reference, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, Step, fresh_leaves
@@ -98,6 +99,7 @@ class Run:
         self._steps: list[Step] = []
         self._random: dict[int, RandomState] = {}
         self._last_random: RandomState | None = None
+        self._book = CheckedBook if is_checking() else SlotBook
         self._books: dict[int, SlotBook] = {}
         self._requires_grad: list[list[bool]] = []
         self._stored: dict[int, _Stored] = {}
@@ -124,7 +126,7 @@ class Run:
             with closing_regions():
                 out = step.first(state)
         else:
-            book = SlotBook(index, self._externals.storages, state)
+            book = self._book(index, self._externals.storages, state, name=step.name)
             self._books[index] = book
             with torch.autograd.graph.saved_tensors_hooks(book.pack, self._unpack), closing_regions():
                 out = step.first(state)
@@ -156,13 +158,7 @@ class Run:
             task = graph_task_id()
             if packed.value is None:
                 self._materialise(BlockId(packed.block), task)
-            value, packed.value = packed.value, None
-            if value is None:
-                raise ReplayError(
-                    f"block `{self._steps[packed.block].name}` saved tensor {packed.position} in the forward, but its "
-                    "replay did not. The block does not do the same thing twice."
-                )
-            return value
+            return packed.take(self._steps[packed.block].name)
 
     def _materialise(self, block: BlockId, task: int) -> None:
         started = time.perf_counter()
@@ -225,6 +221,7 @@ class Run:
         state = self._read(block)
         book.fill_aliases(state)
         if stops_early and book.num_replayed == 0:
+            book.check_values()
             return
         self.stats.replayed_blocks += 1
         out: list[Any] | None = None
@@ -236,6 +233,7 @@ class Run:
         ):
             out = self._steps[block].again(state)
         state.clear()
+        book.check_values()
         if out is not None:
             book.check_complete(self._steps[block].name)
             self._cursor = (block + 1, [_detached(t) for t in out])

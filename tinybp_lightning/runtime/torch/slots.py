@@ -17,9 +17,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.runtime.torch.ambient import closing_regions
+from tinybp_lightning.runtime.torch.places import fills_after_saving, running_op
 from tinybp_lightning.runtime.torch.steps import has_storage
 
-__all__ = ["Reference", "Slot", "SlotBook", "StopReplay", "forget", "never_unpacked"]
+__all__ = ["ADVICE", "Reference", "Slot", "SlotBook", "StopReplay", "forget", "never_unpacked"]
+
+ADVICE = (
+    "It does not do the same thing twice: it has an op that is not deterministic "
+    "(torch.use_deterministic_algorithms(True) makes it so, or names it), or it reads state that it changes "
+    "(a counter, a cache, a generator of its own). `tbp.keep(module)` has a module run once only."
+)
 
 
 def forget(_: torch.Tensor) -> Any:
@@ -39,12 +46,32 @@ class StopReplay(Exception):  # noqa: N818 - control flow, never an error
 class Slot:
     """What autograd holds in place of one saved tensor; `value` is filled just before it is needed, and taken once."""
 
-    __slots__ = ("__weakref__", "block", "position", "value")
+    __slots__ = ("__weakref__", "block", "position", "value", "version")
 
     def __init__(self, block: int, position: int) -> None:
         self.block = block
         self.position = position
         self.value: torch.Tensor | None = None
+        self.version = 0
+
+    def fill(self, value: torch.Tensor) -> None:
+        """Put a tensor that shares its version counter with the one that the replay goes on with."""
+        self.value, self.version = value, value._version
+
+    def take(self, reader: str) -> torch.Tensor:
+        """Return the tensor and let go of it. Raises `ReplayError` if there is none, or it was changed since."""
+        value, self.value = self.value, None
+        if value is None:
+            raise ReplayError(
+                f"block `{reader}` saved tensor {self.position} in the forward, but its replay did not. {ADVICE}"
+            )
+        if value._version != self.version:  # autograd leaves this check to whoever packs
+            raise ReplayError(
+                f"block `{reader}` needs a tensor of shape {tuple(value.shape)} for its gradient, but changed it in "
+                f"place after it was saved (version {value._version}, expected {self.version}). Plain training cannot "
+                "do that either: use the out-of-place form of the op that changes it."
+            )
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +114,16 @@ class _Alias:
 
 
 class SlotBook:
-    """One block's saved tensors, in the order in which autograd saved them."""
+    """One block's saved tensors, in the order in which autograd saved them.
 
-    def __init__(self, block: int, external_storages: frozenset[int], state: Sequence[Any]) -> None:
+    **Arguments:** `block`, `name`: its number, and what messages call it; `state`: the leaves that it starts from.
+    """
+
+    def __init__(
+        self, block: int, external_storages: frozenset[int], state: Sequence[Any], *, name: str | None = None
+    ) -> None:
         self._block = block
+        self._name = str(block) if name is None else name
         self._external = external_storages
         self._inputs: dict[int, tuple[int, torch.Tensor, int]] = {}
         for i, t in enumerate(state):
@@ -138,7 +171,7 @@ class SlotBook:
         for alias in self._aliases:
             slot = alias.slot()
             if slot is not None:
-                slot.value = _view_of(state[alias.leaf], alias)
+                slot.fill(_view_of(state[alias.leaf], alias))
 
     @contextlib.contextmanager
     def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
@@ -148,12 +181,12 @@ class SlotBook:
         def pack(t: torch.Tensor) -> torch.Tensor | None:
             position = self._filled
             self._filled += 1
-            self._check(position, t)
+            self.check(position, t)
             reference = self._slots[position]
             slot = reference() if reference is not None else None
             if slot is not None:
-                slot.value = t.detach()  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
-            if stops_early and self._filled == self.num_replayed:
+                slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
+            if stops_early and self._filled == self.num_replayed and not fills_after_saving():
                 raise StopReplay
             return None
 
@@ -164,19 +197,30 @@ class SlotBook:
         """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
         if self._filled != len(self._slots):
             raise ReplayError(
-                f"block `{name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its replay. "
-                "It does not do the same thing twice."
+                f"block `{name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its "
+                f"replay. {ADVICE}"
             )
 
-    def _check(self, position: int, t: torch.Tensor) -> None:
+    def check_values(self) -> None:
+        """End of a replay: nothing to compare, see `CheckedBook`."""
+
+    def check(self, position: int, t: torch.Tensor) -> None:
+        """Raise `ReplayError` if a replay must not save `t` at `position`."""
         if position >= len(self._forms):
-            raise ReplayError(f"the replay of block {self._block} saved more than its {len(self._forms)} tensors.")
+            raise ReplayError(
+                f"the replay of block `{self._name}` saved more than its {len(self._forms)} tensors: "
+                f"{_place()} saved another. {ADVICE}"
+            )
         form = self._forms[position]
         if (t.shape, t.dtype, t.device) != (form.shape, form.dtype, form.device):
             raise ReplayError(
-                f"the replay of block {self._block} saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
-                f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}."
+                f"the replay of block `{self._name}` saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
+                f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}: {_place()} saved it. {ADVICE}"
             )
+
+
+def _place() -> str:
+    return running_op() or "compiled code"
 
 
 def _view_of(leaf: torch.Tensor, alias: _Alias) -> torch.Tensor:
