@@ -20,7 +20,7 @@ from tinybp_lightning.errors import (
 from tinybp_lightning.integrations import _import_hook
 
 if TYPE_CHECKING:
-    from tinybp_lightning.runtime.torch import attach, hcb, restore, run_step
+    from tinybp_lightning.runtime.torch import attach, hcb, keep, restore, run_step
     from tinybp_lightning.runtime.torch.explain import Explanation, explain
     from tinybp_lightning.schedule import Pareto, pareto, plan, simulate
 
@@ -42,6 +42,7 @@ __all__ = [
     "attach",
     "explain",
     "hcb",
+    "keep",
     "pareto",
     "plan",
     "restore",
@@ -57,6 +58,7 @@ _LAZY = {
     "attach": "tinybp_lightning.runtime.torch",
     "explain": "tinybp_lightning.runtime.torch.explain",
     "hcb": "tinybp_lightning.runtime.torch",
+    "keep": "tinybp_lightning.runtime.torch",
     "pareto": "tinybp_lightning.schedule",
     "plan": "tinybp_lightning.schedule",
     "restore": "tinybp_lightning.runtime.torch",

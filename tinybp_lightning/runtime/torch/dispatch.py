@@ -15,11 +15,12 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
+from tinybp_lightning.capture.torch.dynamo import Tracer
 from tinybp_lightning.config import BudgetKind, HCBConfig
-from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.errors import CaptureError, HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.keep import kept_paths
 from tinybp_lightning.runtime.torch.memory import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.pilot import Pilot
@@ -115,8 +116,8 @@ class Target:
             return self._by_module_steps(reason, args, kwargs)
         try:
             return self._tracer(*args, **kwargs)
-        except CannotTraceError as error:
-            return self._by_module_steps(error.reason, args, kwargs)
+        except CaptureError as error:  # while tracing, or while recording the trace on fake tensors: nothing has run
+            return self._by_module_steps(str(error).splitlines()[0], args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers, self._memory)
@@ -142,7 +143,8 @@ class Target:
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
         self._num_traces[_inputs_of(module)] += 1
-        program = GraphProgram(module, self.name, self._config, self._observers, self._memory)
+        kept = kept_paths(self._module)
+        program = GraphProgram(module, self.name, self._config, self._observers, self._memory, kept)
         self.programs.append(program)
 
         def run(*args: Any) -> Any:

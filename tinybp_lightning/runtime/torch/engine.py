@@ -22,9 +22,10 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import torch
 
@@ -41,7 +42,7 @@ from tinybp_lightning.runtime.torch.ambient import (
 )
 from tinybp_lightning.runtime.torch.check import CheckedBook, is_checking
 from tinybp_lightning.runtime.torch.script import Move, Script
-from tinybp_lightning.runtime.torch.slots import Reference, SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.slots import Reference, Slot, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, Step, fresh_leaves
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
@@ -80,7 +81,8 @@ class Run:
     """One forward of a chain of steps and the backwards that follow it.
 
     **Arguments:** `script`: what to play, each block by its option there; `externals`: of this forward;
-    `devices`: whose generators to guard; `autocast`: in force around the forward.
+    `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what is saved in the
+    first sweep too, until `let_go` is called, if ever.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Run:
         *,
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
+        holds: bool = False,
     ) -> None:
+        self._held: list[weakref.ref[Slot]] | None = [] if holds else None
         self.stats = RunStats()
         self.script = script
         self._externals = externals
@@ -128,7 +132,8 @@ class Run:
         else:
             book = self._book(index, self._externals.storages, state, name=step.name)
             self._books[index] = book
-            with torch.autograd.graph.saved_tensors_hooks(book.pack, self._unpack), closing_regions():
+            pack = book.pack if self._held is None else self._holding(book)
+            with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack), closing_regions():
                 out = step.first(state)
             book.close()
         if not step.is_random and self._random.pop(index, None) is not None:
@@ -137,6 +142,26 @@ class Run:
         if BoundaryId(index + 1) in self.script.stored:
             self._stored[index + 1] = _stored(out)
         return out
+
+    def _holding(self, book: SlotBook) -> Callable[[torch.Tensor], Slot | Reference]:
+        held = cast("list[weakref.ref[Slot]]", self._held)
+
+        def pack(t: torch.Tensor) -> Slot | Reference:
+            packed = book.pack(t)
+            if isinstance(packed, Slot):
+                packed.fill(t.detach())
+                held.append(weakref.ref(packed))
+            return packed
+
+        return pack
+
+    def let_go(self) -> None:
+        """Drop what a run that `holds` has kept: from here on it is as if it had dropped it at once."""
+        for reference in self._held or ():
+            slot = reference()
+            if slot is not None:
+                slot.value = None
+        self._held = None
 
     def dropped_bytes(self, index: int, outputs: Sequence[Any]) -> int:
         """Return the bytes that block `index` gave up in the first sweep; its `outputs` live on in any case."""
@@ -155,6 +180,8 @@ class Run:
         if isinstance(packed, Reference):
             return packed.tensor_checked(self._steps[packed.block].name)
         with self._lock:
+            if self._held is not None:
+                return packed.read(self._steps[packed.block].name)
             task = graph_task_id()
             if packed.value is None:
                 self._materialise(BlockId(packed.block), task)
@@ -184,7 +211,7 @@ class Run:
             if (b + 1 - start) % stride == 0 and b + 1 < block:
                 moves.append(Move(Store(BoundaryId(b + 1)), stops_early=False))
         self._play([*moves, Move(ForwardSave(block), stops_early=True)])
-        for b in [b for b in self._stored if b > block]:
+        for b in [b for b in self._stored if b > block and b not in self.script.pinned]:
             del self._stored[b]
 
     def _play(self, moves: Sequence[Move]) -> None:

@@ -26,9 +26,11 @@ from tinybp_lightning.graph.ids import BlockId, OptionId, StorageId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of, random_state_now
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
+from tinybp_lightning.runtime.torch.keep import has_kept, is_kept, synchronises_ranks
 from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Move, Script
+from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
 from tinybp_lightning.runtime.torch.steps import Externals
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch, stop_tracing
 from tinybp_lightning.schedule.actions import ForwardSave
@@ -56,7 +58,8 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Return the submodules whose calls are blocks, by name: FSDP units, else the innermost repeated parts.
 
     A part is repeated where a container holds two or more of its class, and it has parts itself (an attention block is,
-    a layer of an `nn.Sequential` is not). Around the repeated parts, whatever does not contain any is one block.
+    a layer of an `nn.Sequential` is not). Around the repeated parts, whatever does not contain any is one block. A
+    module that is to be kept is no block, nor part of one.
     """
     units: dict[str, nn.Module] = {}
     sharded = any(_is_sharded(m) for m in root.modules() if m is not root)
@@ -64,18 +67,20 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
 
     def is_split(module: nn.Module) -> bool:
         inside = [c for c in module.modules() if c is not module]
+        if not sharded and any(is_kept(c) for c in inside):
+            return True
         if sharded:
             return not _is_sharded(module) and any(_is_sharded(c) for c in inside)
         return isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
 
     def visit(name: str, module: nn.Module) -> None:
-        if id(module) in seen or next(module.parameters(), None) is None:
+        if id(module) in seen or is_kept(module) or next(module.parameters(), None) is None:
             return
         seen.add(id(module))  # a module in two places has one call to intercept
         if is_split(module):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}", child)
-        elif not sharded or _is_sharded(module):
+        elif not sharded or (_is_sharded(module) and not has_kept(module)):
             units[name] = module
 
     for child_name, child in root.named_children():
@@ -189,6 +194,8 @@ class ModuleSteps:
         self._buffers = list(module.buffers())
         self._volatile: dict[str, set[str]] = {}
         self._warned: set[str] = set()
+        self._kept_units: set[str] = set()  # found to change Python state
+        self._kept_kinds: set[type[nn.Module]] = set()
         self._calls: list[_CallCost] | None = None
         self._runs: list[Run] = []
         self._watch: StepWatch | None = None
@@ -248,7 +255,7 @@ class ModuleSteps:
 
     def intercept(self, unit: str, module: nn.Module, impl: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""
-        if self._calls is None or not torch.is_grad_enabled():
+        if self._calls is None or not torch.is_grad_enabled() or unit in self._kept_units:
             return impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         position = len(self._calls)
@@ -272,8 +279,10 @@ class ModuleSteps:
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
         externals = Externals.of([] if _is_sharded(module) else list(module.parameters()))
         step = _ModuleStep(unit, module, impl, spec, externals=externals, devices=devices, volatile=volatile)
-        run = Run(_REPLAYED, externals, devices=devices, autocast=autocast_now(device_type_of(devices)))
+        autocast = autocast_now(device_type_of(devices))
+        run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time)
         self._runs.append(run)
+        before = python_state(module) if first_time else None
         run.begin(leaves)
         run.sweep(step, list(leaves))
         result, step.result = step.result, None
@@ -282,8 +291,27 @@ class ModuleSteps:
             changed = step.changed_buffers()
             self._volatile[unit] = changed
             step.forget_buffers_but(changed)
+            attributes = [] if before is None else changed_state(before, python_state(module))
+            if attributes:
+                self._keep(unit, module, attributes)
+            else:
+                run.let_go()
         cost.guard_bytes = step.guard_bytes
         return result
+
+    def _keep(self, unit: str, module: nn.Module, attributes: Sequence[str]) -> None:
+        """Leave a unit alone from now on. Its first call still holds what it saved, and is no block of the plan."""
+        self._kept_units.add(unit)
+        if self._calls is not None:
+            self._calls.pop()
+        if type(module) not in self._kept_kinds:  # once for all layers of a kind
+            self._kept_kinds.add(type(module))
+            warnings.warn(
+                f"`{self._name}.{unit}` (`{type(module).__name__}`) is kept, as if marked by `tbp.keep`: its forward "
+                f"changes `{attributes[0]}`, and a replay would change it again.",
+                HCBWarning,
+                stacklevel=2,
+            )
 
     def _kept(self, position: int, unit: str) -> bool:
         if self.pilot is None:
@@ -293,8 +321,7 @@ class ModuleSteps:
 
     def _replayable(self, unit: str, module: nn.Module, leaves: list[Any]) -> bool:
         odd = [t for t in leaves if not isinstance(t, (torch.Tensor, *_PLAIN_DATA))]
-        sync = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
-        if not odd and not (sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not odd and not synchronises_ranks(module):
             return True
         if unit not in self._warned:
             self._warned.add(unit)

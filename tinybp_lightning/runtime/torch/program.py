@@ -28,6 +28,7 @@ from tinybp_lightning.runtime.torch.costs import measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
+from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_script
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
 from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
@@ -53,13 +54,16 @@ class GraphProgram:
         config: HCBConfig,
         observers: Sequence[Observer],
         memory: TargetMemory,
+        kept: Sequence[str] = (),
     ) -> None:
         self._module = module
+        self._kept = tuple(kept)
         self._target = target
         self._memory = memory
         self._config = config
         self._observers = observers
         self._program: Program | None = None
+        self._pinned: frozenset[int] = frozenset()
         self._executor = Executor(config.executor)
         self._compiled: dict[_Situation, Program] = {}
         self._pilots: dict[_Situation, Pilot] = {}
@@ -122,7 +126,7 @@ class GraphProgram:
             self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
         externals = Externals.of(values)
-        run = Run(pilot.script, externals, devices=devices, autocast=autocast)
+        run = Run(pin_script(pilot.script, self._pinned), externals, devices=devices, autocast=autocast)
         try:
             run.begin([])
             state: list[Any] = []
@@ -167,6 +171,8 @@ class GraphProgram:
             if self._program is None:
                 progress.stage("tracing")
                 self._program = self._cut(values)
+                spans = [(piece.span.start, piece.span.stop) for piece in self._program.pieces]
+                self._pinned = blocks_of_modules(self._program.graph, spans, self._kept)
             if self._executor is Executor.INDUCTOR and situation not in self._compiled:
                 progress.stage("compiling", total=len(self._program.pieces))
                 externals = measuring_values(self._program, values)
@@ -181,6 +187,7 @@ class GraphProgram:
                 counts_gradients=budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
                 on_block=progress.advance,
             )
+            chain = pin_chain(chain, self._pinned)
             progress.stage("planning")
             tensors = [v for v in values if isinstance(v, torch.Tensor)]
             room = Room(self._config, device, tensors, self._memory)

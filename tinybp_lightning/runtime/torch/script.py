@@ -39,12 +39,14 @@ class Script:
     `kept[i]`: block i saves its tensors in the first sweep, as in plain training. `options[i]`: of block i's backward,
     and so of every run of it: the autograd graph that the first run leaves behind is the one that backward follows.
     `stored`: boundaries kept from the first sweep. `segments[i]`: what to play just before block i's backward.
+    `pinned`: boundaries among `stored` that are never let go of, because the block before them must not run again.
     """
 
     kept: tuple[bool, ...]
     options: tuple[OptionId, ...]
     stored: frozenset[BoundaryId]
     segments: tuple[tuple[Move, ...], ...]
+    pinned: frozenset[BoundaryId] = frozenset()
 
 
 def split_schedule(schedule: Schedule) -> Script:

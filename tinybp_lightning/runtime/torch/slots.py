@@ -59,19 +59,24 @@ class Slot:
         self.value, self.version = value, value._version
 
     def take(self, reader: str) -> torch.Tensor:
-        """Return the tensor and let go of it. Raises `ReplayError` if there is none, or it was changed since."""
-        value, self.value = self.value, None
-        if value is None:
+        """Return the tensor and let go of it. Raises as `read` does."""
+        value = self.read(reader)
+        self.value = None
+        return value
+
+    def read(self, reader: str) -> torch.Tensor:
+        """Return the tensor. Raises `ReplayError` if there is none, or it was changed since it was put in."""
+        if self.value is None:
             raise ReplayError(
                 f"block `{reader}` saved tensor {self.position} in the forward, but its replay did not. {ADVICE}"
             )
-        if value._version != self.version:  # autograd leaves this check to whoever packs
+        if self.value._version != self.version:  # autograd leaves this check to whoever packs
             raise ReplayError(
-                f"block `{reader}` needs a tensor of shape {tuple(value.shape)} for its gradient, but changed it in "
-                f"place after it was saved (version {value._version}, expected {self.version}). Plain training cannot "
-                "do that either: use the out-of-place form of the op that changes it."
+                f"block `{reader}` needs a tensor of shape {tuple(self.value.shape)} for its gradient, but changed it "
+                f"in place after it was saved (version {self.value._version}, expected {self.version}). Plain training "
+                "cannot do that either: use the out-of-place form of the op that changes it."
             )
-        return value
+        return self.value
 
 
 @dataclass(frozen=True, slots=True)

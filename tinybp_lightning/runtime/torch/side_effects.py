@@ -1,0 +1,56 @@
+"""Which Python state does a module's forward change? Its plain-data attributes, compared before and after a call.
+
+A replay would change them a second time. Numbers, strings and containers of them are compared, in the module and in all
+its parts. Tensors are not: buffers have their own guard, and weight parametrisations and sharding put new tensors in
+place in every forward. What a forward does to objects elsewhere cannot be seen from here.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+__all__ = ["PythonState", "changed_state", "python_state"]
+
+PythonState = Mapping[str, Any]
+
+_MODULES_OWN = frozenset(vars(nn.Module()))
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_MAX_DEPTH = 4
+_OTHER = object()
+
+
+def python_state(module: nn.Module) -> PythonState:
+    """Return the plain-data attributes of `module` and its parts by name, as values that later changes do not reach."""
+    parts = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
+    return {
+        f"{path}.{key}" if path else key: _frozen(value, 0)
+        for path, part in parts
+        if type(part).__name__ != "FullyShardedDataParallel"  # settles its own state in its first forward
+        for key, value in vars(part).items()
+        if key not in _MODULES_OWN
+    }
+
+
+def changed_state(before: PythonState, after: PythonState) -> list[str]:
+    """Return the names of attributes that were changed, added or taken away, sorted."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name, _OTHER) != after.get(name, _OTHER))
+
+
+def _frozen(value: Any, depth: int) -> Any:
+    if isinstance(value, _SCALARS):
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)  # NaN is no change
+    if depth == _MAX_DEPTH:
+        return _OTHER
+    if isinstance(value, (list, tuple, deque)):
+        ordered = cast("Iterable[Any]", value)
+        return (type(cast("Any", value)), tuple(_frozen(v, depth + 1) for v in ordered))
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return (dict, tuple((_frozen(k, depth + 1), _frozen(v, depth + 1)) for k, v in items))
+    if isinstance(value, (set, frozenset)):
+        unordered = cast("Iterable[Any]", value)
+        return (type(cast("Any", value)), frozenset(_frozen(v, depth + 1) for v in unordered))
+    return _OTHER
