@@ -1,10 +1,13 @@
 """A step leaves nothing behind: no tensors, no slots, no runs, no trace that is still on."""
 
 import gc
+import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +64,28 @@ def test_two_hundred_steps_leave_nothing(make: Callable[[], nn.Module], backward
         step(model, backward=backward)
     settle_pending()
     assert counts() == before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
+@pytest.mark.parametrize("make", [residual_net, Broken])
+def test_a_thousand_steps_leave_nothing_with_the_process(make: Callable[[], nn.Module]) -> None:
+    """Saved tensors of a step are 112 KiB: were one of a hundred lost, a MiB would be missed in the second half."""
+    model = tbp.hcb(make(), activation_budget="80%")
+
+    def half() -> tuple[int, int, int]:
+        for _ in range(500):
+            step(model)
+        settle_pending()
+        gc.collect()
+        return resident_bytes(), len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    before, after = half(), half()
+    assert after[0] - before[0] < 2**20
+    assert after[1:] == before[1:]
 
 
 @pytest.fixture

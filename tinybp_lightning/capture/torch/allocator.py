@@ -12,8 +12,9 @@ Note [Nothing but allocations]
     `Optimizer.step`. Marks are therefore allocations themselves, known by their size and address.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,11 +30,13 @@ from tinybp_lightning.capture.torch.private import (
     start_cuda_history,
     stop_cuda_history,
 )
+from tinybp_lightning.capture.torch.turn import Turn
 
-__all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace"]
+__all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace", "tracing_turn"]
 
 profiler: Any = torch_profiler  # its stub hides the functions that start and stop it
 _MARK_BYTES = 739  # a size that no tensor is likely to have
+_TURN = Turn()
 _NO_SCOPES = {RecordScope.LITE_INTERPRETER}  # an empty set would mean all
 _MAX_CUDA_EVENTS = 2_000_000  # past this the allocator's history would overwrite its own beginning
 # Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
@@ -76,12 +79,25 @@ class _Sharded(Protocol):
 
 
 def can_trace(device: torch.device) -> bool:
-    """Whether a trace can be opened now: on CPU only one profiler may run at a time."""
-    return device.type == "cuda" or (device.type == "cpu" and not is_profiling())
+    """Whether a trace can be opened now: by one thread at a time, and on CPU only where no other profiler runs."""
+    with tracing_turn() as is_mine:
+        return is_mine and (device.type == "cuda" or (device.type == "cpu" and not is_profiling()))
+
+
+@contextlib.contextmanager
+def tracing_turn() -> Generator[bool]:
+    """Keep other threads from opening a trace meanwhile; gives whether this one may."""
+    is_mine = _TURN.take()
+    try:
+        yield is_mine
+    finally:
+        if is_mine:
+            _TURN.give_back()
 
 
 def open_trace(device: torch.device) -> AllocatorTrace:
-    """Start to trace the allocator of `device` (`cpu` or `cuda`)."""
+    """Start to trace the allocator of `device` (`cpu` or `cuda`). The caller has seen that it can."""
+    assert _TURN.take(), "another thread traces: ask `can_trace` first, and open under `tracing_turn`"
     return _CudaTrace(device) if device.type == "cuda" else _CpuTrace()
 
 
@@ -111,10 +127,12 @@ class _CpuTrace:
 
     def abandon(self) -> None:
         """Stop without reading."""
+        _TURN.give_back()
         profiler._disable_profiler()
 
     def close(self) -> tuple[Segment, ...]:
         """Stop and return the segments."""
+        _TURN.give_back()
         events, marks = self._read(profiler._disable_profiler())
         _drop_left_out(self._left_out, events, marks)
         return _segments(self._labels, events, marks)
@@ -212,6 +230,7 @@ class _CudaTrace:
 
     def abandon(self) -> None:
         """Stop without reading."""
+        _TURN.give_back()
         self._marks.clear()
         if not self._was_on:
             stop_cuda_history()

@@ -19,6 +19,7 @@ Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing
 import contextlib
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -39,6 +40,8 @@ __all__ = ["CannotTraceError", "Tracer"]
 
 # One code object serves every instance of a class, and every instance and shape needs its own graph.
 _MANY = 4096
+# What is put in place while a forward may be traced is there for all threads: two must not undo each other's.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class CannotTraceError(CaptureError):
@@ -66,7 +69,7 @@ class Tracer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
         try:
-            with _settings(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
+            with _ONE_AT_A_TIME, _settings(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error

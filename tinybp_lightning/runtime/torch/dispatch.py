@@ -25,7 +25,7 @@ from tinybp_lightning.runtime.torch.memory import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.program import GraphProgram
-from tinybp_lightning.runtime.torch.refuse import refuse_unrepeatable
+from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
 from tinybp_lightning.runtime.torch.rewind import Rewinder
 from tinybp_lightning.runtime.torch.watch import settle_pending, stop_listening
 
@@ -200,6 +200,7 @@ class Dispatcher:
             self.target = Target(self.module, self.plain, self.config, self.observers, memory)
             if self._on_claim is not None:
                 self._on_claim(self)
+        refuse_capture()
         return self.target.call(args, kwargs)
 
     def _wants_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

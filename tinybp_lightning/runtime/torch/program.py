@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tinybp_lightning.capture.torch.allocator import can_trace
+from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
@@ -93,9 +93,10 @@ class GraphProgram:
         situation = _Situation(autocast, any(p.grad is not None for p in parameters))
         if situation not in self._pilots:
             stop_tracing()
-            if not can_trace(device):
-                return self._run_unplanned(values)
-            self._pilots[situation] = self._new_pilot(values, device, devices, situation)
+            with tracing_turn():
+                if not can_trace(device):
+                    return self._run_unplanned(values)
+                self._pilots[situation] = self._new_pilot(values, device, devices, situation)
         self.pilot = self._pilots[situation]
         return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
 
@@ -104,8 +105,8 @@ class GraphProgram:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"`{self._target}` is not planned in this step, which keeps everything: a profiler is running, and "
-                "measuring needs one of its own. Let the first steps run unprofiled.",
+                f"`{self._target}` is not planned in this step, which keeps everything: a profiler is running, or "
+                "another thread measures, and measuring needs one of its own. Let the first steps run unprofiled.",
                 HCBWarning,
                 stacklevel=2,
             )

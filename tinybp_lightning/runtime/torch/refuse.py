@@ -1,19 +1,87 @@
-"""Which modules must not be replayed at all? Those whose second run cannot be made equal to the first.
+"""What is not trained at all, and why? Wrong arguments, and modules whose second run cannot be made equal to the first.
 
 cuDNN's recurrent layers draw dropout between layers from a state of their own, seeded once and then advancing by
 itself (ATen/native/cudnn/RNN.cpp): putting torch's generator back does not bring the mask back, so a replay would give
 wrong gradients without a word. Found by reading; torch.utils.checkpoint has the same hole.
 """
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from tinybp_lightning.errors import UnsupportedModuleError
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.errors import ConfigError, UnsupportedModuleError
 
-__all__ = ["redraws_dropout", "refuse_unrepeatable"]
+__all__ = [
+    "redraws_dropout",
+    "refuse_capture",
+    "refuse_other_than_module",
+    "refuse_unrepeatable",
+    "refuse_unsupported",
+    "refuse_wrong_options",
+]
+
+_OBSERVER_METHODS = ("on_plan", "on_replay")
+_FAKE_QUANTISED = ("FakeQuantizeBase", "ObserverBase")
+
+
+def refuse_other_than_module(value: object) -> None:
+    """Raise `UnsupportedModuleError` for what is no module."""
+    if not isinstance(value, nn.Module):
+        raise UnsupportedModuleError(f"`{type(value).__name__}` is no torch.nn.Module: pass the model itself.")
+
+
+def refuse_wrong_options(config: object, observers: object, *, discover: object) -> None:
+    """Raise `ConfigError` for options of `attach` that are of a wrong type."""
+    if config is not None and not isinstance(config, HCBConfig):
+        raise ConfigError(f"`config={config!r}` is no HCBConfig: write `HCBConfig(memory_budget=...)`.")
+    if isinstance(observers, (str, bytes)) or not isinstance(observers, Sequence):
+        raise ConfigError(f"`observers={observers!r}` is no sequence: write `observers=[observer]`.")
+    for observer in cast("Sequence[Any]", observers):
+        missing = [name for name in _OBSERVER_METHODS if not callable(getattr(observer, name, None))]
+        if missing:
+            raise ConfigError(
+                f"`observers` has a `{type(observer).__name__}` without a method `{missing[0]}`: an observer has "
+                "`on_plan(plan)` and `on_replay(profile)`."
+            )
+    if not isinstance(discover, bool):
+        raise ConfigError(f"`discover={discover!r}` is neither True nor False.")
+
+
+def refuse_unsupported(root: nn.Module) -> None:
+    """Raise `UnsupportedModuleError` for kinds of modules that the engine does not train."""
+    for name, part in cast("Iterator[tuple[str, nn.Module]]", root.named_modules()):
+        kind = type(part).__name__
+        shown = f"`{name}` (`{kind}`)" if name else f"`{kind}`"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UnsupportedModuleError(
+                f"{shown} is TorchScript, which runs outside of Python: pass the eager module."
+            )
+        if isinstance(part, nn.DataParallel):
+            raise UnsupportedModuleError(
+                f"{shown} copies its module in every forward, and each copy would need a plan: use "
+                "DistributedDataParallel."
+            )
+        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+            raise UnsupportedModuleError(
+                f"{shown} is quantised and has no backward: train the float module, and quantise it afterwards."
+            )
+        if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
+            raise UnsupportedModuleError(
+                f"{shown} observes ranges while it runs, and a replay would move them again: leave it out of the "
+                "module that is put under the budget."
+            )
+
+
+def refuse_capture() -> None:
+    """Raise `UnsupportedModuleError` while a CUDA graph is captured: plans change, and a captured step cannot."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModuleError(
+            "a training forward under a budget cannot be captured into a CUDA graph: its replays are decided step by "
+            "step. Capture the model without `hcb` (`tbp.restore(model)`), or do not capture."
+        )
 
 
 def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:
@@ -24,7 +92,8 @@ def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:
 
 
 def refuse_unrepeatable(module: nn.Module) -> None:
-    """Raise `UnsupportedModuleError` if some part of `module` cannot be run twice with the same result."""
+    """Raise `UnsupportedModuleError` if some part of `module` cannot be run twice with the same result, or at all."""
+    refuse_unsupported(module)
     parts = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
     for name, part in parts:
         parameter = next(part.parameters(), None)

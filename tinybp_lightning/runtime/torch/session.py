@@ -17,6 +17,7 @@ from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleEr
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.dispatch import Dispatcher, Target, dispatcher_of
 from tinybp_lightning.runtime.torch.memory import OptimizerState
+from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported, refuse_wrong_options
 
 __all__ = ["Session", "attach", "hcb", "restore", "targets"]
 
@@ -84,9 +85,12 @@ def attach(
     """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
 
     **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward,
-    or is compiled as a whole.
+    is compiled as a whole, or has parts that cannot be trained this way; `ConfigError` for options of a wrong type.
     """
+    refuse_wrong_options(config, observers, discover=discover)
     _check(root)
+    if not discover:  # otherwise each target, when it is found: a part that is never trained does no harm
+        refuse_unsupported(root)
     if not discover and type(root).forward is nn.Module.forward and "forward" not in vars(root):
         raise UnsupportedModuleError(
             f"`{type(root).__name__}` has no forward of its own, so it is never called: pass the module that calls it."
@@ -120,12 +124,14 @@ def hcb(
     given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom)
     if config is not None and given != HCBConfig():
         raise ConfigError("`config` was given together with single options: expected one or the other.")
+    refuse_wrong_options(config, observers, discover=False)
     attach(module, config=config or given, observers=observers)
     return module
 
 
 def restore(module: M) -> M:
     """Undo `hcb` on `module` and on everything below it. Returns the same object, as it was."""
+    refuse_other_than_module(module)
     for part in module.modules():
         if (dispatcher := dispatcher_of(part)) is not None:
             dispatcher.remove()
@@ -134,6 +140,7 @@ def restore(module: M) -> M:
 
 def targets(module: nn.Module) -> tuple[Target, ...]:
     """Return the targets at or below `module` that have been called in training."""
+    refuse_other_than_module(module)
     found = [dispatcher_of(part) for part in module.modules()]
     return tuple(d.target for d in found if d is not None and d.target is not None)
 
@@ -144,8 +151,7 @@ def _check(root: nn.Module) -> None:
             f"`{type(root).__name__}` is the result of torch.compile: pass the module inside it, "
             'and use `executor="inductor"` to have blocks compiled.'
         )
-    if not isinstance(root, nn.Module):
-        raise UnsupportedModuleError(f"`{type(root).__name__}` is no torch.nn.Module: pass the model itself.")
+    refuse_other_than_module(root)
     if compiled_call_impl(root) is not None:
         raise UnsupportedModuleError(
             f"`{type(root).__name__}.compile()` was called: leave it out, "

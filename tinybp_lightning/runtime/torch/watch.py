@@ -10,6 +10,7 @@ Note [Stopping a trace]
 """
 
 import atexit
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace, tracing_turn
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 
@@ -51,7 +52,7 @@ class StepWatch:
     def __init__(
         self, device: torch.device, parameters: Sequence[torch.Tensor], budget: Budget, *, wants_trace: bool
     ) -> None:
-        traced = wants_trace and can_trace(device)
+        self.thread = threading.current_thread()
         self._started = time.perf_counter()
         self._forward_s = 0.0
         self._backward_started = 0.0
@@ -60,11 +61,12 @@ class StepWatch:
         StepWatch.num_started += 1
         self._number = StepWatch.num_started
         self._num_others = 0
-        if traced:
+        with tracing_turn():
+            self._trace: AllocatorTrace | None = open_trace(device) if wants_trace and can_trace(device) else None
+        if self._trace is not None:
             atexit.unregister(stop_tracing)
             atexit.register(stop_tracing)  # a profiler left on crashes the process when it ends
             _TRACING.append(self)
-        self._trace: AllocatorTrace | None = open_trace(device) if traced else None
         self._on_end: Callable[[StepWatch], None] | None = None
         self.measured: Measured | None = None
         self.step_s = 0.0
@@ -144,8 +146,10 @@ class StepWatch:
         """
         if self.ended:
             return
-        self.untrace()
         self._on_end = None
+        if self.thread is not threading.current_thread():
+            return  # the thread that opened the trace closes it, for nobody
+        self.untrace()
         self.ended = True
         if self in _PENDING:
             _PENDING.remove(self)
@@ -157,21 +161,22 @@ _HANDLES: list[RemovableHandle] = []
 
 
 def settle_pending() -> None:
-    """Close the traces of steps whose backward has ended. Called outside backward only."""
+    """Close this thread's traces of steps whose backward has ended. Called outside backward only."""
     while _HANDLES:
         _HANDLES.pop().remove()
     _settle_all()
 
 
 def _settle_all() -> None:
-    while _PENDING:
-        _PENDING.pop().settle()
+    for watch in _mine(_PENDING):
+        _PENDING.remove(watch)
+        watch.settle()
 
 
 def stop_tracing() -> None:
-    """Give up the traces that are open: another target must be measured now, and there is one profiler."""
+    """Give up this thread's traces: another target must be measured now, and there is one profiler."""
     settle_pending()
-    for watch in tuple(_TRACING):
+    for watch in _mine(_TRACING):
         watch.untrace()
 
 
@@ -179,6 +184,11 @@ def stop_listening() -> None:
     """Take the hooks away if nothing waits for an optimizer's step."""
     while _HANDLES and not _PENDING:
         _HANDLES.pop().remove()
+
+
+def _mine(watches: Sequence[StepWatch]) -> list[StepWatch]:
+    """Those of this thread, the newest first: a profiler is stopped by the thread that started it."""
+    return [w for w in reversed(watches) if w.thread is threading.current_thread()]
 
 
 def _listen() -> None:
