@@ -257,6 +257,23 @@ class NewBuffer(CountsCalls):
         return x
 
 
+class ClipsItsWeights(nn.Module):
+    """Changes parameters that want gradients, in the middle of the forward, and reads one before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(x + layer.bias.detach().sum())
+            with torch.no_grad():
+                layer.weight.clamp_(-0.1, 0.1)
+                layer.bias.mul_(0.9)
+            x = torch.sin(layer(x) + x)
+        return x
+
+
 class AutocastInside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -339,6 +356,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], LossOf]] = {
     "batch-norm": (Norms, square_loss),
     "own-buffer": (CountsCalls, square_loss),
     "new-buffer": (NewBuffer, square_loss),
+    "clipped-weights": (ClipsItsWeights, square_loss),
     "autocast": (residual_net, autocast_loss),
     "autocast-inside": (AutocastInside, square_loss),
     "random": (RandomEverywhere, square_loss),
