@@ -49,8 +49,12 @@ def test_every_action_of_a_long_schedule_finds_its_segment() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
-    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0.1", "option 0")],
+    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "goes by option `0`")],
 )
 def test_what_the_engine_cannot_play_is_an_error(schedule: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         split_schedule(from_text(schedule))
+
+
+def test_every_run_of_a_block_goes_by_the_option_of_its_backward() -> None:
+    assert split_schedule(from_text("F0 S1 F1 K1.2 D1 B1.2 K0.1 B0.1")).options == (1, 2)
