@@ -66,6 +66,7 @@ class RelaxedChain:
     `loss_bytes` is alive at the loss whatever is held. `options[b]` are those of block `b` that fit at all.
     """
 
+    chain: Chain
     num_blocks: int
     left_bytes: int
     first_bytes: _Floats
@@ -88,6 +89,7 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
             matrix[i, end_of[storage]] += chain.storage_bytes[storage]
     zero = np.zeros((num_blocks + 1, 1))
     return RelaxedChain(
+        chain=chain,
         num_blocks=num_blocks,
         left_bytes=left_bytes,
         first_bytes=np.hstack([zero, np.cumsum(first, axis=1)]),
