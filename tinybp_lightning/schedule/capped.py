@@ -16,16 +16,29 @@ from numpy.typing import NDArray
 from tinybp_lightning.schedule.held import HeldSets
 from tinybp_lightning.schedule.relaxed import RelaxedChain
 
-__all__ = ["capped_bound_s"]
+__all__ = ["affordable_slots", "capped_bound_s"]
 
 _Times = NDArray[np.float64]
 _INFINITE = float(np.inf)
 _SAFE = 1e-9
 """Slots that a quotient may be off by rounding: always in favour of a lower bound."""
 _UNITS_TRIED = 400
+_MAX_SETS = 8
+_WORK = 8e8
+"""About how many elementary steps a bound may take: two or three seconds."""
+_MIN_SLOTS, _MAX_SLOTS = 24, 1000
 
 
-def capped_bound_s(relaxed: RelaxedChain, *, num_slots: int, max_sets: int = 8) -> float:
+def affordable_slots(relaxed: RelaxedChain) -> int:
+    """Return how many slots a bound of this chain can have in a few seconds; 0 if too few for a useful bound."""
+    n, held = relaxed.num_blocks, HeldSets(relaxed.chain, max_sets=_MAX_SETS)
+    # At each boundary and for each of its held sets: every end with every fork before it.
+    num_forks = sum(held.count(i) * (n - i + 1) ** 3 / 6 for i in range(n))
+    num_slots = min(_MAX_SLOTS, int(_WORK / num_forks))
+    return num_slots if num_slots >= _MIN_SLOTS else 0
+
+
+def capped_bound_s(relaxed: RelaxedChain, *, num_slots: int, max_sets: int = _MAX_SETS) -> float:
     """Return a lower bound on the seconds of every legal schedule within the budget; infinite if there is none.
 
     **Arguments:** `num_slots`: about how many whole pieces the bytes left are counted in. `max_sets`: how many sets

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward, Schedule
 from tinybp_lightning.schedule.bound import PricedChain
-from tinybp_lightning.schedule.capped import capped_bound_s
+from tinybp_lightning.schedule.capped import affordable_slots, capped_bound_s
 from tinybp_lightning.schedule.relaxed import relax
 from tinybp_lightning.schedule.simulate import Timeline
 
@@ -31,8 +31,6 @@ _STRIDES = 50
 _LONG_BLOCKS = 400
 """Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search."""
 _LOOSE = 0.02
-_CAPPED_BLOCKS = 80
-_CAPPED_SLOTS = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +78,9 @@ def certify(
     if priced_s < plain_s:
         priced_s, prices = plain_s, np.zeros(num_blocks + 2)
     capped_s = 0.0
-    if num_blocks <= _CAPPED_BLOCKS and priced_s < timeline.total_s * (1 - _TIGHT):
-        capped_s = capped_bound_s(relaxed, num_slots=_CAPPED_SLOTS)
+    if priced_s < timeline.total_s * (1 - _TIGHT):
+        num_slots = affordable_slots(relaxed)
+        capped_s = capped_bound_s(relaxed, num_slots=num_slots) if num_slots else 0.0
     return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
 
 

@@ -6,12 +6,14 @@ import numpy as np
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.helpers import HelperTree
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
 
 __all__ = ["Grid", "slot_bytes", "storable_boundaries"]
 
+_Tree = IntervalTree | ShortTree | HelperTree
 _UNITS_TRIED = 2000
 _MAX_WINDOW = 4
 
@@ -23,20 +25,20 @@ class Grid:
     """
 
     def __init__(
-        self, fill: Callable[[int], IntervalTree | ShortTree], *, unit_bytes: int, num_slots: int, step: int = 1
+        self, fill: Callable[[int], _Tree], *, unit_bytes: int, num_slots: int, step: int = 1
     ) -> None:
         self._step = step
         self._fill = fill
         self.unit_bytes = unit_bytes
         self.span_bytes = unit_bytes * num_slots
         self._max_slots = num_slots
-        self._tree: IntervalTree | ShortTree | None = None
+        self._tree: _Tree | None = None
 
     def spans(self, left_bytes: int) -> bool:
         """Whether the table goes on past the margin above `left_bytes`."""
         return self._wanted(left_bytes) <= self._max_slots
 
-    def tree(self, left_bytes: int) -> IntervalTree | ShortTree:
+    def tree(self, left_bytes: int) -> _Tree:
         """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
         num_slots = min(self._max_slots, self._wanted(left_bytes))
         if self._tree is None or num_slots > self._tree.num_slots:

@@ -8,6 +8,7 @@ that spans it and all finer ones. So every candidate for a budget is one for any
 with the budget. A table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_bloc
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
+from tinybp_lightning.schedule.helpers import HelperTree, helper_rows
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
@@ -38,6 +40,10 @@ _MAX_CELLS = 4e7
 _MAX_CUTS = 200
 _SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
+_HELPED_BLOCKS = 72
+_HELPED_SLOTS = 600
+_HELPED_SPAN = 1.5
+"""Helpers pay where bytes are short: their table spans budgets up to so many times the smallest tree's."""
 _FINER = 4
 _TIME_TOLERANCE = 1e-5
 """The table's times are float32 sums; candidates this close are compared by their exact times."""
@@ -171,11 +177,11 @@ class Planner:
     @cached_property
     def _smallest(self) -> _Candidate:
         """The candidate with the smallest peak; on a short chain helpers can reach below the smallest tree."""
-        persistent = self._smallest_tree
-        steps = [] if self._short_grid is None else self._short_grid.steps(self._floor.smallest_bytes)
-        if self._short_grid is None or not steps:
-            return persistent
-        return min(persistent, self._at(self._short_grid, steps[-1][0]), key=lambda c: c.timeline.peak_bytes)
+        known = [self._smallest_tree]
+        for grid in self._helped_grids:
+            steps = grid.steps(self._floor.smallest_bytes)
+            known += [self._at(grid, steps[-1][0])] if steps else []
+        return min(known, key=lambda c: c.timeline.peak_bytes)
 
     @cached_property
     def _smallest_tree(self) -> _Candidate:
@@ -216,18 +222,19 @@ class Planner:
         return Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots, step=step)
 
     @cached_property
-    def _short_grid(self) -> Grid | None:
-        """One more table for a short chain; see `short`."""
+    def _helped_grids(self) -> list[Grid]:
+        """More tables for a chain that is not long, of schedules with helpers; see `short` and `helpers`."""
         num_blocks = len(self._chain.blocks)
-        if num_blocks > _SHORT_BLOCKS:
-            return None
+        if num_blocks > _HELPED_BLOCKS:
+            return []
         tables = Tables(self._chain, cuts=tuple(range(1, num_blocks)), passing=True)
-        unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
-
-        def fill(num_slots: int) -> ShortTree:
-            return ShortTree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
-
-        return Grid(fill, unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)
+        if num_blocks <= _SHORT_BLOCKS:
+            unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
+            return [Grid(_filler(ShortTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)]
+        num_slots = int(np.clip(_MAX_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
+        wanted_bytes = int(_HELPED_SPAN * self._floor.smallest_bytes) // num_slots
+        unit_bytes = slot_bytes(tables, wanted_bytes=wanted_bytes)
+        return [Grid(_filler(HelperTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=num_slots)]
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
@@ -236,7 +243,9 @@ class Planner:
             best = self._walk(grid, budget_bytes, best)
             if grid.spans(left_bytes):
                 break
-        return best if self._short_grid is None else self._walk(self._short_grid, budget_bytes, best)
+        for grid in self._helped_grids:
+            best = self._walk(grid, budget_bytes, best)
+        return best
 
     def _walk(self, grid: "Grid", budget_bytes: int, best: _Candidate) -> _Candidate:
         for slots, seconds in grid.steps(budget_bytes - self._chain.workspace_bytes):
@@ -270,6 +279,12 @@ class Planner:
             smallest_bytes=self.smallest_bytes,
             bottleneck=bottleneck,
         )
+
+
+def _filler(
+    tree: type[ShortTree | HelperTree], tables: Tables, unit_bytes: int
+) -> Callable[[int], ShortTree | HelperTree]:
+    return lambda num_slots: tree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
 
 
 def _keep_fastest(chain: Chain) -> Schedule:

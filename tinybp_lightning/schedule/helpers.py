@@ -1,0 +1,181 @@
+"""Which schedule with helpers is fastest for every number of bytes left? The recursion of `short`, filled by arrays.
+
+A helper is a boundary that is stored for a while and made again later (`short` says more). Its split to a far boundary
+is here a chain of small ones: *hold* boundary `i`, run block `i`, go on from `i + 1`; or *pass*, and release `i`. So
+all moves lead to `i` or `i + 1`, a table is filled from the one behind it, and filling takes `n^4 / 24` times the
+number of slots and states in steps. For chains of some dozens of blocks, where budgets are tight.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.rows import INFINITE, Slots, Times
+from tinybp_lightning.schedule.tables import State, Tables
+from tinybp_lightning.schedule.unfold import KeepHere, Move, Node, PassBy, RunOut, SplitAt, unfold
+
+__all__ = ["HelperTree", "helper_rows"]
+
+
+def helper_rows(tables: Tables) -> int:
+    """Return how many rows, one for each segment, the table of a chain has."""
+    n = tables.num_blocks
+    return sum((n - s.boundary + 1) * (n - s.boundary) // 2 for s in tables.states) + len(tables.states)
+
+
+class HelperTree:
+    """The filled table; `seconds[m]` is the least time of a whole step with `m` slots of `unit_bytes` left.
+
+    **Arguments:** `tables`: with every interior boundary a cut, and `passing`.
+    """
+
+    def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
+        self._tables = tables
+        self._slots = Slots(unit_bytes, num_slots + 1)
+        self.num_slots = num_slots
+        # Rows of `(low, end)` with `boundary <= low < end`, and rows of `low` for the rest of the first sweep.
+        self._segments: list[Times] = [np.empty((0, 0), np.float32)] * len(tables.states)
+        self._sweeps: list[Times] = [np.empty((0, 0), np.float32)] * len(tables.states)
+        after: dict[int, Times] = {}
+        for boundary in reversed(range(tables.num_blocks + 1)):
+            here = [k for k, state in enumerate(tables.states) if state.boundary == boundary]
+            after = {k: self._fill(k, after) for k in here}
+        self.seconds = self._sweeps[tables.start][0]
+
+    def schedule(self, slots: int) -> Schedule:
+        """Return the fastest schedule for `slots`, in the table's rounded bytes."""
+        return unfold(self._tables, self, Node(self._tables.start, None, slots))
+
+    def choose(self, node: Node) -> Move:
+        """Return the best move at `node` (`Chooser`)."""
+        state = self._tables.states[node.state]
+        low = state.boundary if node.low is None else node.low
+        moves = self._keeps(node, state) if low == state.boundary else [self._pass(node, state, low)]
+        if node.end is None:
+            need_bytes, forward_s = self._tables.run_out(state.boundary)
+            left = Node(node.state, self._tables.num_blocks - 1, node.left, low)
+            if node.left >= self._slots.need(need_bytes):
+                moves.append((forward_s + self._rest_s(left), RunOut(left)))
+        moves += self._hold(node, state, low)
+        best_s, best = min(moves, key=lambda move: move[0])
+        assert best_s < INFINITE, f"no move at {node}: the table said that one fits"
+        return best
+
+    def _fill(self, index: int, after: dict[int, Times]) -> Times:
+        """Fill the rows of one state from the unpacked rows of the states at the next boundary."""
+        tables, state, slots = self._tables, self._tables.states[index], self._slots
+        i, count = state.boundary, tables.num_blocks - state.boundary
+        segment = np.full((count, count, slots.width), INFINITE, np.float32)
+        sweep = np.full((max(1, count), slots.width), INFINITE, np.float32)
+        if not count:
+            sweep[0, slots.need(tables.tail_need_bytes) :] = 0
+            self._sweeps[index] = sweep
+            return segment
+        self._fill_keeps(state, segment, sweep, after)
+        if count > 1:
+            need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes
+            passed, passed_sweep = self._moved(state, state.pass_state, state.pass_held_bytes, need_bytes, after)
+            segment[1:, 1:], sweep[1:] = passed, passed_sweep
+            held_bytes, need_bytes = int(state.split_held_bytes[0]), int(state.split_need_bytes[0])
+            held, held_sweep = self._moved(state, int(state.split_states[0]), held_bytes, need_bytes, after)
+            for q in range(1, count):
+                lows = segment[:q, q:]
+                np.minimum(lows, segment[:q, q - 1, None] + held[q - 1, q - 1 :], out=lows)
+                np.minimum(sweep[:q], segment[:q, q - 1] + held_sweep[q - 1], out=sweep[:q])
+        need_bytes, forward_s = tables.run_out(i)
+        start = slots.need(need_bytes)
+        through = segment[:, count - 1, start:] + np.float32(forward_s)
+        np.minimum(sweep[:, start:], through, out=sweep[:, start:])
+        self._segments[index], self._sweeps[index] = segment[np.triu_indices(count)], sweep
+        return segment
+
+    def _fill_keeps(self, state: State, segment: Times, sweep: Times, after: dict[int, Times]) -> None:
+        slots, standing, i = self._slots, self._tables.standing_bytes, state.boundary
+        for keep in state.keeps:
+            start = slots.need(max(keep.replay_need_bytes + standing[i + 1], keep.backward_need_bytes))
+            alone = segment[0, 0, start:]
+            np.minimum(alone, np.float32(keep.replay_s + keep.backward_s), out=alone)
+            shift, kept_s = slots.held(keep.held_bytes), np.float32(state.forward_s + keep.backward_s)
+            for k in range(1, len(segment)):
+                needs = max(keep.save_need_bytes + standing[i + 1 + k], keep.backward_need_bytes)
+                self._offer(segment[0, k], after[keep.next_state][0, k - 1], shift, slots.need(needs), kept_s)
+            needs = max(keep.save_need_bytes, keep.backward_need_bytes)
+            self._offer(sweep[0], self._sweeps[keep.next_state][0], shift, slots.need(needs), kept_s)
+
+    def _offer(self, times: Times, rest: Times, shift: int, need: int, seconds: np.float32) -> None:
+        start, width = max(shift, need), self._slots.width
+        if start < width:
+            np.minimum(times[start:], rest[start - shift : width - shift] + seconds, out=times[start:])
+
+    def _moved(
+        self, state: State, target: int, held_bytes: int, need_bytes: int, after: dict[int, Times]
+    ) -> tuple[Times, Times]:
+        """The rows at the next boundary as seen from here: with what is held, and what running the block needs."""
+        slots, i = self._slots, state.boundary
+        shift, forward_s = min(slots.held(held_bytes), slots.width), np.float32(state.forward_s)
+        segment, sweep = np.full_like(after[target], INFINITE), np.full_like(self._sweeps[target], INFINITE)
+        segment[:, :, shift:] = after[target][:, :, : slots.width - shift] + forward_s
+        sweep[:, shift:] = self._sweeps[target][:, : slots.width - shift] + forward_s
+        for k in range(len(segment)):
+            segment[:, k, : slots.need(need_bytes + self._tables.standing_bytes[i + 2 + k])] = INFINITE
+        sweep[:, : slots.need(need_bytes)] = INFINITE
+        return segment, sweep
+
+    def _standing_bytes(self, node: Node) -> int:
+        return 0 if node.end is None else self._tables.standing_bytes[node.end + 1]
+
+    def _keeps(self, node: Node, state: State) -> list[tuple[float, Move]]:
+        moves, standing_bytes = list[tuple[float, Move]](), self._standing_bytes(node)
+        for option, keep in enumerate(state.keeps):
+            rest, seconds, need_bytes = None, keep.replay_s + keep.backward_s, keep.replay_need_bytes
+            if node.end is None or node.end > state.boundary:
+                rest = Node(keep.next_state, node.end, node.left - self._slots.held(keep.held_bytes))
+                seconds, need_bytes = state.forward_s + keep.backward_s, keep.save_need_bytes
+            if node.left >= self._slots.need(max(need_bytes + standing_bytes, keep.backward_need_bytes)):
+                moves.append((seconds + (self._rest_s(rest) if rest else 0.0), KeepHere(option, rest)))
+        return moves
+
+    def _pass(self, node: Node, state: State, low: int) -> tuple[float, Move]:
+        i, tables = state.boundary, self._tables
+        rest = Node(state.pass_state, node.end, node.left - self._slots.held(state.pass_held_bytes), low)
+        need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes + self._standing_bytes(node)
+        fits = node.left >= self._slots.need(need_bytes)
+        return (state.forward_s + self._rest_s(rest) if fits else INFINITE), PassBy(rest)
+
+    def _hold(self, node: Node, state: State, low: int) -> list[tuple[float, Move]]:
+        """Return the best way to hold the boundary, if there is one."""
+        last = self._tables.num_blocks - 1 if node.end is None else node.end
+        if last <= low:
+            return []
+        need_bytes = int(state.split_need_bytes[0]) + self._standing_bytes(node)
+        slots, target = node.left - self._slots.held(int(state.split_held_bytes[0])), int(state.split_states[0])
+        if node.left < self._slots.need(need_bytes) or slots < 0:
+            return []
+        # Ends are numbered by their last block: the parts are `low .. q-1` and `q .. end`.
+        q = np.arange(low + 1, last + 1)
+        lefts = self._segments[node.state][self._rows(node.state, np.full_like(q, low), q - 1), node.left]
+        if node.end is None:
+            rights = self._sweeps[target][q - state.boundary - 1, slots]
+        else:
+            rights = self._segments[target][self._rows(target, q, np.full_like(q, node.end)), slots]
+        total_s = lefts + rights
+        k = int(total_s.argmin())
+        right = Node(target, node.end, slots, int(q[k]))
+        left = Node(node.state, int(q[k]) - 1, node.left, low)
+        return [(state.forward_s + float(total_s[k]), SplitAt(state.boundary + 1, right, left))]
+
+    def _rows(self, index: int, lows: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The packed rows of segments `low .. end`."""
+        i = self._tables.states[index].boundary
+        count, low = self._tables.num_blocks - i, lows - i
+        return low * count - low * (low - 1) // 2 + ends - lows
+
+    def _rest_s(self, node: Node) -> float:
+        if node.left < 0:
+            return INFINITE
+        boundary = self._tables.states[node.state].boundary
+        low = boundary if node.low is None else node.low
+        if node.end is None:
+            return float(self._sweeps[node.state][low - boundary, node.left])
+        row = self._rows(node.state, np.array([low]), np.array([node.end]))
+        return float(self._segments[node.state][row[0], node.left])
