@@ -56,7 +56,8 @@ def chain_from_json(text: str) -> Chain:
         storage_bytes=tuple(data["storage_bytes"]),
         blocks=tuple(_block(name, data["kinds"][kind], aliases) for name, kind, aliases in data["blocks"]),
         boundaries=tuple(
-            Boundary(tuple(map(StorageId, storages)), gradient_bytes) for gradient_bytes, *storages in data["boundaries"]
+            Boundary(tuple(map(StorageId, storages)), gradient_bytes)
+            for gradient_bytes, *storages in data["boundaries"]
         ),
         tail_peak_bytes=data["tail_peak_bytes"],
         tail_live_bytes=data["tail_live_bytes"],

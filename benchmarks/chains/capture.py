@@ -32,9 +32,9 @@ def _llama(num_layers: int) -> tuple[ModelConfig, Shape]:
     return ModelConfig(ModelName.transformer, Architecture.llama), shape
 
 
-def _gpt2() -> tuple[ModelConfig, Shape]:
+def _gpt2(num_layers: int) -> tuple[ModelConfig, Shape]:
     shape = TransformerShape(
-        batch_size=2, num_tokens=128, hidden_size=64, intermediate_size=256, num_layers=48, num_heads=4
+        batch_size=2, num_tokens=128, hidden_size=64, intermediate_size=256, num_layers=num_layers, num_heads=4
     )
     return ModelConfig(ModelName.transformer, Architecture.gpt2, dropout=0.1), shape
 
@@ -58,7 +58,8 @@ _MODELS: dict[str, Callable[[], tuple[ModelConfig, Shape]]] = {
     "llama_8": lambda: _llama(8),
     "llama_16": lambda: _llama(16),
     "llama_80": lambda: _llama(80),
-    "gpt2_48": _gpt2,
+    "gpt2_8": lambda: _gpt2(8),
+    "gpt2_48": lambda: _gpt2(48),
     "resnet_152": _resnet,
     "unet_small": lambda: _unet(is_medium=False),
     "unet_medium": lambda: _unet(is_medium=True),
@@ -69,8 +70,9 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command()
 def main(
-    name: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(_MODELS)}; repeat it. All when not given.")]
-    = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(_MODELS)}; repeat it. All when not given.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where to write the JSON files.")] = Path(__file__).parent,
 ) -> None:
     """Train each model for one step under a budget of 50% and write the chain that was planned."""

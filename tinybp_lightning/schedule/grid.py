@@ -24,9 +24,7 @@ class Grid:
     **Arguments:** `fill`: makes the table for a number of slots. `step`: try schedules for every so many slots only.
     """
 
-    def __init__(
-        self, fill: Callable[[int], _Tree], *, unit_bytes: int, num_slots: int, step: int = 1
-    ) -> None:
+    def __init__(self, fill: Callable[[int], _Tree], *, unit_bytes: int, num_slots: int, step: int = 1) -> None:
         self._step = step
         self._fill = fill
         self.unit_bytes = unit_bytes

@@ -166,7 +166,7 @@ class HeldSets:
         for i in range(len(self._boundary)):
             if len(found[i]) > max_sets:
                 ordered = sorted(found[i], key=lambda s: (self._bytes(s), sorted(s)))
-                found[i] = dict.fromkeys([frozenset(), *ordered[1 - max_sets :]])
+                found[i] = dict.fromkeys([frozenset(), *ordered[len(ordered) - max_sets + 1 :]])
             if i == len(self._boundary) - 1:
                 break
             reached = {counted for row in self._holds[i] for counted in row}
