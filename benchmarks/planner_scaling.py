@@ -6,6 +6,9 @@ all budgets of a chain, setting it up included in the first. The second picture 
 block runs again more often than a height allows, which is what makes the tree worth its name.
 """
 
+# matplotlib annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false
+
 import json
 import math
 import platform
@@ -13,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +27,7 @@ from rich.console import Console
 from benchmarks.chains import load_chain
 from benchmarks.chains.shapes import dense_chain, random_dag_chain, repeated, uniform_chain
 from tinybp_lightning.graph import BlockId, BoundaryId, Chain
-from tinybp_lightning.schedule import Planner, Schedule, keep_all, revolve, simulate
+from tinybp_lightning.schedule import Planner, Schedule, keep_all, simulate
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Store
 
 __all__ = ["HeightPoint", "Point", "main"]
@@ -50,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class HeightPoint:
-    """The smallest peak of a uniform chain in which no block's forward runs again more than `height` times."""
+    """The peak of a uniform chain under a tree in which no block runs again more than `height` times; `log`: binary."""
 
     height: str
     num_blocks: int
@@ -140,32 +144,54 @@ def _measure(name: str, num_layers: int) -> list[Point]:
 
 def _height_point(height: str, num_blocks: int) -> HeightPoint:
     chain = uniform_chain(num_blocks)
-    if height == "log":
-        timeline = simulate(chain, _halved(num_blocks))
-    else:
-        slots = 1
-        while max(simulate(chain, revolve(chain, num_slots=slots, keep_spine=True)).num_forwards) > int(height) + 1:
-            slots += 1
-        timeline = simulate(chain, revolve(chain, num_slots=slots, keep_spine=True))
+    # The binary tree splits until single blocks are left.
+    schedule = _nested(
+        num_blocks, math.ceil(math.log2(num_blocks)) if height == "log" else int(height), height == "log"
+    )
+    timeline = simulate(chain, schedule)
+    assert height == "log" or max(timeline.num_forwards) <= int(height) + 1, "a block runs again too often"
     return HeightPoint(height, num_blocks, timeline.peak_bytes, sum(timeline.num_forwards))
 
 
-def _halved(num_blocks: int) -> Schedule:
-    """The binary tree: run to the middle, store it, reverse the second half, then the first."""
+def _nested(num_blocks: int, height: int, is_binary: bool) -> Schedule:
+    """Run through, storing every part's boundary; reverse the parts from the last, each the same way a level lower."""
     actions: list[Action] = []
-    pending = [(0, num_blocks, False)]
+    pending = [(0, num_blocks, height, False)]
     while pending:
-        first, end, stored = pending.pop()
-        if end - first == 1:
-            actions.append(ForwardSave(BlockId(first)))
-            actions += [Drop(BoundaryId(first))] if stored else []
-            actions.append(Backward(BlockId(first)))
+        first, end, levels, stored = pending.pop()
+        if not levels or end - first == 1:
+            actions += [ForwardSave(BlockId(block)) for block in range(first, first + 1)]
+            actions += [Drop(BoundaryId(first))] if stored and first else []
+            actions += [ForwardSave(BlockId(block)) for block in range(first + 1, end)]
+            actions += [Backward(BlockId(block)) for block in reversed(range(first, end))]
             continue
-        actions += [] if stored or not first else [Store(BoundaryId(first))]
-        middle = (first + end) // 2
-        actions += [Forward(BlockId(block)) for block in range(first, middle)]
-        pending += [(first, middle, first > 0), (middle, end, False)]
+        num_parts = 2 if is_binary else _num_parts(end - first, levels)
+        edges = [first + (end - first) * k // num_parts for k in range(num_parts + 1)]
+        for k, start in enumerate(edges[:-1]):
+            is_last = k == num_parts - 1
+            pending.append((start, edges[k + 1], levels - 1, stored if k == 0 else not is_last))
+            if not is_last:
+                is_new = start > 0 and not (k == 0 and stored)
+                actions += [Store(BoundaryId(start))] if is_new else []
+                actions += [Forward(BlockId(block)) for block in range(start, edges[k + 1])]
+        if num_parts > 1:
+            # The first part's boundary is stored now, whoever stored it.
+            position = len(pending) - num_parts
+            pending[position] = (first, edges[1], levels - 1, True)
     return Schedule(num_blocks=num_blocks, actions=tuple(actions))
+
+
+@cache
+def _least_bytes(num_blocks: int, height: int) -> int:
+    """About the bytes that a tree of `height` needs: stored boundaries, and two bytes for each block kept."""
+    if not height:
+        return 2 * num_blocks
+    return min(k - 1 + _least_bytes(-(-num_blocks // k), height - 1) for k in range(1, num_blocks + 1))
+
+
+def _num_parts(num_blocks: int, height: int) -> int:
+    parts = range(1, num_blocks + 1)
+    return min(parts, key=lambda k: k - 1 + _least_bytes(-(-num_blocks // k), height - 1))
 
 
 def _row(point: Point) -> str:

@@ -72,4 +72,5 @@ def _block(name: str, costs: dict[str, Any], aliases: list[list[int]]) -> Block:
         SavedSet(**option, storages=tuple(map(StorageId, storages)))
         for option, storages in zip(costs["options"], aliases, strict=True)
     )
-    return Block(**{**costs, "name": name, "options": options})
+    of_block: dict[str, Any] = {**costs, "options": options}
+    return Block(name=name, **of_block)

@@ -5,6 +5,9 @@ different block, and rounded to two significant digits: what counts is that bloc
 proportions that real blocks do.
 """
 
+# torch annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false
+
 import platform
 from collections.abc import Callable
 from dataclasses import replace

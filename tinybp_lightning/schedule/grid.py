@@ -6,7 +6,7 @@ import numpy as np
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
-from tinybp_lightning.schedule.helpers import HelperTree
+from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree

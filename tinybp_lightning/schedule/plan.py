@@ -4,8 +4,9 @@
 The candidates for a budget are: the baselines, the smallest tree, and the dynamic program's schedule for every number
 of slots up to a margin above the budget; those whose exactly simulated peak fits. Slot sizes depend on the chain alone:
 a coarse table spans all budgets, each finer one the lowest quarter of the one before; a budget uses the finest table
-that spans it and all finer ones. So every candidate for a budget is one for any larger budget, and time never rises
-with the budget. A table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
+that spans it and all finer ones, and always the table with helpers, where there is one. So every candidate for a budget
+is one for any larger budget, and time never rises with the budget. A table is sorted by time: walking it down from the
+margin, the first schedule that fits is its best.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_bloc
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
-from tinybp_lightning.schedule.helpers import HelperTree, helper_rows
+from tinybp_lightning.schedule.helped import HelperTree, helper_rows
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
@@ -223,7 +224,7 @@ class Planner:
 
     @cached_property
     def _helped_grids(self) -> list[Grid]:
-        """More tables for a chain that is not long, of schedules with helpers; see `short` and `helpers`."""
+        """More tables for a chain that is not long, of schedules with helpers; see `short` and `helped`."""
         num_blocks = len(self._chain.blocks)
         if num_blocks > _HELPED_BLOCKS:
             return []

@@ -1,4 +1,4 @@
-"""What does every schedule hold at least, and in what order may we assume it works? The relaxation both bounds share.
+"""What does every schedule hold at least, and in what order may we assume it works? The relaxation of `bound`.
 
 A *moment* is the loss or the start of a block's backward. Moments within replays are left out, which can only lower a
 bound. Schedules that offload are not covered.
@@ -31,8 +31,8 @@ below it.
 
 So a bound may assume: from boundary `i` at hand, to serve the ends `low .. end-1`, a schedule keeps block `i` (if
 `low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: holds boundary `i` for `low .. q-1` and lets
-what follows serve `q .. end-1` first. At a moment it holds the weights of what it holds. `bound` and `capped`
-minimise over just these.
+what follows serve `q .. end-1` first. At a moment it holds the weights of what it holds. `bound` minimises over just
+these. `capped` takes the same moves and counts sets in place of weights: `held` has its own argument for (2) and (3).
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, 
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import Planner, keep_all, simulate
 from tinybp_lightning.schedule.capped import affordable_slots, capped_bound_s
-from tinybp_lightning.schedule.helpers import HelperTree
+from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.milp import checkmate
 from tinybp_lightning.schedule.relaxed import relax
 from tinybp_lightning.schedule.tables import Tables
