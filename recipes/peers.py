@@ -139,9 +139,11 @@ def _hcb(
     workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str, observers: Sequence["Observer"]
 ) -> Forecast:
     """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
-    from tinybp_lightning import hcb  # noqa: PLC0415  the peers' processes do without it
+    from tinybp_lightning import HCBConfig, hcb  # noqa: PLC0415  the peers' processes do without it
 
     recorder = PlanRecorder()
     activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
-    hcb(workload.model, activation_budget=activation_budget, executor=executor, observers=(recorder, *observers))
+    # What an earlier run left in the user's cache must not change what this one measures.
+    config = HCBConfig(activation_budget=activation_budget, executor=executor, plan_cache=False)
+    hcb(workload.model, config=config, observers=(recorder, *observers))
     return recorder.prediction

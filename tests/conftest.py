@@ -3,19 +3,30 @@
 The environment is set before any test module imports a framework, and subprocesses inherit it.
 """
 
+import atexit
 import os
 import random
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, and two test processes do not fight for cores
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["TINYBP_CACHE"] = tempfile.mkdtemp(prefix="plans-")  # for fixtures that several tests share; see below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
 
+atexit.register(shutil.rmtree, os.environ["TINYBP_CACHE"])
 _SEED = 20251
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's plan cache out of tests, and each test's plans out of the others."""
+    monkeypatch.setenv("TINYBP_CACHE", str(tmp_path_factory.mktemp("plans")))
 
 
 @pytest.fixture(autouse=True)

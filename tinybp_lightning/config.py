@@ -10,7 +10,10 @@ from enum import Enum
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
-__all__ = ["Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "parse_budget"]
+__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "parse_budget"]
+
+MAX_LIVE_GRAPHS = 16
+"""How many graphs of one module (one for each shape of its inputs) hold plans and pieces at a time."""
 
 _UNITS = {
     "B": 1,
@@ -75,6 +78,9 @@ class HCBConfig:
     - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device by a tighter plan and runs the same step
       again, with nothing lost; `"raise"` lets it pass. Either needs a step whose bounds are known: Lightning's
       automatic optimization, or `tbp.run_step`.
+    - `plan_cache`: whether plans are kept on disk, so that the next process that trains the same program need neither
+      measure nor plan: `True` in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder; `False`
+      not at all; a text in the folder it names.
 
     **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
     """
@@ -84,6 +90,7 @@ class HCBConfig:
     executor: str = "auto"
     optimizer_state_bytes: int | None = None
     on_oom: str = "replan"
+    plan_cache: bool | str = True
 
     def __post_init__(self) -> None:
         _ = self.budget
@@ -94,6 +101,15 @@ class HCBConfig:
         state = self.optimizer_state_bytes
         if state is not None and (isinstance(state, bool) or not isinstance(state, int) or state < 0):
             raise ConfigError(f"`optimizer_state_bytes={state!r}` is no size: expected an int of at least 0 (bytes).")
+        if not isinstance(self.plan_cache, (bool, str)):
+            raise ConfigError(
+                f"`plan_cache={self.plan_cache!r}` has type {type(self.plan_cache).__name__}: expected `True`, "
+                "`False`, or the path of a folder as a str."
+            )
+        if isinstance(self.plan_cache, str) and not self.plan_cache.strip():
+            raise ConfigError(
+                f"`plan_cache={self.plan_cache!r}` names no folder: give its path, or `False` for no cache on disk."
+            )
 
     @property
     def budget(self) -> Budget:

@@ -6,7 +6,7 @@ from tinybp_lightning.graph.dot import to_dot
 from tinybp_lightning.graph.frontier import CutObstacle, FrontierProfile, Life, frontier_profile
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, NodeId, OptionId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
-from tinybp_lightning.graph.structure import block_signature, graph_signature
+from tinybp_lightning.graph.structure import block_signature, graph_signature, layout_signature
 from tinybp_lightning.graph.verify import verify_chain, verify_graph
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "cut_blocks",
     "frontier_profile",
     "graph_signature",
+    "layout_signature",
     "to_dot",
     "verify_chain",
     "verify_graph",

@@ -15,7 +15,7 @@ from tinybp_lightning.graph.frontier import Life, frontier_profile
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph
 
-__all__ = ["block_signature", "graph_signature"]
+__all__ = ["block_signature", "graph_signature", "layout_signature"]
 
 
 def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequence[Life] | None = None) -> str:
@@ -38,7 +38,19 @@ def graph_signature(graph: Graph) -> str:
 
     **Returns:** 32 hexadecimal digits: the part of a plan's key that says which program it is for.
     """
-    canonical = _Canonical(graph)
+    return _whole(_Canonical(graph))
+
+
+def layout_signature(graph: Graph) -> str:
+    """Return a hash of `graph` that leaves sizes out: extents, storage bytes and flops.
+
+    **Returns:** 32 hexadecimal digits, equal for traces of one program with inputs of other extents.
+    """
+    return _whole(_Canonical(graph, has_sizes=False))
+
+
+def _whole(canonical: "_Canonical") -> str:
+    graph = canonical.graph
     inputs = canonical.values(graph.inputs)
     nodes = [canonical.node(index) for index in range(len(graph.nodes))]
     return _digest([inputs, nodes, canonical.values(graph.outputs)])
@@ -47,22 +59,23 @@ def graph_signature(graph: Graph) -> str:
 class _Canonical:
     """Renames values and storages by first appearance, and describes each the first time it appears."""
 
-    __slots__ = ("_graph", "_storages", "_values")
+    __slots__ = ("_has_sizes", "_storages", "_values", "graph")
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, *, has_sizes: bool = True) -> None:
+        self.graph = graph
+        self._has_sizes = has_sizes
         self._values: dict[ValueId, int] = {}
         self._storages: dict[StorageId, int] = {}
 
     def node(self, index: int) -> tuple[object, ...]:
-        node = self._graph.nodes[index]
+        node = self.graph.nodes[index]
         return (
             node.op,
             self.values(node.reads),
             self.values(node.makes),
             self.storages(node.writes),
             self.storages(node.saved),
-            node.flops,
+            node.flops if self._has_sizes else 0,
             node.is_random,
             node.is_collective,
         )
@@ -77,16 +90,17 @@ class _Canonical:
         if value_id in self._values:
             return self._values[value_id]
         self._values[value_id] = len(self._values)
-        value = self._graph.values[value_id]
+        value = self.graph.values[value_id]
         storage = None if value.storage is None else self._storage(value.storage)
-        return (storage, value.shape, value.dtype, value.requires_grad)
+        shape = value.shape if self._has_sizes else len(value.shape)
+        return (storage, shape, value.dtype, value.requires_grad)
 
     def _storage(self, storage_id: StorageId) -> object:
         if storage_id in self._storages:
             return self._storages[storage_id]
         self._storages[storage_id] = len(self._storages)
-        storage = self._graph.storages[storage_id]
-        return (storage.size_bytes, storage.kind.value)
+        storage = self.graph.storages[storage_id]
+        return (storage.size_bytes if self._has_sizes else 0, storage.kind.value)
 
 
 def _digest(parts: list[object]) -> str:

@@ -7,7 +7,7 @@ from tinybp_lightning.analysis import format_bytes
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanReport", "StepProfile"]
+__all__ = ["Observer", "PlanCounts", "PlanReport", "StepProfile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,9 @@ class PlanReport:
     `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate.
 
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
-    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`,
-    `budget`, `measured`, `optimizer state`, `out of memory`).
+    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`,
+    `optimizer state`, `out of memory`), or where it was known from (`cached`, `larger shape`; then the predicted peak
+    is the larger shape's until measured).
     """
 
     target: str
@@ -72,6 +73,34 @@ class StepProfile:
     def recompute_share(self) -> float:
         """Share of the step's forward and backward time spent replaying."""
         return self.replay_s / self.step_s if self.step_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCounts:
+    """How many graphs one target was traced into, and where their plans came from.
+
+    `num_live` graphs hold plans and pieces now; `num_evicted` times one was let go of for another. Plans:
+    `num_measured` from costs measured here, `num_cached` from an earlier plan for the same program, `num_larger` from
+    that of a larger shape. `num_compiled`: how often Inductor compiled a graph's pieces.
+    """
+
+    target: str
+    num_graphs: int
+    num_live: int
+    num_evicted: int
+    num_measured: int
+    num_cached: int
+    num_larger: int
+    num_compiled: int
+
+    @property
+    def summary(self) -> str:
+        """One line for logs."""
+        return (
+            f"{self.target}: {self.num_graphs} graphs ({self.num_live} live, {self.num_evicted} evicted), plans "
+            f"{self.num_measured} measured, {self.num_cached} cached, {self.num_larger} from a larger shape, "
+            f"{self.num_compiled} compiled"
+        )
 
 
 class Observer(Protocol):

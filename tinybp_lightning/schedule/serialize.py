@@ -3,6 +3,9 @@
 A file is read back only if its checksum holds, it is for this very chain, its schedule is legal, and playing it gives
 the bytes and seconds it claims. Everything else (truncated, edited, foreign, newer) is a `PlanFileError` that says what
 is wrong: the caller plans again. Writing is atomic, so two processes at once leave one whole file.
+
+A *plan file* holds a plan for a chain that the reader has. A *known plan's* file holds the chain too, with everything
+that was learned about it: its reader need not measure.
 """
 
 import hashlib
@@ -17,11 +20,24 @@ from typing import NoReturn, cast
 from tinybp_lightning.errors import PlanFileError, ScheduleError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.certificate import Certificate
+from tinybp_lightning.schedule.chain_json import chain_from_data, chain_to_data
+from tinybp_lightning.schedule.known import KnownPlan
 from tinybp_lightning.schedule.plan import Plan
 from tinybp_lightning.schedule.simulate import simulate
 from tinybp_lightning.schedule.text import from_text, to_text
 
-__all__ = ["SCHEMA_VERSION", "chain_digest", "load_plan", "plan_from_json", "plan_to_json", "save_plan"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "chain_digest",
+    "known_plan_from_json",
+    "known_plan_to_json",
+    "load_known_plan",
+    "load_plan",
+    "plan_from_json",
+    "plan_to_json",
+    "save_known_plan",
+    "save_plan",
+]
 
 SCHEMA_VERSION = 1
 """Raised whenever a field is added, removed or changes its meaning."""
@@ -39,6 +55,7 @@ _FIELDS: dict[str, type] = {
     "certificate": dict,
     "checksum": str,
 }
+_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "room_bytes": int, "costs": dict}
 
 
 def chain_digest(chain: Chain) -> str:
@@ -52,7 +69,87 @@ def plan_to_json(plan: Plan, chain: Chain, *, context: Mapping[str, str] | None 
     **Arguments:** `context`: what else the plan depends on, such as device and library versions; loading asks for the
     same.
     """
-    payload: dict[str, object] = {
+    return _sealed(_data_of(plan, chain, context))
+
+
+def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan that `text` holds, if it is one for `chain`.
+
+    **Arguments:** `context`: as it was given when the plan was written.
+
+    **Raises:** `PlanFileError` that says what is wrong with the text.
+    """
+    return _plan_of(_payload(text, _FIELDS), chain, context)
+
+
+def known_plan_to_json(known: KnownPlan, *, context: Mapping[str, str] | None = None) -> str:
+    """Return `known` as JSON text; see `plan_to_json`."""
+    costs = chain_to_data(known.chain)
+    return _sealed({**_data_of(known.plan, known.chain, context), "room_bytes": known.room_bytes, "costs": costs})
+
+
+def known_plan_from_json(text: str, *, context: Mapping[str, str] | None = None) -> KnownPlan:
+    """Return the known plan that `text` holds.
+
+    **Raises:** `PlanFileError` that says what is wrong with the text.
+    """
+    payload = _payload(text, _KNOWN_FIELDS)
+    chain = chain_from_data(payload["costs"])
+    known = KnownPlan(chain, _plan_of(payload, chain, context), cast(int, payload["room_bytes"]))
+    if known.room_bytes < known.plan.budget_bytes:
+        _refuse(f"`room_bytes={known.room_bytes}` is less than `budget_bytes={known.plan.budget_bytes}`")
+    return known
+
+
+def save_plan(path: Path, plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> None:
+    """Write `plan` to `path`, wholly or not at all; folders are made as needed."""
+    _write(path, plan_to_json(plan, chain, context=context))
+
+
+def load_plan(path: Path, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan in the file at `path`; see `plan_from_json`.
+
+    **Raises:** `PlanFileError` when the file is not a valid plan for `chain`; `FileNotFoundError` when there is none.
+    """
+    return plan_from_json(_text_of(path), chain, context=context)
+
+
+def save_known_plan(path: Path, known: KnownPlan, *, context: Mapping[str, str] | None = None) -> None:
+    """Write `known` to `path`, wholly or not at all; folders are made as needed."""
+    _write(path, known_plan_to_json(known, context=context))
+
+
+def load_known_plan(path: Path, *, context: Mapping[str, str] | None = None) -> KnownPlan:
+    """Return the known plan in the file at `path`; see `known_plan_from_json`.
+
+    **Raises:** `PlanFileError` when the file holds no valid one; `FileNotFoundError` when there is none.
+    """
+    return known_plan_from_json(_text_of(path), context=context)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanFileError(f"this plan file cannot be used: it is not text ({error}). Plan again.") from error
+
+
+def _data_of(plan: Plan, chain: Chain, context: Mapping[str, str] | None) -> dict[str, object]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "chain": chain_digest(chain),
         "context": dict(sorted((context or {}).items())),
@@ -69,17 +166,14 @@ def plan_to_json(plan: Plan, chain: Chain, *, context: Mapping[str, str] | None 
             "prices": [float(price) for price in plan.certificate.prices],
         },
     }
+
+
+def _sealed(payload: Mapping[str, object]) -> str:
     return json.dumps({**payload, "checksum": _checksum(payload)}, indent=1, allow_nan=False) + "\n"
 
 
-def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
-    """Return the plan that `text` holds, if it is one for `chain`.
-
-    **Arguments:** `context`: as it was given when the plan was written.
-
-    **Raises:** `PlanFileError` that says what is wrong with the text.
-    """
-    payload = _payload(text)
+def _plan_of(payload: Mapping[str, object], chain: Chain, context: Mapping[str, str] | None) -> Plan:
+    """Check what a well-formed file claims against `chain` and `context`."""
     if payload["chain"] != chain_digest(chain):
         _refuse("`chain` names another chain: the model, its costs or its cuts have changed")
     if payload["context"] != dict(context or {}):
@@ -104,38 +198,11 @@ def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None
     return Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s, certificate)
 
 
-def save_plan(path: Path, plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> None:
-    """Write `plan` to `path`, wholly or not at all; folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(plan_to_json(plan, chain, context=context))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_plan(path: Path, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
-    """Return the plan in the file at `path`; see `plan_from_json`.
-
-    **Raises:** `PlanFileError` when the file is not a valid plan for `chain`; `FileNotFoundError` when there is none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanFileError(f"this plan file cannot be used: it is not text ({error}). Plan again.") from error
-    return plan_from_json(text, chain, context=context)
-
-
-def _payload(text: str) -> dict[str, object]:
+def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
     """Check the text's form: JSON, version, fields, types and checksum."""
     try:
         found: object = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain `ValueError`
         raise PlanFileError(f"this plan file cannot be used: it is not whole JSON ({error}). Plan again.") from error
     if not isinstance(found, dict):
         _refuse("it is JSON, but no object")
@@ -145,10 +212,10 @@ def _payload(text: str) -> dict[str, object]:
         _refuse(f"`schema_version={version}`, and this version of the package reads `{SCHEMA_VERSION}`: update it")
     if version < SCHEMA_VERSION:
         _refuse(f"`schema_version={version}` is older than `{SCHEMA_VERSION}`")
-    for field, kind in _FIELDS.items():
+    for field, kind in fields.items():
         if type(payload.get(field)) is not kind:
             _refuse(f"`{field}={payload.get(field)!r}` is missing or not of type `{kind.__name__}`")
-    if unknown := sorted(set(payload) - set(_FIELDS)):
+    if unknown := sorted(set(payload) - set(fields)):
         _refuse(f"it has the unknown fields `{unknown}`")
     if payload.pop("checksum") != _checksum(payload):
         _refuse("its `checksum` does not hold, so it was edited or damaged")

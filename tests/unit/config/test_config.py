@@ -142,3 +142,24 @@ def test_a_config_is_a_value() -> None:
     assert hash(config) == hash(copy.deepcopy(config))
     with pytest.raises(FrozenInstanceError):
         config.memory_budget = "1GiB"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("plan_cache", [True, False, "plans", "~/plans"])
+def test_plan_caches(plan_cache: bool | str) -> None:
+    assert HCBConfig(plan_cache=plan_cache).plan_cache == plan_cache
+
+
+@pytest.mark.parametrize(
+    ("plan_cache", "reason"),
+    [
+        (None, "has type NoneType"),
+        (1, "has type int"),
+        (b"plans", "has type bytes"),
+        (["plans"], "has type list"),
+        ("", "names no folder"),
+        (" ", "names no folder"),
+    ],
+)
+def test_plan_caches_that_are_none(plan_cache: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"`plan_cache=.*{reason}"):
+        HCBConfig(plan_cache=plan_cache)

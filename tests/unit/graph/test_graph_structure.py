@@ -17,6 +17,7 @@ from tinybp_lightning.graph import (
     block_signature,
     frontier_profile,
     graph_signature,
+    layout_signature,
 )
 
 
@@ -132,3 +133,21 @@ def test_signatures_are_the_same_in_every_process() -> None:
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert printed == graph_signature(transformer_graph(2))
     assert len(printed) == 32
+
+
+def test_a_layout_has_no_sizes() -> None:
+    small, large = transformer_graph(2), transformer_graph(2, hidden=8)
+    assert graph_signature(small) != graph_signature(large)
+    assert layout_signature(small) == layout_signature(large)
+    assert layout_signature(small) != layout_signature(transformer_graph(3))
+
+
+@given(graphs())
+def test_a_layout_sees_all_but_sizes(graph: Graph) -> None:
+    assert layout_signature(graph) == layout_signature(renamed(graph))
+    grown = replace(graph, storages=tuple(replace(s, size_bytes=s.size_bytes + 1) for s in graph.storages))
+    assert layout_signature(grown) == layout_signature(graph)
+    other = replace(graph, nodes=tuple(replace(node, op=f"{node.op}_") for node in graph.nodes))
+    assert layout_signature(other) != layout_signature(graph)
+    wider = replace(graph, values=tuple(replace(v, shape=(*v.shape, 1)) for v in graph.values))
+    assert layout_signature(wider) != layout_signature(graph)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Program
+from tinybp_lightning.errors import PlanFileError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import StorageKind
 
-__all__ = ["BlockCosts", "BlockSizes", "chain_of"]
+__all__ = ["BlockCosts", "BlockSizes", "chain_of", "check_chain_is_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +55,12 @@ def chain_of(
     **Arguments:** `costs`: for each piece one per option; `wants[i]`: which leaves of boundary `i` want gradients;
     `counts_gradients`: whether parameters' gradients are part of the budget.
     """
-    graph = program.graph
-    ids: dict[StorageId, StorageId] = {}
-    sizes: list[int] = []
-
-    def chain_id(value: ValueId) -> StorageId | None:
-        storage = graph.values[value].storage
-        if storage is None:
-            return None
-        if storage not in ids:
-            ids[storage] = StorageId(len(sizes))
-            owned = graph.storages[storage].kind is StorageKind.ACTIVATION
-            sizes.append(graph.storages[storage].size_bytes if owned else 0)
-        return ids[storage]
+    frontiers, sizes, ids = _frontiers(program)
 
     def chain_ids(values: Sequence[ValueId]) -> tuple[StorageId, ...]:
-        return tuple(sorted({s for v in values if (s := chain_id(v)) is not None}))
+        storages = (program.graph.values[v].storage for v in values)
+        return tuple(sorted({ids[s] for s in storages if s is not None}))
 
-    frontiers = [chain_ids(values) for values in program.boundaries]
     gradients = [_gradient_bytes(program, i, costs, wants) for i in range(len(program.boundaries))]
     parameters = [0] * len(program.pieces)
     if counts_gradients:
@@ -122,6 +111,49 @@ def _saved_set(
         backward_s=costs.backward_s,
         backward_peak_bytes=sizes.backward_peak_bytes,
     )
+
+
+def _frontiers(program: Program) -> tuple[list[tuple[StorageId, ...]], list[int], dict[StorageId, StorageId]]:
+    """Return the boundaries' storages, the bytes of each, and the chain's id for each of the graph's storages."""
+    graph = program.graph
+    ids: dict[StorageId, StorageId] = {}
+    sizes: list[int] = []
+    frontiers: list[tuple[StorageId, ...]] = []
+    for values in program.boundaries:
+        frontier: set[StorageId] = set()
+        for storage in (graph.values[v].storage for v in values):
+            if storage is None:
+                continue
+            if storage not in ids:
+                ids[storage] = StorageId(len(sizes))
+                owned = graph.storages[storage].kind is StorageKind.ACTIVATION
+                sizes.append(graph.storages[storage].size_bytes if owned else 0)
+            frontier.add(ids[storage])
+        frontiers.append(tuple(sorted(frontier)))
+    return frontiers, sizes, ids
+
+
+def check_chain_is_of(program: Program, chain: Chain) -> None:
+    """Compare what can be known of a chain without measuring: its blocks, its boundaries, and their bytes.
+
+    **Raises:** `PlanFileError` that names the first difference.
+    """
+    frontiers, sizes, _ = _frontiers(program)
+    found: list[tuple[str, object, object]] = [
+        (
+            "blocks",
+            [(b.name, b.signature, len(b.options)) for b in chain.blocks],
+            [(p.span.name, p.span.signature, len(p.calls)) for p in program.pieces],
+        ),
+        ("boundaries", [b.storages for b in chain.boundaries], frontiers),
+        ("storage_bytes", list(chain.storage_bytes), sizes),
+    ]
+    for field, theirs, ours in found:
+        if theirs != ours:
+            raise PlanFileError(
+                f"this plan file cannot be used: the `{field}` of its chain are not those of the program to be "
+                "trained. Delete it, or plan again."
+            )
 
 
 def _bookkeeping_bytes(program: Program) -> int:

@@ -6,7 +6,7 @@ whose forward runs its own weights, under the same configuration. State-dict key
 
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, cast
@@ -16,14 +16,15 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tinybp_lightning.capture.torch.dynamo import Tracer
-from tinybp_lightning.config import BudgetKind, HCBConfig
+from tinybp_lightning.config import MAX_LIVE_GRAPHS, BudgetKind, HCBConfig
 from tinybp_lightning.errors import CaptureError, HCBWarning
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.keep import kept_paths
 from tinybp_lightning.runtime.torch.memory import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.module_steps import ModuleSteps, has_sharded_units
 from tinybp_lightning.runtime.torch.pilot import Pilot
+from tinybp_lightning.runtime.torch.plan_book import PlanBook
 from tinybp_lightning.runtime.torch.program import GraphProgram
 from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
 from tinybp_lightning.runtime.torch.rewind import Rewinder
@@ -52,7 +53,10 @@ class Target:
         self._plain = plain
         self._config = config
         self._observers = tuple(observers)
-        self.programs: list[GraphProgram] = []
+        self._live: OrderedDict[int, GraphProgram] = OrderedDict()
+        self._num_graphs = 0
+        self._num_evicted = 0
+        self._book = PlanBook(config)
         self._last: GraphProgram | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
@@ -70,8 +74,20 @@ class Target:
         return self._last.profile if self._last is not None else None
 
     @property
+    def programs(self) -> tuple[GraphProgram, ...]:
+        """The graphs that hold plans and pieces now, the one used last at the end; at most `MAX_LIVE_GRAPHS`."""
+        return tuple(self._live.values())
+
+    @property
+    def counts(self) -> PlanCounts:
+        """How many graphs and plans there were, and where the plans came from."""
+        return self._book.counts(
+            self.name, num_graphs=self._num_graphs, num_live=len(self._live), num_evicted=self._num_evicted
+        )
+
+    @property
     def reports(self) -> tuple[PlanReport, ...]:
-        """The plans in force, one per captured graph."""
+        """The plans in force, one per live graph."""
         pilots = [p.pilot for p in self.programs]
         if self.module_steps is not None:
             pilots.append(self.module_steps.pilot)
@@ -79,7 +95,7 @@ class Target:
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
-        """The graphs traced so far."""
+        """What the live graphs compute."""
         return tuple(g for p in self.programs if (g := p.graph) is not None)
 
     @property
@@ -143,15 +159,27 @@ class Target:
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
         self._num_traces[_inputs_of(module)] += 1
-        kept = kept_paths(self._module)
-        program = GraphProgram(module, self.name, self._config, self._observers, self._memory, kept)
-        self.programs.append(program)
+        number = self._num_graphs
+        self._num_graphs += 1
 
         def run(*args: Any) -> Any:
-            self._last = program
+            self._last = program = self._program(number, module)
             return program(*args)
 
         return run
+
+    def _program(self, number: int, module: fx.GraphModule) -> GraphProgram:
+        """Return what trains graph `number`, made anew if it was let go of: the trace stays, plans and pieces go."""
+        program = self._live.pop(number, None)
+        if program is None:
+            kept = kept_paths(self._module)
+            program = GraphProgram(module, self.name, self._config, self._observers, self._memory, self._book, kept)
+        self._live[number] = program
+        if len(self._live) > MAX_LIVE_GRAPHS:
+            _, oldest = self._live.popitem(last=False)
+            oldest.release()
+            self._num_evicted += 1
+        return program
 
 
 def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
 """What does the plan in force do, and why that much memory? Text, Markdown, JSON and a picture of it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
 from tinybp_lightning.analysis import GraphReport, format_bytes, report_graph
 from tinybp_lightning.errors import ConfigError
-from tinybp_lightning.runtime.profile import PlanReport
+from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule import Pareto, pareto, simulate, to_text
 
@@ -17,23 +17,29 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plans of one module: a report of each traced graph, and of the plan in force for it."""
+    """The plans of one module: a report of each live graph, of the plan in force for it, and where plans came from."""
 
     graphs: tuple[GraphReport, ...]
     plans: tuple[PlanReport, ...]
+    counts: tuple[PlanCounts, ...] = ()
 
     def __str__(self) -> str:
-        return "\n\n".join([*(_plan_text(p) for p in self.plans), *(g.to_text() for g in self.graphs)])
+        shapes = "\n".join(f"shapes of {c.summary}" for c in self.counts)
+        parts = [*(_plan_text(p) for p in self.plans), shapes, *(g.to_text() for g in self.graphs)]
+        return "\n\n".join(part for part in parts if part)
 
     def to_markdown(self) -> str:
         """Return the same as Markdown, with one table row per block."""
-        return "\n\n".join([*(_plan_markdown(p) for p in self.plans), *(g.to_markdown() for g in self.graphs)])
+        shapes = "\n".join(f"- shapes of {c.summary}" for c in self.counts)
+        parts = [*(_plan_markdown(p) for p in self.plans), shapes, *(g.to_markdown() for g in self.graphs)]
+        return "\n\n".join(part for part in parts if part)
 
     def to_json(self) -> str:
         """Return the same as JSON with sorted keys; sizes in bytes, times in seconds."""
         plans = [_plan_data(p) for p in self.plans]
         graphs = [json.loads(g.to_json()) for g in self.graphs]
-        return json.dumps({"plans": plans, "graphs": graphs}, indent=2, sort_keys=True)
+        counts = [asdict(c) for c in self.counts]
+        return json.dumps({"plans": plans, "graphs": graphs, "counts": counts}, indent=2, sort_keys=True)
 
     def plot(self, path: str | Path) -> Path:
         """Draw the predicted memory of each plan over the step's time, against plain training, and return the path.
@@ -65,7 +71,7 @@ def explain(module: nn.Module) -> Explanation:
             "(plans are made from the real inputs)."
         )
     graphs = tuple(report_graph(graph) for target in found for graph in target.graphs)
-    return Explanation(graphs, plans)
+    return Explanation(graphs, plans, tuple(target.counts for target in found))
 
 
 def _plan_text(plan: PlanReport) -> str:

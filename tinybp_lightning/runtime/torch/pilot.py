@@ -5,9 +5,12 @@ Note [Calibration]
     what no block measurement can, the code after the last block (the loss). The second step flies the plan for the
     budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
     repaired until a traced step is at or under the budget. After that nothing is traced.
+
+    A plan that is known beforehand (from disk, or from a larger shape) has been through this: it is flown at once. Its
+    first step is traced all the same, and where that exceeds the budget, the plan is repaired like any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -23,6 +26,8 @@ from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import keep_all
+from tinybp_lightning.schedule.certificate import Certificate
+from tinybp_lightning.schedule.known import KnownPlan, known_plan, plain_peak_bytes
 from tinybp_lightning.schedule.plan import Plan, Planner
 from tinybp_lightning.schedule.simulate import simulate
 
@@ -43,17 +48,37 @@ class _Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A schedule in force, ready to play."""
+    """A schedule in force, ready to play.
+
+    `certificate` is for a chain with `workspace_bytes`; there is none where everything is kept.
+    """
 
     report: PlanReport
     script: Script
+    certificate: Certificate | None
+    workspace_bytes: int
+
+    def learned(self) -> KnownPlan:
+        """What is known of this flight, measured or about to be."""
+        report = self.report
+        return known_plan(
+            report.chain,
+            report.schedule,
+            room_bytes=report.budget_bytes,
+            certificate=self.certificate,
+            assumed_workspace_bytes=self.workspace_bytes,
+        )
 
 
 class Pilot:
     """Decides what one chain flies, step by step.
 
     **Arguments:** `room`: the bytes the plan may use above what is alive when a step begins; asked before each
-    planning, and again when the optimizer's state has been seen.
+    planning, and again when the optimizer's state has been seen. `known`: what to fly at once where it suits the room,
+    and `known_from` its reason in reports. `on_learned`: told the plan for the budget once the tail is known, with
+    `False`, and what was measured to fit once nothing more will change, with `True`.
+
+    **Raises:** `BudgetTooSmallError` where no plan fits; by the costs of `known`, if there is one.
     """
 
     def __init__(
@@ -65,6 +90,9 @@ class Pilot:
         room: Room,
         device: torch.device,
         observers: Sequence[Observer],
+        known: KnownPlan | None = None,
+        known_from: str = "cached",
+        on_learned: Callable[[KnownPlan, bool], None] | None = None,
     ) -> None:
         self._target = target
         self._chain = chain
@@ -81,6 +109,13 @@ class Pilot:
         self._plain_fits = True  # until it is seen not to
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
+        self._on_learned = on_learned
+        self._known = known
+        if known is not None:
+            self._phase = _Phase.SETTLE
+            self._chain = known.chain
+            self._flight = self._known_flight(known, known_from)
+            return
         planner = Planner(chain)
         margin_bytes = int(_MARGIN * planner.smallest_bytes)
         self._chain = replace(chain, workspace_bytes=self._base_bytes + margin_bytes)
@@ -132,6 +167,8 @@ class Pilot:
         )
         if watch.measured is not None and not watch.is_disturbed:
             self._learn(watch.measured)
+        elif self._known is not None:
+            self._phase = _Phase.STEADY  # it was measured when it was made
         elif self._phase is _Phase.CALIBRATE:
             # Several targets in one step: what each one alone needs cannot be told apart, so the model is trusted.
             self._phase = _Phase.STEADY
@@ -152,7 +189,7 @@ class Pilot:
         self._cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
         found = planner.plan(budget_bytes=self._cap_bytes)
         self._good = None
-        self._fly(self._flight_of(found.schedule, self._cap_bytes, "out of memory", lower_bound_s=found.lower_bound_s))
+        self._fly(self._flight_of(found.schedule, self._cap_bytes, "out of memory", found.certificate))
         return True
 
     # ---- learning ----------------------------------------------------------------------------------------------
@@ -163,6 +200,7 @@ class Pilot:
                 self._learn_tail(measured)
                 self._phase = _Phase.SETTLE
                 self._fly(self._for_budget("budget"))
+                self._tell(self._flight.learned(), is_measured=False)
             case _Phase.SETTLE:
                 self._traces += 1
                 self._settle(measured)
@@ -197,6 +235,12 @@ class Pilot:
     def _settle(self, measured: Measured) -> None:
         flown = self._flight.report
         fits = measured.peak_bytes <= flown.budget_bytes
+        known, self._known = self._known, None
+        if known is not None and fits:
+            self._phase = _Phase.STEADY
+            self._fly(replace(self._flight, report=replace(flown, predicted_peak_bytes=measured.peak_bytes)))
+            self._tell(known, is_measured=True)
+            return
         self._plain_fits = self._plain_fits and (fits or flown.schedule != keep_all(self._chain))
         before = self._chain.workspace_bytes
         self._learn_residual(measured, may_shrink=fits)
@@ -214,11 +258,17 @@ class Pilot:
                 return
         self._phase = _Phase.STEADY
         self._fly(self._good or flight)
+        if self._good is not None:
+            self._tell(self._good.learned(), is_measured=True)
+
+    def _tell(self, known: KnownPlan, *, is_measured: bool) -> None:
+        if self._on_learned is not None:
+            self._on_learned(known, is_measured)
 
     # ---- planning ----------------------------------------------------------------------------------------------
 
     def _fly(self, flight: _Flight) -> None:
-        self._flight = flight
+        self._flight, self._known = flight, None
         for observer in self._observers:
             observer.on_plan(flight.report)
 
@@ -232,6 +282,18 @@ class Pilot:
             self._plan(budget_bytes)
         return self._flight_of(schedule, budget_bytes, "calibration")
 
+    def _known_flight(self, known: KnownPlan, reason: str) -> _Flight:
+        """The known plan where the room is about what it was made for, else another one by what was learned."""
+        plain_peak_bytes = self._plain_peak()
+        budget_bytes = self._room(plain_peak_bytes)
+        # Where plain training seemed to fit and was not chosen, it was seen not to fit.
+        keeps_all = known.plan.schedule == keep_all(self._chain)
+        self._plain_fits = keeps_all or plain_peak_bytes > known.room_bytes
+        if known.suits(budget_bytes):
+            return self._flight_of(known.plan.schedule, budget_bytes, reason, known.plan.certificate)
+        self._known = None
+        return self._for_budget(reason)
+
     def _for_budget(self, reason: str) -> _Flight:
         plain_peak_bytes = self._plain_peak()
         self._optimizer_bytes = self._room.optimizer_bytes
@@ -241,7 +303,7 @@ class Pilot:
         if self._plain_fits and plain_peak_bytes <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         found = self._plan(budget_bytes)
-        return self._flight_of(found.schedule, budget_bytes, reason, lower_bound_s=found.lower_bound_s)
+        return self._flight_of(found.schedule, budget_bytes, reason, found.certificate)
 
     def _planner(self) -> Planner:
         """The planner of the chain as it is known now; its tables serve every budget."""
@@ -270,14 +332,15 @@ class Pilot:
 
     def _plain_peak(self) -> int:
         """Predicted peak of plain training, which needs neither the engine's bookkeeping nor a margin."""
-        return simulate(replace(self._chain, workspace_bytes=0), keep_all(self._chain)).peak_bytes
+        return plain_peak_bytes(self._chain)
 
     def _flight_of(
-        self, schedule: Schedule, budget_bytes: int, reason: str, *, lower_bound_s: float | None = None
+        self, schedule: Schedule, budget_bytes: int, reason: str, certificate: Certificate | None = None
     ) -> _Flight:
         timeline = simulate(self._chain, schedule)
-        if lower_bound_s is None:  # without a certificate, nothing is faster than to keep everything
-            lower_bound_s = simulate(self._chain, keep_all(self._chain)).total_s
+        # Without a certificate, nothing is faster than to keep everything.
+        plain_s = simulate(self._chain, keep_all(self._chain)).total_s
+        lower_bound_s = plain_s if certificate is None else min(certificate.lower_bound_s, timeline.total_s)
         script = split_schedule(schedule)
         report = PlanReport(
             target=self._target,
@@ -292,4 +355,4 @@ class Pilot:
             num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
             reason=reason,
         )
-        return _Flight(report, script)
+        return _Flight(report, script, certificate, self._chain.workspace_bytes)

@@ -7,8 +7,9 @@ dtypes and `requires_grad` are Dynamo's guards, which make a new program when th
 
 import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
-from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
@@ -29,9 +30,12 @@ from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_script
+from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
+from tinybp_lightning.runtime.torch.plan_key import plan_key
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
 from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
+from tinybp_lightning.schedule.known import plain_peak_bytes
 
 __all__ = ["GraphProgram"]
 
@@ -54,12 +58,14 @@ class GraphProgram:
         config: HCBConfig,
         observers: Sequence[Observer],
         memory: TargetMemory,
+        book: PlanBook,
         kept: Sequence[str] = (),
     ) -> None:
         self._module = module
         self._kept = tuple(kept)
         self._target = target
         self._memory = memory
+        self._book = book
         self._config = config
         self._observers = observers
         self._program: Program | None = None
@@ -178,9 +184,27 @@ class GraphProgram:
                 progress.stage("compiling", total=len(self._program.pieces))
                 externals = measuring_values(self._program, values)
                 self._compiled[situation] = compile_program(self._program, externals, devices, progress.advance)
-            progress.stage("measuring", total=len(self._program.pieces))
+                self._book.num_compiled += 1
+            pieces = self._pieces(situation)
+            key = plan_key(
+                self._program,
+                self._config,
+                device=device,
+                autocast=situation.autocast,
+                has_gradients=situation.has_gradients,
+                kept=self._kept,
+            )
+            page = self._book.open(pieces, key)
+            tensors = [v for v in values if isinstance(v, torch.Tensor)]
+            room = Room(self._config, device, tensors, self._memory)
+            make = partial(Pilot, self._target, budget=budget, room=room, device=device, observers=self._observers)
+            progress.stage("planning")
+            known = self._known_pilot(make, page, room)
+            if known is not None:
+                return known
+            progress.stage("measuring", total=len(pieces.pieces))
             chain = measure_chain(
-                self._pieces(situation),
+                pieces,
                 values,
                 device=device,
                 devices=devices,
@@ -190,9 +214,32 @@ class GraphProgram:
             )
             chain = pin_chain(chain, self._pinned)
             progress.stage("planning")
-            tensors = [v for v in values if isinstance(v, torch.Tensor)]
-            room = Room(self._config, device, tensors, self._memory)
-            return Pilot(self._target, chain, budget=budget, room=room, device=device, observers=self._observers)
+            self._book.planned(Origin.MEASURED)
+            mine = replace(page, origin=Origin.MEASURED, known=None, is_kept=False)
+            return make(chain, on_learned=partial(self._book.note, mine))
+
+    def _known_pilot(self, make: Callable[..., Pilot], page: Page, room: Room) -> Pilot | None:
+        """Return a pilot that flies what is known for the page; none where that is nothing, or does not fit here."""
+        if page.known is None:
+            return None
+        if page.origin is Origin.LARGER and not page.known.suits(room(plain_peak_bytes(page.known.chain))):
+            return None  # to plan again, the costs of this shape are needed
+        try:
+            pilot = make(
+                page.known.chain,
+                known=page.known,
+                known_from=page.origin.value,
+                on_learned=partial(self._book.note, page),
+            )
+        except BudgetTooSmallError:
+            return None  # by costs that were learned elsewhere: what is measured here decides, and names what is needed
+        self._book.planned(page.origin)
+        return pilot
+
+    def release(self) -> None:
+        """Stop to follow a step that has not ended: nobody will ask for its profile."""
+        if self._watch is not None:
+            self._watch.abandon()
 
 
 _ARGUMENT = object()

@@ -14,7 +14,7 @@ from torch._dynamo import OptimizedModule
 from tinybp_lightning.capture.torch.private import compiled_call_impl
 from tinybp_lightning.config import BudgetKind, HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
-from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.dispatch import Dispatcher, Target, dispatcher_of
 from tinybp_lightning.runtime.torch.memory import OptimizerState
 from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported, refuse_wrong_options
@@ -71,6 +71,11 @@ class Session:
     def reports(self) -> tuple[PlanReport, ...]:
         """The plans in force."""
         return tuple(report for target in self.targets for report in target.reports)
+
+    @property
+    def counts(self) -> tuple[PlanCounts, ...]:
+        """Of each target: how many graphs and plans there were, and where the plans came from."""
+        return tuple(target.counts for target in self.targets)
 
     def detach(self) -> None:
         """Put every forward back as it was. Harmless when called again."""

@@ -1,0 +1,89 @@
+"""What does a plan depend on? The program and its cut, the device, the software, and what was asked.
+
+Two steps with equal keys may share measured costs and a plan. What is left out (the weights' values, the learning rate,
+other processes on the device) changes neither, or is seen by the traced first step.
+"""
+
+import functools
+import hashlib
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tinybp_lightning.capture.torch.pieces import Program
+from tinybp_lightning.config import Executor, HCBConfig
+from tinybp_lightning.graph.structure import graph_signature
+from tinybp_lightning.runtime.torch.ambient import Autocast
+
+__all__ = ["plan_key"]
+
+
+def plan_key(
+    program: Program,
+    config: HCBConfig,
+    *,
+    device: torch.device,
+    autocast: Sequence[Autocast],
+    has_gradients: bool,
+    kept: Sequence[str],
+) -> dict[str, str]:
+    """Return what a plan for `program` depends on, by name.
+
+    **Arguments:** `has_gradients`: whether parameters hold gradients when the step begins; `kept`: the modules that
+    run once a step (`tbp.keep`).
+    """
+    budget = config.budget
+    return {
+        "graph": graph_signature(program.graph),
+        # The graph's hash leaves constants and names out: the code has the ones, error messages show the others.
+        "code": _digest("".join(piece.module.code for piece in program.pieces)),
+        "cut": _digest(repr([(piece.span.start, piece.span.stop, piece.span.name) for piece in program.pieces])),
+        "device": _device_name(device),
+        "kernels": _kernel_settings(),
+        "torch": torch.__version__,
+        "tinybp_lightning": _source_digest(),
+        "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
+        "executor": Executor(config.executor).value,
+        "autocast": repr(tuple(autocast)),
+        "has_gradients": str(has_gradients),
+        "kept": repr(sorted(kept)),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        _, total_bytes = torch.cuda.mem_get_info(device)
+        return f"{torch.cuda.get_device_name(device)}, {total_bytes} bytes, CUDA {torch.version.cuda}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {platform.machine()} {capability}, {torch.get_num_threads()} threads"
+
+
+def _kernel_settings() -> str:
+    """Settings under which torch picks kernels with other scratch memory."""
+    cuda = torch.backends.cuda
+    settings = {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "flash": cuda.flash_sdp_enabled(),
+        "mem_efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Name this package's source, its version included: between releases the version alone does not change."""
+    root = Path(__file__).parents[2]
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,64 @@
+"""What is known once a plan has been flown and measured? The plan, and the chain with everything learned about it."""
+
+from dataclasses import dataclass, replace
+
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.baselines import keep_all
+from tinybp_lightning.schedule.certificate import Certificate, fastest_possible_s
+from tinybp_lightning.schedule.plan import Plan
+from tinybp_lightning.schedule.simulate import simulate
+
+__all__ = ["KnownPlan", "known_plan", "plain_peak_bytes"]
+
+_MUCH = 0.02
+"""With this share more room, another plan may be faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPlan:
+    """A plan that was measured to fit, and the chain as it was known then, tail and workspace included.
+
+    `room_bytes` is the budget it was flown under. `plan.budget_bytes`, for which its certificate holds on this chain,
+    is less where less workspace was measured than the planner had assumed.
+    """
+
+    chain: Chain
+    plan: Plan
+    room_bytes: int
+
+    def suits(self, room_bytes: int) -> bool:
+        """Whether the plan fits into `room_bytes`, and was made for about as much."""
+        return self.plan.peak_bytes <= room_bytes <= self.room_bytes * (1 + _MUCH)
+
+
+def plain_peak_bytes(chain: Chain) -> int:
+    """Return the predicted peak of plain training, which needs no workspace of the engine's."""
+    return simulate(replace(chain, workspace_bytes=0), keep_all(chain)).peak_bytes
+
+
+def known_plan(
+    chain: Chain,
+    schedule: Schedule,
+    *,
+    room_bytes: int,
+    certificate: Certificate | None = None,
+    assumed_workspace_bytes: int = 0,
+) -> KnownPlan:
+    """Return what is known of `schedule` after it was measured to fit into `room_bytes`.
+
+    **Arguments:** `chain`: with what was learned; `certificate`: the planner's, for `room_bytes` and a chain with
+    `assumed_workspace_bytes`; none for a schedule that recomputes nothing.
+
+    **Returns:** a known plan whose certificate holds on `chain`. Less workspace than assumed means more room than the
+    certificate is for: it is one for a budget smaller by as much.
+    """
+    budget_bytes = room_bytes
+    if certificate is None:
+        certificate = Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+    else:
+        budget_bytes -= max(0, assumed_workspace_bytes - chain.workspace_bytes)
+        certificate = replace(certificate, budget_bytes=budget_bytes)
+    timeline = simulate(chain, schedule)
+    found = Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s, certificate)
+    return KnownPlan(chain, found, room_bytes)
