@@ -27,12 +27,10 @@ def plan_key(
     device: torch.device,
     autocast: Sequence[Autocast],
     has_gradients: bool,
-    kept: Sequence[str],
 ) -> dict[str, str]:
     """Return what a plan for `program` depends on, by name.
 
-    **Arguments:** `has_gradients`: whether parameters hold gradients when the step begins; `kept`: the modules that
-    run once a step (`tbp.keep`).
+    **Arguments:** `has_gradients`: whether parameters hold gradients when the step begins.
     """
     budget = config.budget
     return {
@@ -48,7 +46,6 @@ def plan_key(
         "executor": Executor(config.executor).value,
         "autocast": repr(tuple(autocast)),
         "has_gradients": str(has_gradients),
-        "kept": repr(sorted(kept)),
     }
 
 

@@ -186,20 +186,12 @@ class GraphProgram:
                 self._compiled[situation] = compile_program(self._program, externals, devices, progress.advance)
                 self._book.num_compiled += 1
             pieces = self._pieces(situation)
-            key = plan_key(
-                self._program,
-                self._config,
-                device=device,
-                autocast=situation.autocast,
-                has_gradients=situation.has_gradients,
-                kept=self._kept,
-            )
-            page = self._book.open(pieces, key)
+            page = None if self._pinned else self._page(pieces, device, situation)
             tensors = [v for v in values if isinstance(v, torch.Tensor)]
             room = Room(self._config, device, tensors, self._memory)
             make = partial(Pilot, self._target, budget=budget, room=room, device=device, observers=self._observers)
             progress.stage("planning")
-            known = self._known_pilot(make, page, room)
+            known = None if page is None else self._known_pilot(make, page, room)
             if known is not None:
                 return known
             progress.stage("measuring", total=len(pieces.pieces))
@@ -215,8 +207,21 @@ class GraphProgram:
             chain = pin_chain(chain, self._pinned)
             progress.stage("planning")
             self._book.planned(Origin.MEASURED)
+            if page is None:
+                return make(chain)
             mine = replace(page, origin=Origin.MEASURED, known=None, is_kept=False)
             return make(chain, on_learned=partial(self._book.note, mine))
+
+    def _page(self, pieces: Program, device: torch.device, situation: _Situation) -> Page:
+        """What is known of the program. Not to be asked with pinned blocks: such a chain is not the program's own."""
+        key = plan_key(
+            pieces,
+            self._config,
+            device=device,
+            autocast=situation.autocast,
+            has_gradients=situation.has_gradients,
+        )
+        return self._book.open(pieces, key)
 
     def _known_pilot(self, make: Callable[..., Pilot], page: Page, room: Room) -> Pilot | None:
         """Return a pilot that flies what is known for the page; none where that is nothing, or does not fit here."""
