@@ -80,7 +80,6 @@ def test_measuring_and_planning_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("measured or planned, with a plan in the cache")
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.program.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.plan", refuse)
     monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.Planner", refuse)
     target, _ = trained()
     assert target.counts.num_cached == 1

@@ -62,7 +62,7 @@ def test_a_smaller_shape_flies_the_plan_of_a_larger_one_that_is_near(monkeypatch
         raise AssertionError("measured, with the plan of a larger shape at hand")
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.program.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.plan", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.Planner", refuse)
     recorder.profiles.clear()
     train(model, loss_at(60))
     smaller = targets(model)[0].reports[-1]
