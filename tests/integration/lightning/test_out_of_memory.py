@@ -202,6 +202,14 @@ def test_raise_lets_the_error_pass(
     assert len(caught.value.__notes__) == 1
 
 
+@pytest.fixture
+def ends_process_group() -> Iterator[None]:
+    """Lightning leaves the group to the process's end; later tests are not distributed."""
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ends_process_group")
 @pytest.mark.parametrize("place", [Place.FORWARD, Place.BACKWARD], ids=lambda place: place.value)
 def test_a_synchronised_step_is_never_run_again(
     hcb: Any, models: dict[str, Any], trainer_for: Callable[..., Any], batches: Any, faults: Faults, place: Place
