@@ -73,14 +73,14 @@ def _walk(
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
 ) -> tuple[list[tuple[BlockCosts, ...]], list[list[bool]]]:
-    known: dict[tuple[str, tuple[int, ...]], tuple[_Measured, ...]] = {}
+    known: dict[tuple[Any, ...], tuple[_Measured, ...]] = {}
     seeds = _seeds(program)
     measured: list[tuple[_Measured, ...]] = []
     leaves: list[Any] = []
     wants: list[list[bool]] = [[]]
     for done, piece in enumerate(program.pieces):
         with autocast_as(autocast), torch.enable_grad():
-            key = piece.span.signature, seeds[done]
+            key = piece.span.signature, seeds[done], piece.calls if piece.is_compiled else ()
             probes = [
                 _Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
                 for option in range(len(piece.calls))

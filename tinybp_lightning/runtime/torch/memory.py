@@ -68,7 +68,9 @@ def fragmented_bytes(device: torch.device) -> int:
 
 
 class TargetMemory:
-    """What all plans of one target share: the largest plain peak, and what is known of the optimizer's state.
+    """What all plans of one target share: the largest plain peak, what is known of the optimizer's state, and a cap.
+
+    `cap_bytes`: what any plan may use since one of them ran out of memory; `None` until then.
 
     **Arguments:** `optimizer_state`: `None` where the budget does not count it. Held here alone, and given up when the
     target is: Dynamo keeps what it has compiled, and our programs with it, for longer.
@@ -76,6 +78,7 @@ class TargetMemory:
 
     def __init__(self, optimizer_state: "OptimizerState | None") -> None:
         self.optimizer_state = optimizer_state
+        self.cap_bytes: int | None = None
         self._largest_bytes = 0
 
     def largest_plain_peak(self, plain_peak_bytes: int) -> int:
@@ -186,6 +189,15 @@ class Room:
             return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
         taken_bytes = self._static_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
         return room_bytes(budget, self._device) - taken_bytes
+
+    @property
+    def cap_bytes(self) -> int | None:
+        """What any plan of the target may use since one of them ran out of memory."""
+        return self._shared.cap_bytes
+
+    @cap_bytes.setter
+    def cap_bytes(self, cap_bytes: int) -> None:
+        self._shared.cap_bytes = cap_bytes
 
     @property
     def optimizer_bytes(self) -> int:

@@ -196,6 +196,7 @@ class ModuleSteps:
         self._warned: set[str] = set()
         self._kept_units: set[str] = set()  # found to change Python state
         self._kept_kinds: set[type[nn.Module]] = set()
+        self._has_blocks = True  # until a step is seen to have none
         self._calls: list[_CallCost] | None = None
         self._runs: list[Run] = []
         self._watch: StepWatch | None = None
@@ -235,7 +236,7 @@ class ModuleSteps:
         if self.pilot is not None:
             return self.pilot.begin_step(self._parameters)
         stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
-        return StepWatch(device, self._parameters, self._config.budget, wants_trace=True)
+        return StepWatch(device, self._parameters, self._config.budget, wants_trace=self._has_blocks)
 
     def _ended(self, watch: StepWatch, calls: list[_CallCost], stats: list[RunStats], device: torch.device) -> None:
         total = RunStats()
@@ -243,15 +244,27 @@ class ModuleSteps:
             total.replayed_blocks += s.replayed_blocks
             total.rescued_blocks += s.rescued_blocks
             total.replay_s += s.replay_s
-        if self.pilot is None:
+        if self.pilot is None and not calls:
+            self._say_nothing_is_planned()
+        elif self.pilot is None:
             tensors = [*self._parameters, *self._buffers]
             room = Room(self._config, device, tensors, self._memory)
             chain = _chain(calls, watch.measured)
             self.pilot = Pilot(
                 self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
             )
-            return
-        self.profile = self.pilot.end_step(watch, total)
+        else:
+            self.profile = self.pilot.end_step(watch, total)
+
+    def _say_nothing_is_planned(self) -> None:
+        if self._has_blocks:
+            self._has_blocks = False
+            warnings.warn(
+                f"Nothing of `{self._name}` can be replayed, because every part of it is kept: it is trained plainly, "
+                "and the budget is not enforced. Keep fewer parts, or leave `hcb` out.",
+                HCBWarning,
+                stacklevel=2,
+            )
 
     def intercept(self, unit: str, module: nn.Module, impl: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""
@@ -273,7 +286,8 @@ class ModuleSteps:
         self, unit: str, module: nn.Module, impl: Callable[..., Any], leaves: list[Any], spec: TreeSpec, cost: _CallCost
     ) -> Any:
         first_time = unit not in self._volatile
-        volatile = self._volatile.setdefault(unit, {n for n, _ in _buffers(module)})
+        # Noted once the first run has succeeded: a run that fails has shown nothing of what the unit changes.
+        volatile = self._volatile.get(unit, {n for n, _ in _buffers(module)})
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.

@@ -105,7 +105,6 @@ class Pilot:
         self._traces = 0
         self._steps = 0
         self._good: _Flight | None = None
-        self._cap_bytes: int | None = None  # what a plan may use since one of them ran out of memory
         self._plain_fits = True  # until it is seen not to
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
@@ -169,6 +168,7 @@ class Pilot:
             self._learn(watch.measured)
         elif self._known is not None:
             self._phase = _Phase.STEADY  # it was measured when it was made
+            self._fly(self._flight)
         elif self._phase is _Phase.CALIBRATE:
             # Several targets in one step: what each one alone needs cannot be told apart, so the model is trusted.
             self._phase = _Phase.STEADY
@@ -186,10 +186,10 @@ class Pilot:
         peak_bytes = simulate(self._chain, self._flight.report.schedule).peak_bytes
         if planner.smallest_bytes >= peak_bytes:
             return False
-        self._cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
-        found = planner.plan(budget_bytes=self._cap_bytes)
+        self._room.cap_bytes = cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
+        found = planner.plan(budget_bytes=cap_bytes)
         self._good = None
-        self._fly(self._flight_of(found.schedule, self._cap_bytes, "out of memory", found.certificate))
+        self._fly(self._flight_of(found.schedule, cap_bytes, "out of memory", found.certificate))
         return True
 
     # ---- learning ----------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ class Pilot:
         if residual > 0 or may_shrink:
             before = self._chain.workspace_bytes
             self._chain = replace(self._chain, workspace_bytes=max(0, before + residual))
-            if self._cap_bytes is not None:  # the same plans are meant: what they need is known better now
-                self._cap_bytes += self._chain.workspace_bytes - before
+            if self._room.cap_bytes is not None:  # the same plans are meant: what they need is known better now
+                self._room.cap_bytes += self._chain.workspace_bytes - before
 
     def _settle(self, measured: Measured) -> None:
         flown = self._flight.report
@@ -285,7 +285,7 @@ class Pilot:
     def _known_flight(self, known: KnownPlan, reason: str) -> _Flight:
         """The known plan where the room is about what it was made for, else another one by what was learned."""
         plain_peak_bytes = self._plain_peak()
-        budget_bytes = self._room(plain_peak_bytes)
+        budget_bytes = self._capped(self._room(plain_peak_bytes))
         # Where plain training seemed to fit and was not chosen, it was seen not to fit.
         keeps_all = known.plan.schedule == keep_all(self._chain)
         self._plain_fits = keeps_all or plain_peak_bytes > known.room_bytes
@@ -297,13 +297,17 @@ class Pilot:
     def _for_budget(self, reason: str) -> _Flight:
         plain_peak_bytes = self._plain_peak()
         self._optimizer_bytes = self._room.optimizer_bytes
-        budget_bytes = self._room(plain_peak_bytes)
-        if self._cap_bytes is not None:
-            budget_bytes = min(budget_bytes, max(self._cap_bytes, self._planner().smallest_bytes))
+        budget_bytes = self._capped(self._room(plain_peak_bytes))
         if self._plain_fits and plain_peak_bytes <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         found = self._plan(budget_bytes)
         return self._flight_of(found.schedule, budget_bytes, reason, found.certificate)
+
+    def _capped(self, budget_bytes: int) -> int:
+        """The budget, less where a plan of the target ran out of memory; the smallest plan is always tried."""
+        if self._room.cap_bytes is None:
+            return budget_bytes
+        return min(budget_bytes, max(self._room.cap_bytes, self._planner().smallest_bytes))
 
     def _planner(self) -> Planner:
         """The planner of the chain as it is known now; its tables serve every budget."""

@@ -44,7 +44,8 @@ class Page:
     """One program in one situation: under which name its plan is noted, and what is known for it.
 
     `layout` names all programs that differ from this one in sizes only; `sizes_bytes` are those of its storages, and
-    `own_bytes` the sum of the ones that the forward makes. `is_kept`: what is known is on disk too.
+    `own_bytes` the sum of the ones that the forward makes. `is_kept`: what is known is on disk too;
+    `is_measured`: it was seen to fit.
     """
 
     key: Mapping[str, str]
@@ -54,6 +55,7 @@ class Page:
     origin: Origin
     known: KnownPlan | None
     is_kept: bool
+    is_measured: bool = False
 
 
 class PlanBook:
@@ -82,7 +84,8 @@ class PlanBook:
         if found is not None:
             return page(Origin.CACHED, found, True)
         empty = page(Origin.MEASURED, None, False)
-        larger = self._larger(empty)
+        # A smaller shape chooses what its options save by itself, and may choose more.
+        larger = self._larger(empty) if set(num_options) == {1} else None
         return empty if larger is None else page(Origin.LARGER, larger, False)
 
     def planned(self, origin: Origin) -> None:
@@ -93,12 +96,13 @@ class PlanBook:
         """Note what a pilot has learned for its page, on disk once it was measured; not what is another shape's."""
         if page.origin is Origin.LARGER:  # See Note [Larger shapes]
             return
-        is_kept = page.is_kept and known == page.known
+        name = _name(page.key)
+        last = self._pages.get(name, page)
+        is_kept = last.is_kept and known == last.known
         if is_measured and not is_kept and self._cache is not None:
             self._cache.put(page.key, known)
             is_kept = True
-        name = _name(page.key)
-        self._pages[name] = replace(page, known=known, is_kept=is_kept)
+        self._pages[name] = replace(page, known=known, is_kept=is_kept, is_measured=is_measured)
         self._pages.move_to_end(name)
         if len(self._pages) > _MAX_KNOWN:
             self._pages.popitem(last=False)
@@ -118,7 +122,7 @@ class PlanBook:
 
     def _larger(self, page: Page) -> KnownPlan | None:
         """Return the plan of the smallest shape that is as large as the page's everywhere, and near."""
-        fitting = [other for other in self._pages.values() if _bounds(other, page)]
+        fitting = [other for other in self._pages.values() if other.is_measured and _bounds(other, page)]
         best = min(fitting, key=lambda other: other.own_bytes, default=None)
         return None if best is None else best.known
 

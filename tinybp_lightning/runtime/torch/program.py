@@ -85,8 +85,8 @@ class GraphProgram:
         return None if self._program is None else self._program.graph
 
     def tighten(self, share: float) -> bool:
-        """Tighten every plan of this graph, as `Pilot.tighten` does; return whether one changed."""
-        return sum(pilot.tighten(share) for pilot in self._pilots.values()) > 0
+        """Tighten the plan of the last call, as `Pilot.tighten` does; return whether it changed."""
+        return self.pilot is not None and self.pilot.tighten(share)
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
@@ -100,9 +100,10 @@ class GraphProgram:
         if situation not in self._pilots:
             stop_tracing()
             with tracing_turn():
-                if not can_trace(device):
-                    return self._run_unplanned(values)
-                self._pilots[situation] = self._new_pilot(values, device, devices, situation)
+                pilot = self._new_pilot(values, device, devices, situation)
+            if pilot is None:
+                return self._run_unplanned(values)
+            self._pilots[situation] = pilot
         self.pilot = self._pilots[situation]
         return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
 
@@ -172,7 +173,8 @@ class GraphProgram:
 
     def _new_pilot(
         self, values: Sequence[Any], device: torch.device, devices: Sequence[torch.device], situation: _Situation
-    ) -> Pilot:
+    ) -> Pilot | None:
+        """Return who decides what is flown; `None` where nothing is known and nothing can be measured now."""
         budget = self._config.budget
         with planning_progress(self._target) as progress:
             if self._program is None:
@@ -194,6 +196,8 @@ class GraphProgram:
             known = None if page is None else self._known_pilot(make, page, room)
             if known is not None:
                 return known
+            if not can_trace(device):
+                return None
             progress.stage("measuring", total=len(pieces.pieces))
             chain = measure_chain(
                 pieces,
@@ -227,7 +231,8 @@ class GraphProgram:
         """Return a pilot that flies what is known for the page; none where that is nothing, or does not fit here."""
         if page.known is None:
             return None
-        if page.origin is Origin.LARGER and not page.known.suits(room(plain_peak_bytes(page.known.chain))):
+        is_other = page.origin is Origin.LARGER
+        if is_other and (room.cap_bytes is not None or not page.known.suits(room(plain_peak_bytes(page.known.chain)))):
             return None  # to plan again, the costs of this shape are needed
         try:
             pilot = make(
