@@ -1,15 +1,22 @@
 """Bytes alive, from the allocator's events: exact, whatever else is going on."""
 
 import gc
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tinybp_lightning.capture.torch import allocator
 from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.capture.torch.private import is_profiling
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KILO = 1000
 
 
@@ -151,3 +158,151 @@ def test_nothing_but_allocations_is_recorded() -> None:
         x = torch.ones(KILO // 4, requires_grad=True).exp()
     x.sum().backward()
     assert trace.close()[0].peak_bytes >= KILO
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+class BrokenError(Exception):
+    pass
+
+
+def fails(*_: Any) -> Any:
+    raise BrokenError
+
+
+def others_can_trace(module: Any = allocator) -> bool:
+    """Whether the turn is free, as another thread sees it: within one it nests."""
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(module.can_trace(CPU)))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+class History:
+    """Stands for the CUDA allocator's, which a machine without a device has not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_on = False
+        self.turn_was_free_at_stop = False
+        monkeypatch.setattr(allocator, "cuda_history_is_on", lambda: self.is_on)
+        monkeypatch.setattr(allocator, "start_cuda_history", self.start)
+        monkeypatch.setattr(allocator, "stop_cuda_history", self.stop)
+        monkeypatch.setattr(allocator, "cuda_history", fails)
+        monkeypatch.setattr(allocator._CudaTrace, "mark", lambda *_: None)
+
+    def start(self, _: int) -> None:
+        self.is_on = True
+
+    def stop(self) -> None:
+        self.is_on = False
+        self.turn_was_free_at_stop = others_can_trace()
+
+
+def test_a_trace_that_cannot_begin_leaves_nothing_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator._CpuTrace, "mark", fails)
+    with pytest.raises(BrokenError):
+        open_trace(CPU)
+    assert not is_profiling()
+    assert others_can_trace()
+
+
+def test_a_profiler_that_cannot_start_leaves_the_turn_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.profiler, "_enable_profiler", fails)
+    with pytest.raises(BrokenError):
+        open_trace(CPU)
+    assert others_can_trace()
+
+
+def test_a_history_that_cannot_begin_is_not_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(monkeypatch)
+    monkeypatch.setattr(allocator._CudaTrace, "mark", fails)
+    with pytest.raises(BrokenError):
+        open_trace(CUDA)
+    assert not history.is_on
+    assert others_can_trace()
+
+
+@pytest.mark.parametrize("end", [closed, abandoned])
+def test_the_turn_is_given_back_once_the_profiler_has_stopped(
+    end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = allocator.profiler._disable_profiler
+    free: list[bool] = []
+
+    def stop() -> Any:
+        free.append(others_can_trace())
+        return original()
+
+    monkeypatch.setattr(allocator.profiler, "_disable_profiler", stop)
+    trace = open_trace(CPU)
+    end(trace)
+    assert free == [False]
+    assert others_can_trace()
+    trace.abandon()  # harmless
+    assert free == [False]
+
+
+@pytest.mark.parametrize("end", [closed, abandoned])
+def test_the_turn_is_given_back_where_stopping_fails(
+    end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = open_trace(CPU)
+    original = allocator.profiler._disable_profiler
+    monkeypatch.setattr(allocator.profiler, "_disable_profiler", fails)
+    try:
+        with pytest.raises(BrokenError):
+            end(trace)
+    finally:
+        original()
+    assert others_can_trace()
+
+
+def test_a_history_that_cannot_be_read_is_not_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(monkeypatch)
+    trace = open_trace(CUDA)
+    assert history.is_on
+    with pytest.raises(BrokenError):
+        trace.close()
+    assert not history.is_on
+    assert not history.turn_was_free_at_stop
+    assert others_can_trace()
+
+
+def test_the_users_history_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(monkeypatch)
+    history.is_on = True
+    open_trace(CUDA).abandon()
+    assert history.is_on
+    assert others_can_trace()
+
+
+def test_the_turn_is_taken_without_assertions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -O` leaves out what an `assert` calls."""
+    path = Path(allocator.__file__)
+    optimized = ModuleType("optimized_allocator")
+    monkeypatch.setitem(sys.modules, optimized.__name__, optimized)  # dataclasses look there
+    exec(compile(path.read_text(), path, "exec", optimize=1), optimized.__dict__)
+    trace = optimized.open_trace(CPU)
+    could = others_can_trace(optimized)
+    trace.abandon()
+    assert not could
+    assert others_can_trace(optimized)
+
+
+def test_a_trace_of_a_thread_that_has_ended_does_not_stop_this_ones(capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch says on stderr that it lets go of the other's profiler."""
+    theirs: list[AllocatorTrace] = []
+    thread = threading.Thread(target=lambda: theirs.append(open_trace(CPU)))
+    thread.start()
+    thread.join()
+    mine = open_trace(CPU)
+    mine.mark("one")
+    theirs[0].abandon()
+    assert is_profiling()
+    assert not others_can_trace()
+    kept = floats(KILO)
+    assert mine.close()[1] == Segment("one", 0, KILO, KILO)
+    capfd.readouterr()
+    del kept

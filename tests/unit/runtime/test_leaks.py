@@ -173,3 +173,36 @@ loss = model(torch.ones(32, 8)).sum()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rest", "ending"),
+    [
+        ("", ""),
+        ("", "loss[0].backward()"),
+        (
+            ".backward()",
+            "[model(x).sum().backward() for _ in range(3)]; watch.stop_tracing(); assert not watch._PENDING",
+        ),
+    ],
+    ids=["forward-only", "backward-elsewhere", "whole-step"],
+)
+def test_a_process_ends_well_whose_thread_left_a_trace_on(rest: str, ending: str) -> None:
+    """Nobody but the thread can stop its profiler, and it has ended."""
+    script = f"""
+import threading, torch, tinybp_lightning as tbp
+from tinybp_lightning.runtime.torch import watch
+model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4)))
+tbp.hcb(model, activation_budget="1MiB")
+x, loss = torch.ones(32, 8), []
+def work():
+    loss.append(model(x).sum())
+    loss[0]{rest}
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert len(watch._TRACING) == 1
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +15,14 @@ from torch import nn
 
 import tinybp_lightning as tbp
 from benchmarks.faults import Faults, Place
-from tests.unit.runtime.training import Recorder, residual_net
+from tests.unit.runtime.training import Recorder, peak_bytes, residual_net
+from tinybp_lightning.capture.torch.allocator import can_trace
+from tinybp_lightning.capture.torch.private import is_profiling
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.runtime.torch import targets
+from tinybp_lightning.runtime.torch.costs import _Probe
 from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.watch import settle_pending
 
 WIDTH = 16
 X = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -267,6 +272,48 @@ def test_raise_lets_the_error_pass_with_a_note(faults: Faults) -> None:
     assert '`on_oom="raise"` was asked for' in caught.value.__notes__[0]
     assert "`Sequential` flew the plan" in caught.value.__notes__[0]
     assert faults.num_raised == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
+def test_an_error_while_a_block_is_measured_leaves_no_trace_on(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the profiler left on, or its turn taken, every later step would run unplanned."""
+    budget_bytes = int(0.7 * peak_bytes(residual_net(5), square_loss))
+    model, recorder = residual_net(5), Recorder()
+    tbp.hcb(model, activation_budget=budget_bytes, observers=[recorder])
+    original, left = _Probe._replay, [error]
+
+    def replay(self: _Probe, *args: Any) -> Any:
+        if left:
+            assert is_profiling(), "the error would come outside of a trace: the test shows nothing"
+            raise left.pop()
+        return original(self, *args)
+
+    monkeypatch.setattr(_Probe, "_replay", replay)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            rescued_step(model)
+        assert not is_profiling()
+        assert others_can_trace()
+    rescued_step(model)  # planned, or `HCBWarning` says that it is not
+    assert left == []
+    settle_pending()
+    assert not is_profiling()
+    assert others_can_trace()
+    for _ in range(3):
+        rescued_step(model)
+    assert recorder.plans
+    assert peak_bytes(model, square_loss) <= budget_bytes
+
+
+def others_can_trace() -> bool:
+    """Whether the tracing turn is free, as another thread sees it."""
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(can_trace(X.device)))
+    thread.start()
+    thread.join()
+    return seen[0]
 
 
 # ---- what cannot be run again ----------------------------------------------------------------------------------------

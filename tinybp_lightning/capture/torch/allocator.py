@@ -10,10 +10,16 @@ Note [Nothing but allocations]
     needed: an op or `record_function` range that begins under one profiler and ends under the next writes into the
     first one's freed memory, and a trace ends and begins anywhere, in particular inside ranges of DDP, of Dynamo and of
     `Optimizer.step`. Marks are therefore allocations themselves, known by their size and address.
+
+Note [A thread that ends under its profiler]
+    A profiler belongs to the thread that started it, and no other can stop it; but torch keeps the newest one of the
+    process alive past its thread, and crashes when it lets go of that at exit. What makes it let go is another start.
+    So another thread starts a profiler and stops that; where it profiles already, it has made torch let go.
 """
 
 import contextlib
 import os
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -65,11 +71,14 @@ class AllocatorTrace(Protocol):
         ...
 
     def close(self) -> tuple[Segment, ...]:
-        """Stop and return the segments."""
+        """Stop and return the segments. Stopped it is even where reading fails."""
         ...
 
     def abandon(self) -> None:
-        """Stop without reading (the step ended in an exception, or never)."""
+        """Stop without reading (the step ended in an exception, or never). Harmless where it has stopped.
+
+        By the thread that opened the trace, or under `tracing_turn` once that one has ended.
+        """
         ...
 
 
@@ -97,22 +106,40 @@ def tracing_turn() -> Generator[bool]:
 
 def open_trace(device: torch.device) -> AllocatorTrace:
     """Start to trace the allocator of `device` (`cpu` or `cuda`). The caller has seen that it can."""
-    assert _TURN.take(), "another thread traces: ask `can_trace` first, and open under `tracing_turn`"
-    return _CudaTrace(device) if device.type == "cuda" else _CpuTrace()
+    is_mine = _TURN.take()  # outside of the `assert`, which `python -O` leaves out
+    assert is_mine, "another thread traces: ask `can_trace` first, and open under `tracing_turn`"
+    with contextlib.ExitStack() as undo:  # in reverse, each whatever the others raise: first stop, then give back
+        undo.callback(_give_back, threading.current_thread())
+        return _CudaTrace(device, undo) if device.type == "cuda" else _CpuTrace(undo)
+
+
+def _give_back(opener: threading.Thread) -> None:
+    """Give the turn of a trace back. That of a thread that has ended is free already."""
+    if opener is threading.current_thread():
+        _TURN.give_back()
+
+
+def _start_profiler() -> None:
+    """Start to record this thread's allocations, on CPU. See Note [Nothing but allocations]."""
+    config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
+    activities = {ProfilerActivity.CPU}
+    profiler._prepare_profiler(config, activities)
+    profiler._enable_profiler(config, activities, _NO_SCOPES)
 
 
 class _CpuTrace:
     """Reads the profiler's allocation events. See Note [Nothing but allocations]."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        self._opener = threading.current_thread()
+        self._results: Any = None
         self._labels: list[str] = []
         self._marks: list[int] = []
         self._left_out: list[tuple[int, tuple[int, ...]]] = []
-        config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
-        activities = {ProfilerActivity.CPU}
-        profiler._prepare_profiler(config, activities)
-        profiler._enable_profiler(config, activities, _NO_SCOPES)
+        _start_profiler()
+        undo.callback(self._stop)
         self.mark("start")
+        self._undo = undo.pop_all()
 
     def mark(self, label: str) -> None:
         """Start the segment `label` here."""
@@ -127,15 +154,22 @@ class _CpuTrace:
 
     def abandon(self) -> None:
         """Stop without reading."""
-        _TURN.give_back()
-        profiler._disable_profiler()
+        self._undo.close()
 
     def close(self) -> tuple[Segment, ...]:
         """Stop and return the segments."""
-        _TURN.give_back()
-        events, marks = self._read(profiler._disable_profiler())
+        self._undo.close()
+        events, marks = self._read(self._results)
         _drop_left_out(self._left_out, events, marks)
         return _segments(self._labels, events, marks)
+
+    def _stop(self) -> None:
+        """Stop the profiler. See Note [A thread that ends under its profiler]."""
+        if self._opener is not threading.current_thread():
+            if is_profiling():
+                return
+            _start_profiler()
+        self._results = profiler._disable_profiler()
 
     def _read(self, results: Any) -> tuple[list[tuple[int, int]], list[int]]:
         """Return `(address, bytes)` of every event in order, and how many events came before each mark.
@@ -207,15 +241,16 @@ def _segments(labels: Sequence[str], events: Sequence[tuple[int, int]], marks: S
 class _CudaTrace:
     """Reads the caching allocator's own history. A mark is a tiny tensor: its address is the mark's place in it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, undo: contextlib.ExitStack) -> None:
         self._device = device
         self._labels: list[str] = []
         self._marks: list[torch.Tensor] = []
         self._left_out: list[tuple[int, tuple[int, ...]]] = []
-        self._was_on = cuda_history_is_on()
-        if not self._was_on:
+        if not cuda_history_is_on():
             start_cuda_history(_MAX_CUDA_EVENTS)
+            undo.callback(stop_cuda_history)
         self.mark("start")
+        self._undo = undo.pop_all()
 
     def mark(self, label: str) -> None:
         """Start the segment `label` here."""
@@ -230,13 +265,20 @@ class _CudaTrace:
 
     def abandon(self) -> None:
         """Stop without reading."""
-        _TURN.give_back()
         self._marks.clear()
-        if not self._was_on:
-            stop_cuda_history()
+        self._undo.close()
 
     def close(self) -> tuple[Segment, ...]:
         """Stop and return the segments."""
+        try:
+            events, marks = self._read()
+        finally:
+            self.abandon()
+        _drop_left_out(self._left_out, events, marks)
+        return _segments(self._labels, events, marks)
+
+    def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return `(address, bytes)` of every event since the first mark, and how many came before each mark."""
         raw = cuda_history(self._device)
         # Marks are alive to the end, so the newest allocation at a mark's address is the mark itself.
         places = {t.data_ptr(): k for k, t in enumerate(self._marks)}
@@ -250,6 +292,4 @@ class _CudaTrace:
             elif marks:
                 events.append(event)
         assert len(marks) == len(self._labels), "the allocator's history lost a mark"
-        self.abandon()
-        _drop_left_out(self._left_out, events, marks)
-        return _segments(self._labels, events, marks)
+        return events, marks

@@ -188,14 +188,18 @@ class _Probe:
         clock = Clock(self._device)
         warm = self._save_and_backward(lambda _: None, clock).backward  # kernels are picked, backward compiled
         trace = open_trace(self._device)
-        trace.mark("forward")
-        forward = clock.time_repeatable(self.run_dropping)
-        trace.mark("between")
-        replay = self._replay(trace.mark, clock)
-        trace.mark("between")
-        run = self._save_and_backward(trace.mark, clock)
-        trace.leave_out(run.parameter_gradients)
-        parts = {s.label: s for s in _joined(trace.close())}
+        try:
+            trace.mark("forward")
+            forward = clock.time_repeatable(self.run_dropping)
+            trace.mark("between")
+            replay = self._replay(trace.mark, clock)
+            trace.mark("between")
+            run = self._save_and_backward(trace.mark, clock)
+            trace.leave_out(run.parameter_gradients)
+            parts = {s.label: s for s in _joined(trace.close())}
+        except BaseException:
+            trace.abandon()
+            raise
         save, back = parts["save"], parts["backward"]
         sizes = BlockSizes(
             forward_peak_bytes=_peak(parts["forward"]),

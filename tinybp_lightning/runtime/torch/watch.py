@@ -61,6 +61,8 @@ class StepWatch:
         StepWatch.num_started += 1
         self._number = StepWatch.num_started
         self._num_others = 0
+        if wants_trace:
+            _untrace_ended_threads()
         with tracing_turn():
             self._trace: AllocatorTrace | None = open_trace(device) if wants_trace and can_trace(device) else None
         if self._trace is not None:
@@ -174,10 +176,26 @@ def _settle_all() -> None:
 
 
 def stop_tracing() -> None:
-    """Give up this thread's traces: another target must be measured now, and there is one profiler."""
+    """Give up this thread's traces, and those of threads that have ended: there is one profiler.
+
+    Called where another target must be measured now, and when the process ends.
+    """
     settle_pending()
     for watch in _mine(_TRACING):
         watch.untrace()
+    _untrace_ended_threads()
+
+
+def _untrace_ended_threads() -> None:
+    """Stop what threads left on that have ended: nobody else would, and nobody can read it any more.
+
+    Before this thread opens a trace of its own, which stopping the other would stop too.
+    """
+    with tracing_turn() as is_mine:
+        for watch in [w for w in _TRACING if is_mine and not w.thread.is_alive()]:
+            watch.untrace()
+            if watch in _PENDING:
+                _PENDING.remove(watch)
 
 
 def stop_listening() -> None:
