@@ -53,9 +53,7 @@ def _draw(panel: Any, curve: Pareto, unit_bytes: int) -> None:
     panel.fill_between(budgets, bounds, floor, step="pre", color="tab:red", alpha=0.12, linewidth=0)
     for reference, marker in zip(curve.references, _MARKERS, strict=True):
         at = reference.peak_bytes / unit_bytes, reference.total_s / curve.plain_s if curve.plain_s else 1.0
-        panel.plot(*at, marker, color="0.25", markersize=7)
-        place, side = ((4, -16), "right") if at[0] > 0.85 * budgets[-1] else ((7, 6), "left")
-        panel.annotate(reference.name, at, xytext=place, ha=side, textcoords="offset points", fontsize=9, color="0.25")
+        panel.plot(*at, marker, color="0.25", markersize=7, linestyle="none", label=reference.name)
     panel.axvline(curve.smallest_bytes / unit_bytes, color="0.6", linestyle=":", linewidth=1)
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=floor)
