@@ -16,9 +16,13 @@ os.environ["TINYBP_CACHE"] = tempfile.mkdtemp(prefix="plans-")  # for fixtures t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("seeded", derandomize=True)  # the same cases on every machine
+hypothesis.settings.register_profile("random", derandomize=False, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
 atexit.register(shutil.rmtree, os.environ["TINYBP_CACHE"])
 _SEED = 20251
 

@@ -93,6 +93,8 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     if not link_bytes_per_s > 0:
         raise ConfigError(f"`link_bytes_per_s={link_bytes_per_s}` must be above 0: give the measured bandwidth.")
     search = _Search(planner, budget_bytes, link_bytes_per_s)
+    if budget_bytes >= planner.smallest_bytes:
+        search.start(planner.schedule(budget_bytes=budget_bytes))
     for source in _sources(planner, budget_bytes):
         search.descend(source)
     if search.best is None:
@@ -124,6 +126,10 @@ class _Search:
         self.best: _Fitted | None = None
         self.smallest: _Fitted | None = None
 
+    def start(self, schedule: Schedule) -> None:
+        """Begin with a schedule that fits without offload: nothing slower is of interest."""
+        self.best = self.smallest = self._played(schedule.actions, ())
+
     def descend(self, source: Callable[[float], Schedule]) -> None:
         """Find about the fastest schedule of `source` that fits, from `source(1.0)`, its fastest, down."""
         step = next((k for k in reversed(range(_STEPS + 1)) if self._is_enough(source(k / _STEPS))), None)
@@ -142,9 +148,10 @@ class _Search:
         fitted = plain if plain.played.excess_bytes == 0 else self._fit(plain)
         if self.smallest is None or _peak_bytes(fitted) < _peak_bytes(self.smallest):
             self.smallest = fitted
-        if fitted.played.excess_bytes == 0 and (self.best is None or fitted.cost < self.best.cost):
-            self.best = fitted
-        return fitted.played.excess_bytes == 0
+        if fitted.played.excess_bytes or (self.best is not None and fitted.cost >= self.best.cost):
+            return False  # also if its copies make it slow: one that moves less may be faster
+        self.best = fitted
+        return True
 
     def _fit(self, plain: _Fitted) -> _Fitted:
         """Send boundaries away until the budget is kept, or it is plain that this does not do."""

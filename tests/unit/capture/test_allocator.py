@@ -61,8 +61,11 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace.close()
     places = {t.data_ptr() for t in large}
     del large
-    small = [floats(KILO) for _ in range(5000)]
-    assert any(t.data_ptr() in places for t in small), "no address was given again: the test shows nothing"
+    # Nearly as large: these come from the room just freed, not from small holes of which there are many.
+    small = list[torch.Tensor]()
+    while not any(t.data_ptr() in places for t in small[-1:]):
+        assert len(small) < 20_000, "no address was given again: the test shows nothing"
+        small.append(floats(48 * KILO))
     trace = open_trace(CPU)
     trace.mark("one")
     small.clear()

@@ -11,7 +11,7 @@ from tests.unit.graph.strategies_chain import chains
 from tests.unit.schedule.brute_force_offload import fastest_with_offload
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain
 from tinybp_lightning.errors import BudgetTooSmallError, ConfigError
-from tinybp_lightning.graph import Chain, verify_chain
+from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
 from tinybp_lightning.schedule import (
     Planner,
     Schedule,
@@ -85,6 +85,15 @@ def test_a_budget_that_only_offload_meets() -> None:
     assert found.moved_bytes > 0
 
 
+def test_copies_that_fit_but_wait_are_not_preferred() -> None:
+    """With boundaries away a slow link fits what without offload fits more cheaply."""
+    chain = _with_a_free_option()
+    verify_chain(chain)
+    planner = Planner(chain)
+    assert planner.plan(budget_bytes=9).total_s == 4
+    assert _check(chain, planner, 9, 0.25) == 4
+
+
 def test_refuses_a_budget_that_nothing_meets() -> None:
     with pytest.raises(BudgetTooSmallError, match=r"`budget_bytes=1` cannot be met with offload.* needs 4 bytes"):
         plan_offload(Planner(uniform_chain(4)), budget_bytes=1, link_bytes_per_s=1.0)
@@ -132,6 +141,31 @@ def _in_seconds(chain: Chain, *, seconds: float) -> Chain:
         for block in chain.blocks
     )
     return replace(chain, blocks=blocks)
+
+
+def _with_a_free_option() -> Chain:
+    """Return a chain in which only one block takes time; its plan without offload saves every block."""
+
+    def option(saved_bytes: int, save_peak_bytes: int, replay_peak_bytes: int) -> SavedSet:
+        return SavedSet("", (), saved_bytes, save_peak_bytes, 0.0, replay_peak_bytes, 0.0, 0)
+
+    def block(name: str, forward_s: float, forward_peak_bytes: int, *options: SavedSet) -> Block:
+        named = tuple(replace(option, name=f"option{k}") for k, option in enumerate(options))
+        return Block(name, "s", forward_s, forward_peak_bytes, 0, named)
+
+    return Chain(
+        storage_bytes=(0, 4, 0, 2, 0, 3, 0),
+        blocks=(
+            block("b0", 4.0, 4, option(0, 4, 0)),
+            block("b1", 0.0, 0, option(2, 2, 2), option(0, 0, 0)),
+            block("b2", 0.0, 2, option(3, 5, 3)),
+            block("b3", 0.0, 3, option(0, 3, 0)),
+            block("b4", 0.0, 0, option(0, 1, 1)),
+        ),
+        boundaries=tuple(
+            Boundary(tuple(map(StorageId, storages)), 0) for storages in ((0,), (1,), (1, 2), (3, 4), (3, 5), (6,))
+        ),
+    )
 
 
 def _dear_beginning() -> Chain:
