@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward, Schedule
 from tinybp_lightning.schedule.bound import PricedChain
-from tinybp_lightning.schedule.capped import affordable_slots, capped_bound_s
+from tinybp_lightning.schedule.capped import affordable, capped_bound_s
 from tinybp_lightning.schedule.relaxed import relax
 from tinybp_lightning.schedule.simulate import Timeline
 
@@ -79,8 +79,8 @@ def certify(
         priced_s, prices = plain_s, np.zeros(num_blocks + 2)
     capped_s = 0.0
     if priced_s < timeline.total_s * (1 - _TIGHT):
-        num_slots = affordable_slots(relaxed)
-        capped_s = capped_bound_s(relaxed, num_slots=num_slots) if num_slots else 0.0
+        resolution = affordable(relaxed)
+        capped_s = capped_bound_s(relaxed, resolution, limit_s=timeline.total_s) if resolution else 0.0
     return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
 
 

@@ -2,33 +2,41 @@
 
 # Note [Counting each storage once]
 `relaxed` shows how to uncross any schedule. This bound counts what is held then as a union of storages, not as a sum
-of weights, and needs another argument for being lazy. What it counts of a boundary `i`, held for the ends `q .. j-1`,
-is `S_i` without those storages of it that are part of `S_j` too and that no block in `q .. j-1` is bound to save (it
-has no alias of them in some option). Of a saved set it counts the private bytes and the aliases that all the block's
-options have. Both can only count less than there is.
+of weights, and needs another argument for being lazy. A storage of boundary `i`, held for the ends `q .. j-1`, may be
+*left out* if it is part of `S_j` too and no block in `q .. j-1` is bound to save it (has an alias of it in all its
+options). A boundary counts with all its storages as long as something that serves its ends holds what may be left out;
+from then on, say from `t` on, without. Of a saved set the private bytes count and the aliases that all the block's
+options have. That is never more than there is.
+
+Where `t` comes before `j` is due, all of `q .. j-1` are saved sets when it is due: any boundary between `i` and `j`
+contains what was left out.
 
 Take the first run that is not on the way to the end next due. It replaces a boundary `X = (i, q .. j-1)`, `j` not yet
 due, by things `Y` for the same ends. Below is `L`, for ends under `q`; above is `U`, for ends from `j` on, which by
 uncrossing stands behind all of `Y` from the last time on that its path ran those blocks. Let `f` be the bytes counted
-with `Y` less those with `X`, as time goes on. No storage enters `U` again: it moves on through the chain, a storage
-lies in consecutive boundaries, and what a thing leaves out its parts leave out. A storage that leaves `U` and is
-counted in `X` is counted in `Y` too: it is in every boundary of `Y`, and if it is left out of each and saved by none,
-it is in `S_j` and no block in `q .. j-1` is bound to save it, so `X` left it out. In the same way no storage of `S_i`
-leaves `L`, and one of `Y` that enters `L` is counted in `X`. So `f` never falls. If `f <= 0` when the run is made,
-`Y` weighed no more since `U` last ran those blocks: make it then, at no run. If `f > 0`, it stays so: make it at the
-next change or when `j` is due. Either way no more is counted at any moment, and no time is lost. Repeat: every run is
-on the way to the end next due.
+with `Y` less those with `X`, as time goes on. No storage enters `U` again: it moves on through the chain, and a storage
+lies in consecutive boundaries. A storage that leaves `U` and is counted in `X` is counted in `Y` too: it is in `S_j`,
+and before `t` something in `Y` holds it, and counts it since it still does; after `t` only what a block is bound to
+save is still counted in `X`, and `Y` never leaves that out. In the same way no storage of `S_i` leaves `L`, and one of
+`Y` that enters `L` is counted in `X`. So `f` never falls. If `f <= 0` when the run is made, `Y` weighed no more since
+`U` last ran those blocks: make it then, at no run. If `f > 0`, it stays so: make it at the next change or when `j` is
+due. Either way no more is counted at any moment, and no time is lost. Repeat: every run is on the way to the end next
+due. What serves an end when it is due is what served it before.
+
+So a boundary is held in one of two ways. Either all its storages count, or the ends it serves are, when the last of
+them is due, all kept; then we count it without what may be left out, from the beginning.
 
 So walking from boundary 0 on, all that matters of the things below is their union cut with the boundary at hand: the
 *held set*. Leaving a boundary pays for what of the held set does not go on. Where there are too many held sets at a
 boundary, some give way to their largest known subset, which counts less.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from tinybp_lightning.graph.chain import Chain, SavedSet
 
-__all__ = ["HeldKeep", "HeldSets"]
+__all__ = ["HeldKeep", "HeldSets", "KeptEnds"]
 
 _Set = frozenset[int]
 
@@ -44,6 +52,18 @@ class HeldKeep:
     replay_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class KeptEnds:
+    """Blocks from `low` on that are all kept when the last is due, served from one boundary: what is counted of that
+    before, the bytes that they need at least, and their least seconds.
+    """
+
+    low: int
+    counted: frozenset[int]
+    need_bytes: int
+    seconds: float
+
+
 class HeldSets:
     """The held sets of every boundary, by index, and where each move leads; set 0 of boundary 0 is the start."""
 
@@ -53,12 +73,12 @@ class HeldSets:
         self._chain = chain
         self._boundary = [frozenset(int(s) for s in b.storages if size[s]) for b in chain.boundaries]
         self._saved = [self._bound_to_save(b) for b in range(len(chain.blocks))]
+        self._private_bytes = [min(option.saved_bytes for option in block.options) for block in chain.blocks]
         self._last = self._last_boundaries()
+        self._known: dict[tuple[int, int, _Set], tuple[int, int]] = {}
         self._standing = self._standing_bytes()
-        self._holds: list[list[list[_Set]]] = [
-            [self._counted(i, q) for q in range(len(chain.blocks) + 1)] for i in range(len(chain.blocks))
-        ]
-        self._sets = self._find(max_sets)
+        self._passing, kept = self._find(max_sets)
+        self._sets = [(*passing, *kept[i]) for i, passing in enumerate(self._passing)]
         self._index = [{held: k for k, held in enumerate(sets)} for sets in self._sets]
 
     @property
@@ -81,31 +101,84 @@ class HeldSets:
         n = len(self._chain.blocks)
         keeps = [self._kept_bytes(i, frozenset(), option) for i in range(n) for option in self._chain.blocks[i].options]
         holds = [self._bytes(self._boundary[i] - self._boundary[i + 1]) for i in range(n)]
-        return [1, *keeps, *holds, *(self._bytes(s - self._boundary[i + 1]) for i in range(n) for s in self._sets[i])]
+        passes = [self._bytes(s - self._boundary[i + 1]) for i in range(n) for s in self._passing[i]]
+        return [1, *keeps, *holds, *passes]
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks of the chain."""
+        return len(self._chain.blocks)
 
     def count(self, boundary: int) -> int:
         """Return the number of held sets of `boundary`."""
         return len(self._sets[boundary])
 
+    def num_passing(self, boundary: int) -> int:
+        """Return how many of them, the first ones, a block may be passed with; with others the next end is due."""
+        return len(self._passing[boundary])
+
+    def leaves_out(self, i: int, q: int) -> bool:
+        """Whether boundary `i`, held for ends below `q` that are all kept, may count with less than all its storages.
+
+        If so, then for block `q-1` alone: more blocks have more that is private to them.
+        """
+        left_out = {s for s in self._boundary[i] if self._last[s] >= q} - self._saved[q - 1]
+        spare_bytes = self._private_bytes[q - 1] - self._bytes(self._boundary[i] - self._saved[q - 1])
+        return bool(left_out) and spare_bytes < 0
+
     def after_pass(self, i: int, index: int) -> tuple[int, int]:
         """Return where running block `i` and releasing boundary `i` leads, and the bytes paid."""
-        return self._go(i, self._sets[i][index])
+        return self._go(i, self._sets[i][index], passing=True)
 
-    def after_hold(self, i: int, index: int, q: int) -> list[tuple[int, int]]:
-        """Return the same for holding boundary `i` for `low .. q-1`, for `low` from `i` to `q - 1`."""
-        held, known = self._sets[i][index], dict[_Set, tuple[int, int]]()
-        found: list[tuple[int, int]] = []
-        for counted in self._holds[i][q]:
-            if counted not in known:
-                known[counted] = self._go(i, held | counted)
-            found.append(known[counted])
+    def after_store(self, i: int) -> tuple[int, int]:
+        """Return the same for holding boundary `i`, whatever for."""
+        return self._go(i, self._boundary[i], passing=True)
+
+    def all_kept(self, i: int, q: int, *, left_bytes: int) -> list[KeptEnds]:
+        """Return the ways to serve `low .. q-1` from boundary `i`, all kept, for `low` from `q - 1` down to `i`.
+
+        The list ends where they no longer fit, or where all storages of the boundary count. Of what may be left out
+        some counts nevertheless: as much as is private to the saved sets that the boundary is replaced by.
+        """
+        blocks, size, boundary = self._chain.blocks, self._size, self._boundary[i]
+        left_out = {s for s in boundary if self._last[s] >= q}
+        aliases, uncounted_bytes, private_bytes = set[int](), self._bytes(boundary), 0
+        need_bytes = self._standing[q - 1] + min(option.backward_peak_bytes for option in blocks[q - 1].options)
+        seconds = sum(block.forward_s for block in blocks[i : q - 1])
+        found: list[KeptEnds] = []
+        for low in reversed(range(i, q)):
+            for storage in self._saved[low] - aliases:
+                aliases.add(storage)
+                need_bytes += size[storage]
+                uncounted_bytes -= size[storage] if storage in boundary else 0
+            left_out -= self._saved[low]
+            private_bytes += self._private_bytes[low]
+            need_bytes += self._private_bytes[low]
+            if need_bytes > left_bytes or private_bytes >= uncounted_bytes:
+                break
+            spare_bytes = private_bytes - uncounted_bytes + self._bytes(left_out)
+            really = set(left_out)
+            for storage in sorted(left_out, key=lambda s: (-size[s], s)):
+                if size[storage] <= spare_bytes:
+                    really.remove(storage)
+                    spare_bytes -= size[storage]
+            options = blocks[low].options
+            replay_s = (option.replay_s if low == q - 1 else 0.0 for option in options)
+            seconds += min(s + option.backward_s for s, option in zip(replay_s, options, strict=True))
+            found.append(KeptEnds(low, boundary - really, need_bytes, seconds))
         return found
+
+    def after_hold(self, i: int, index: int, counted: frozenset[int]) -> tuple[int, int]:
+        """Return where holding boundary `i` with only `counted` of it leads, and the bytes paid."""
+        if (i, index, counted) not in self._known:
+            self._known[i, index, counted] = self._go(i, self._sets[i][index] | counted, passing=True)
+        return self._known[i, index, counted]
 
     def keeps(self, i: int, index: int, *, left_bytes: int) -> list[HeldKeep]:
         """Return what keeping block `i` costs, for each of its options that fits into `left_bytes` by itself."""
         held, keeps = self._sets[i][index], list[HeldKeep]()
         for option in self._chain.blocks[i].options:
-            target, _ = self._go(i, held | self._saved[i])
+            target, _ = self._go(i, held | self._saved[i], passing=False)
             own_bytes = option.saved_bytes + self._standing[i] + option.backward_peak_bytes
             if own_bytes + sum(self._size[s] for s in option.storages) > left_bytes:
                 continue
@@ -116,18 +189,16 @@ class HeldSets:
     def _kept_bytes(self, i: int, held: _Set, option: SavedSet) -> int:
         return self._bytes((held | self._saved[i]) - self._boundary[i + 1]) + option.saved_bytes
 
-    def _go(self, i: int, held: _Set) -> tuple[int, int]:
+    def _go(self, i: int, held: _Set, *, passing: bool) -> tuple[int, int]:
+        """The index of `held` at the next boundary, or of its largest known subset, and the bytes paid."""
         after = held & self._boundary[i + 1]
-        return self._locate(i + 1, after), self._bytes(held - after)
+        known, found = self._index[i + 1], after
+        if after not in known or (passing and known[after] >= len(self._passing[i + 1])):
+            sets = self._passing[i + 1] if passing else self._sets[i + 1]
+            found = max((s for s in sets if s <= after), key=lambda s: (self._bytes(s), sorted(s)))
+        return known[found], self._bytes(held - after)
 
-    def _locate(self, boundary: int, held: _Set) -> int:
-        """The index of `held`, or of its largest known subset."""
-        index = self._index[boundary]
-        if held not in index:
-            held = max((s for s in index if s <= held), key=lambda s: (self._bytes(s), sorted(s)))
-        return index[held]
-
-    def _bytes(self, storages: _Set) -> int:
+    def _bytes(self, storages: Set[int]) -> int:
         return sum(self._size[s] for s in storages)
 
     def _bound_to_save(self, b: int) -> _Set:
@@ -150,29 +221,28 @@ class HeldSets:
             standing.append(chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients)
         return standing[::-1]
 
-    def _counted(self, i: int, q: int) -> list[_Set]:
-        """What is counted of boundary `i` held for `low .. q-1`, for `low` from `i` to `q - 1`."""
-        left_out = {s for s in self._boundary[i] if self._last[s] >= q}
-        found: list[_Set] = []
-        for low in reversed(range(i, q)):
-            left_out -= self._saved[low]
-            found.append(self._boundary[i] - left_out)
-        return found[::-1]
+    def _find(self, max_sets: int) -> tuple[list[tuple[_Set, ...]], list[tuple[_Set, ...]]]:
+        """The held sets that can occur at each boundary, with which a block may be passed, and the others.
 
-    def _find(self, max_sets: int) -> list[tuple[_Set, ...]]:
-        """The held sets that can occur at each boundary; of too many, the largest in bytes are kept, and none."""
-        found: list[dict[_Set, None]] = [{} for _ in self._boundary]
-        found[0][self._boundary[0]] = None
-        for i in range(len(self._boundary)):
-            if len(found[i]) > max_sets:
-                ordered = sorted(found[i], key=lambda s: (self._bytes(s), sorted(s)))
-                found[i] = dict.fromkeys([frozenset(), *ordered[len(ordered) - max_sets + 1 :]])
-            if i == len(self._boundary) - 1:
-                break
-            reached = {counted for row in self._holds[i] for counted in row}
-            for held in found[i]:
-                found[i + 1][held & self._boundary[i + 1]] = None
-                found[i + 1][(held | self._saved[i]) & self._boundary[i + 1]] = None
-                for counted in reached:
-                    found[i + 1][(held | counted) & self._boundary[i + 1]] = None
-        return [tuple(sets) for sets in found]
+        Once a block is kept, the next ones are kept or their boundary is held, which makes all of it part of the set:
+        no block is passed by. Boundaries held with less than all their storages lead to a known subset, and for them
+        there is the empty set. Of too many sets the largest in bytes stay, and the empty one.
+        """
+        passed: list[dict[_Set, None]] = [{} for _ in self._boundary]
+        kept: list[dict[_Set, None]] = [{} for _ in self._boundary]
+        passed[0][self._boundary[0]] = None
+        for i, boundary in enumerate(self._boundary):
+            if i and any(self.leaves_out(i - 1, q) for q in range(i, len(self._boundary))):
+                passed[i][frozenset()] = None
+            kept[i] = {s: None for s in kept[i] if s not in passed[i]}
+            if len(passed[i]) + len(kept[i]) > max_sets:
+                ordered = sorted(passed[i] | kept[i], key=lambda s: (self._bytes(s), sorted(s)))
+                largest = set(ordered[len(ordered) - max_sets + 1 :])
+                passed[i] = {s: None for s in passed[i] if s in largest} | {frozenset(): None}
+                kept[i] = {s: None for s in kept[i] if s in largest}
+            if i < len(self._boundary) - 1:
+                after = self._boundary[i + 1]
+                passed[i + 1][boundary & after] = None
+                passed[i + 1] |= {held & after: None for held in passed[i]}
+                kept[i + 1] |= {(held | self._saved[i]) & after: None for held in passed[i] | kept[i]}
+        return [tuple(sets) for sets in passed], [tuple(sets) for sets in kept]

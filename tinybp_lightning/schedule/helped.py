@@ -55,7 +55,7 @@ class HelperTree:
             need_bytes, forward_s = self._tables.run_out(state.boundary)
             left = Node(node.state, self._tables.num_blocks - 1, node.left, low)
             if node.left >= self._slots.need(need_bytes):
-                moves.append((forward_s + self._rest_s(left), RunOut(left)))
+                moves.append((forward_s + self.rest_s(left), RunOut(left)))
         moves += self._hold(node, state, low)
         best_s, best = min(moves, key=lambda move: move[0])
         assert best_s < INFINITE, f"no move at {node}: the table said that one fits"
@@ -132,7 +132,7 @@ class HelperTree:
                 rest = Node(keep.next_state, node.end, node.left - self._slots.held(keep.held_bytes))
                 seconds, need_bytes = state.forward_s + keep.backward_s, keep.save_need_bytes
             if node.left >= self._slots.need(max(need_bytes + standing_bytes, keep.backward_need_bytes)):
-                moves.append((seconds + (self._rest_s(rest) if rest else 0.0), KeepHere(option, rest)))
+                moves.append((seconds + (self.rest_s(rest) if rest else 0.0), KeepHere(option, rest)))
         return moves
 
     def _pass(self, node: Node, state: State, low: int) -> tuple[float, Move]:
@@ -140,7 +140,7 @@ class HelperTree:
         rest = Node(state.pass_state, node.end, node.left - self._slots.held(state.pass_held_bytes), low)
         need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes + self._standing_bytes(node)
         fits = node.left >= self._slots.need(need_bytes)
-        return (state.forward_s + self._rest_s(rest) if fits else INFINITE), PassBy(rest)
+        return (state.forward_s + self.rest_s(rest) if fits else INFINITE), PassBy(rest)
 
     def _hold(self, node: Node, state: State, low: int) -> list[tuple[float, Move]]:
         """Return the best way to hold the boundary, if there is one."""
@@ -170,7 +170,8 @@ class HelperTree:
         count, low = self._tables.num_blocks - i, lows - i
         return low * count - low * (low - 1) // 2 + ends - lows
 
-    def _rest_s(self, node: Node) -> float:
+    def rest_s(self, node: Node) -> float:
+        """Return the least time from `node` on; infinite where nothing fits."""
         if node.left < 0:
             return INFINITE
         boundary = self._tables.states[node.state].boundary

@@ -11,7 +11,8 @@ from tests.unit.schedule.brute_force import fastest
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import Planner, keep_all, simulate
-from tinybp_lightning.schedule.capped import affordable_slots, capped_bound_s
+from tinybp_lightning.schedule.capped import Resolution, affordable, capped_bound_s
+from tinybp_lightning.schedule.certificate import fastest_possible_s
 from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.milp import checkmate
 from tinybp_lightning.schedule.relaxed import relax
@@ -61,8 +62,8 @@ def test_capped_bound_is_under_brute_force(seed: int, num_blocks: int) -> None:
     for budget_bytes in {planner.smallest_bytes, (planner.smallest_bytes + planner.largest_bytes) // 2}:
         relaxed, best = relax(chain, budget_bytes=budget_bytes), fastest(chain, budget_bytes)
         assert best is not None
-        for num_slots, max_sets in ((3, 2), (50, 3), (400, 8)):
-            assert capped_bound_s(relaxed, num_slots=num_slots, max_sets=max_sets) <= best[0] * _ROUNDING
+        for resolution in (Resolution(3, 2), Resolution(50, 3), Resolution(400, 64)):
+            assert capped_bound_s(relaxed, resolution, limit_s=best[0]) <= best[0] * _ROUNDING
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -73,19 +74,22 @@ def test_capped_bound_is_under_the_integer_program(seed: int) -> None:
     solution = checkmate(chain, budget_bytes=budget_bytes)
     assert solution is not None
     relaxed = relax(chain, budget_bytes=budget_bytes)
-    assert capped_bound_s(relaxed, num_slots=400) <= solution.total_s * _ROUNDING
+    assert capped_bound_s(relaxed, Resolution(400, 64), limit_s=solution.total_s) <= solution.total_s * _ROUNDING
 
 
 def test_capped_bound_counts_a_storage_of_several_boundaries() -> None:
     planner, _ = _planner("llama_8")
     relaxed = relax(load_chain("llama_8"), budget_bytes=planner.smallest_bytes)
-    together = capped_bound_s(relaxed, num_slots=60, max_sets=1)
-    assert capped_bound_s(relaxed, num_slots=60) > together * 1.5
+    limit_s = 10 * fastest_possible_s(relaxed.chain)
+    together = capped_bound_s(relaxed, Resolution(60, 1), limit_s=limit_s)
+    assert capped_bound_s(relaxed, Resolution(60, 8), limit_s=limit_s) > together * 1.5
 
 
 def test_no_slots_are_affordable_for_a_very_long_chain() -> None:
-    assert affordable_slots(relax(uniform_chain(400), budget_bytes=30)) == 0
-    assert affordable_slots(relax(uniform_chain(20), budget_bytes=30)) == 1000
+    assert affordable(relax(uniform_chain(600), budget_bytes=30)) is None
+    found = affordable(relax(uniform_chain(20), budget_bytes=30))
+    assert found is not None
+    assert found.num_slots == 600
 
 
 def test_repeated_layers_give_the_longer_chain() -> None:

@@ -13,7 +13,7 @@ from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, 
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import Planner, certify, keep_all, plan, revolve, simulate
 from tinybp_lightning.schedule.bound import PricedChain
-from tinybp_lightning.schedule.capped import capped_bound_s
+from tinybp_lightning.schedule.capped import Resolution, capped_bound_s
 from tinybp_lightning.schedule.certificate import fastest_possible_s
 from tinybp_lightning.schedule.relaxed import relax
 
@@ -34,7 +34,7 @@ def test_no_prices_and_no_slots_give_more_than_brute_force(seed: int, num_blocks
     planner = Planner(chain)
     for budget_bytes in {planner.smallest_bytes, (planner.smallest_bytes + planner.largest_bytes) // 2}:
         relaxed, best_s = relax(chain, budget_bytes=budget_bytes), _best_s(chain, budget_bytes)
-        bounds = [capped_bound_s(relaxed, num_slots=num_slots) for num_slots in (2, 9, 400)]
+        bounds = [capped_bound_s(relaxed, Resolution(num_slots, 16), limit_s=best_s) for num_slots in (2, 9, 400)]
         for scale in (0.03, 0.3, 3.0):
             prices = generator.random(num_blocks + 2) * (generator.random(num_blocks + 2) < 0.5) * scale
             bounds.append(PricedChain(relaxed).price(prices).value_s)
@@ -61,7 +61,7 @@ def test_never_above_revolve(num_slots: int) -> None:
     chain = uniform_chain(12)
     timeline = simulate(chain, revolve(chain, num_slots=num_slots, keep_spine=True))
     relaxed = relax(chain, budget_bytes=timeline.peak_bytes)
-    assert capped_bound_s(relaxed, num_slots=64) <= timeline.total_s
+    assert capped_bound_s(relaxed, Resolution(64, 8), limit_s=timeline.total_s) <= timeline.total_s
 
 
 @pytest.mark.parametrize("percent", [70, 50, 30, 15])
@@ -101,7 +101,7 @@ def test_capped_bound_counts_whole_boundaries_where_prices_mix() -> None:
 
 def test_nothing_fits_is_no_bound() -> None:
     chain = uniform_chain(3)
-    assert capped_bound_s(relax(chain, budget_bytes=2), num_slots=8) == float("inf")
+    assert capped_bound_s(relax(chain, budget_bytes=2), Resolution(8, 8), limit_s=100.0) == float("inf")
 
 
 def test_certificate_of_plain_training_is_tight() -> None:
