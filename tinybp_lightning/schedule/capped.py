@@ -253,9 +253,9 @@ def _alike(ways: list[KeptEnds]) -> list[tuple[frozenset[int], list[KeptEnds]]]:
 
 
 def _unit_bytes(held: HeldSets, span_bytes: float, num_slots: int) -> float:
-    """Return a slot of `span / num_slots` bytes to twice that, in which what is held is just above whole slots."""
-    wanted = max(1, int(span_bytes / num_slots))
+    """Return a slot near `span / num_slots` bytes in which what is held is just above whole slots."""
+    wanted = max(1, int(0.75 * span_bytes / num_slots))
     sizes, counts = np.unique(np.array(held.sizes_bytes, np.int64), return_counts=True)
-    units = np.unique(np.linspace(wanted, 2 * wanted, _UNITS_TRIED).astype(np.int64))
+    units = np.unique(np.linspace(wanted, 3 * wanted, _UNITS_TRIED).astype(np.int64))
     lost = (sizes % units[:, None] * counts).sum(axis=1)
     return float(units[int(lost.argmin())])

@@ -20,7 +20,8 @@ __all__ = ["HelperTree", "helper_rows"]
 def helper_rows(tables: Tables) -> int:
     """Return how many rows, one for each segment, the table of a chain has."""
     n = tables.num_blocks
-    return sum((n - s.boundary + 1) * (n - s.boundary) // 2 for s in tables.states) + len(tables.states)
+    lefts = [(s, n - s.boundary) for s in tables.states]
+    return sum((left + 1) * left // 2 if s.is_passing else left for s, left in lefts) + len(tables.states)
 
 
 class HelperTree:
@@ -30,30 +31,32 @@ class HelperTree:
     """
 
     def __init__(self, tables: Tables, *, unit_bytes: int, num_slots: int) -> None:
-        self._tables = tables
+        self.tables = tables
         self._slots = Slots(unit_bytes, num_slots + 1)
         self.num_slots = num_slots
-        # Rows of `(low, end)` with `boundary <= low < end`, and rows of `low` for the rest of the first sweep.
+        # Rows of `(low, end)` with `boundary <= low < end`, and rows of `low` for the rest of the first sweep; where no
+        # block may be passed only those of `low = boundary`.
         self._segments: list[Times] = [np.empty((0, 0), np.float32)] * len(tables.states)
         self._sweeps: list[Times] = [np.empty((0, 0), np.float32)] * len(tables.states)
         after: dict[int, Times] = {}
         for boundary in reversed(range(tables.num_blocks + 1)):
             here = [k for k, state in enumerate(tables.states) if state.boundary == boundary]
-            after = {k: self._fill(k, after) for k in here}
+            held = self._held(tables.states[here[0]], after)
+            after = {k: self._fill(k, held, after) for k in here}
         self.seconds = self._sweeps[tables.start][0]
 
     def schedule(self, slots: int) -> Schedule:
         """Return the fastest schedule for `slots`, in the table's rounded bytes."""
-        return unfold(self._tables, self, Node(self._tables.start, None, slots))
+        return unfold(self.tables, self, Node(self.tables.start, None, slots))
 
     def choose(self, node: Node) -> Move:
         """Return the best move at `node` (`Chooser`)."""
-        state = self._tables.states[node.state]
+        state = self.tables.states[node.state]
         low = state.boundary if node.low is None else node.low
         moves = self._keeps(node, state) if low == state.boundary else [self._pass(node, state, low)]
         if node.end is None:
-            need_bytes, forward_s = self._tables.run_out(state.boundary)
-            left = Node(node.state, self._tables.num_blocks - 1, node.left, low)
+            need_bytes, forward_s = self.tables.run_out(state.boundary)
+            left = Node(node.state, self.tables.num_blocks - 1, node.left, low)
             if node.left >= self._slots.need(need_bytes):
                 moves.append((forward_s + self.rest_s(left), RunOut(left)))
         moves += self._hold(node, state, low)
@@ -61,42 +64,53 @@ class HelperTree:
         assert best_s < INFINITE, f"no move at {node}: the table said that one fits"
         return best
 
-    def _fill(self, index: int, after: dict[int, Times]) -> Times:
-        """Fill the rows of one state from the unpacked rows of the states at the next boundary."""
-        tables, state, slots = self._tables, self._tables.states[index], self._slots
+    def _fill(self, index: int, held: tuple[Times, Times] | None, after: dict[int, Times]) -> Times:
+        """Fill the rows of one state from the unpacked rows of the states at the next boundary.
+
+        `held` are those of the state where holding the boundary leads. A state that no block is passed with has the
+        rows of its own boundary alone.
+        """
+        tables, state, slots = self.tables, self.tables.states[index], self._slots
         i, count = state.boundary, tables.num_blocks - state.boundary
-        segment = np.full((count, count, slots.width), INFINITE, np.float32)
-        sweep = np.full((max(1, count), slots.width), INFINITE, np.float32)
+        num_lows = max(1, count) if state.is_passing else 1
+        segment = np.full((num_lows, count, slots.width), INFINITE, np.float32)
+        sweep = np.full((num_lows, slots.width), INFINITE, np.float32)
+        self._sweeps[index] = sweep
         if not count:
             sweep[0, slots.need(tables.tail_need_bytes) :] = 0
-            self._sweeps[index] = sweep
             return segment
         self._fill_keeps(state, segment, sweep, after)
-        if count > 1:
-            need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes
-            passed, passed_sweep = self._moved(state, state.pass_state, state.pass_held_bytes, need_bytes, after)
-            segment[1:, 1:], sweep[1:] = passed, passed_sweep
-            held_bytes, need_bytes = int(state.split_held_bytes[0]), int(state.split_need_bytes[0])
-            held, held_sweep = self._moved(state, int(state.split_states[0]), held_bytes, need_bytes, after)
+        if held is not None:
+            if state.is_passing:
+                need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes
+                passed = self._moved(state, state.pass_state, state.pass_held_bytes, need_bytes, after)
+                segment[1:, 1:], sweep[1:] = passed
             for q in range(1, count):
-                lows = segment[:q, q:]
-                np.minimum(lows, segment[:q, q - 1, None] + held[q - 1, q - 1 :], out=lows)
-                np.minimum(sweep[:q], segment[:q, q - 1] + held_sweep[q - 1], out=sweep[:q])
+                lefts, lows = segment[:q, q - 1], segment[:q, q:]
+                np.minimum(lows, lefts[:, None] + held[0][q - 1, q - 1 :], out=lows)
+                np.minimum(sweep[:q], lefts + held[1][q - 1], out=sweep[:q])
         need_bytes, forward_s = tables.run_out(i)
         start = slots.need(need_bytes)
         through = segment[:, count - 1, start:] + np.float32(forward_s)
         np.minimum(sweep[:, start:], through, out=sweep[:, start:])
-        self._segments[index], self._sweeps[index] = segment[np.triu_indices(count)], sweep
+        self._segments[index] = segment[np.triu_indices(count)] if state.is_passing else segment[0]
         return segment
 
+    def _held(self, state: State, after: dict[int, Times]) -> tuple[Times, Times] | None:
+        """The rows where holding a state's boundary leads, the same for all states there; `None` for the last two."""
+        if not len(state.split_states):
+            return None
+        held_bytes, need_bytes = int(state.split_held_bytes[0]), int(state.split_need_bytes[0])
+        return self._moved(state, int(state.split_states[0]), held_bytes, need_bytes, after)
+
     def _fill_keeps(self, state: State, segment: Times, sweep: Times, after: dict[int, Times]) -> None:
-        slots, standing, i = self._slots, self._tables.standing_bytes, state.boundary
+        slots, standing, i = self._slots, self.tables.standing_bytes, state.boundary
         for keep in state.keeps:
             start = slots.need(max(keep.replay_need_bytes + standing[i + 1], keep.backward_need_bytes))
             alone = segment[0, 0, start:]
             np.minimum(alone, np.float32(keep.replay_s + keep.backward_s), out=alone)
             shift, kept_s = slots.held(keep.held_bytes), np.float32(state.forward_s + keep.backward_s)
-            for k in range(1, len(segment)):
+            for k in range(1, segment.shape[1]):
                 needs = max(keep.save_need_bytes + standing[i + 1 + k], keep.backward_need_bytes)
                 self._offer(segment[0, k], after[keep.next_state][0, k - 1], shift, slots.need(needs), kept_s)
             needs = max(keep.save_need_bytes, keep.backward_need_bytes)
@@ -116,13 +130,13 @@ class HelperTree:
         segment, sweep = np.full_like(after[target], INFINITE), np.full_like(self._sweeps[target], INFINITE)
         segment[:, :, shift:] = after[target][:, :, : slots.width - shift] + forward_s
         sweep[:, shift:] = self._sweeps[target][:, : slots.width - shift] + forward_s
-        for k in range(len(segment)):
-            segment[:, k, : slots.need(need_bytes + self._tables.standing_bytes[i + 2 + k])] = INFINITE
+        for k in range(segment.shape[1]):
+            segment[:, k, : slots.need(need_bytes + self.tables.standing_bytes[i + 2 + k])] = INFINITE
         sweep[:, : slots.need(need_bytes)] = INFINITE
         return segment, sweep
 
     def _standing_bytes(self, node: Node) -> int:
-        return 0 if node.end is None else self._tables.standing_bytes[node.end + 1]
+        return 0 if node.end is None else self.tables.standing_bytes[node.end + 1]
 
     def _keeps(self, node: Node, state: State) -> list[tuple[float, Move]]:
         moves, standing_bytes = list[tuple[float, Move]](), self._standing_bytes(node)
@@ -136,7 +150,7 @@ class HelperTree:
         return moves
 
     def _pass(self, node: Node, state: State, low: int) -> tuple[float, Move]:
-        i, tables = state.boundary, self._tables
+        i, tables = state.boundary, self.tables
         rest = Node(state.pass_state, node.end, node.left - self._slots.held(state.pass_held_bytes), low)
         need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes + self._standing_bytes(node)
         fits = node.left >= self._slots.need(need_bytes)
@@ -144,7 +158,7 @@ class HelperTree:
 
     def _hold(self, node: Node, state: State, low: int) -> list[tuple[float, Move]]:
         """Return the best way to hold the boundary, if there is one."""
-        last = self._tables.num_blocks - 1 if node.end is None else node.end
+        last = self.tables.num_blocks - 1 if node.end is None else node.end
         if last <= low:
             return []
         need_bytes = int(state.split_need_bytes[0]) + self._standing_bytes(node)
@@ -166,15 +180,15 @@ class HelperTree:
 
     def _rows(self, index: int, lows: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """The packed rows of segments `low .. end`."""
-        i = self._tables.states[index].boundary
-        count, low = self._tables.num_blocks - i, lows - i
+        i = self.tables.states[index].boundary
+        count, low = self.tables.num_blocks - i, lows - i
         return low * count - low * (low - 1) // 2 + ends - lows
 
     def rest_s(self, node: Node) -> float:
         """Return the least time from `node` on; infinite where nothing fits."""
         if node.left < 0:
             return INFINITE
-        boundary = self._tables.states[node.state].boundary
+        boundary = self.tables.states[node.state].boundary
         low = boundary if node.low is None else node.low
         if node.end is None:
             return float(self._sweeps[node.state][low - boundary, node.left])

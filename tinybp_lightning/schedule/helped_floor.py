@@ -17,6 +17,7 @@ __all__ = ["HelperFloor", "ThriftyHelper"]
 
 _Needs = NDArray[np.int64]
 _NEVER = np.int64(2**62)
+_SHARES = (1.0, 1.0005, 1.001, 1.002, 1.005, 1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.12, 1.16, 1.2, 1.3, 1.4)
 
 
 class HelperFloor:
@@ -28,7 +29,7 @@ class HelperFloor:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         num_states = len(tables.states)
-        # `[low, end]`, both from the state's boundary on; whole squares: `HelperTree` is the larger table by far.
+        # `[low, end]`, both from the state's boundary on, as in `HelperTree` but not packed.
         self.segments: list[_Needs] = [np.empty((0, 0), np.int64)] * num_states
         self.sweeps: list[_Needs] = [np.empty(0, np.int64)] * num_states
         for index in reversed(range(num_states)):
@@ -46,7 +47,8 @@ class HelperFloor:
     def _fill(self, index: int) -> None:
         tables, state = self.tables, self.tables.states[index]
         i, count = state.boundary, tables.num_blocks - state.boundary
-        segment, sweep = np.full((count, count), _NEVER), np.full(max(1, count), _NEVER)
+        num_lows = max(1, count) if state.is_passing else 1
+        segment, sweep = np.full((num_lows, count), _NEVER), np.full(num_lows, _NEVER)
         self.segments[index], self.sweeps[index] = segment, sweep
         if not count:
             sweep[0] = tables.tail_need_bytes
@@ -62,9 +64,11 @@ class HelperFloor:
             need_bytes = max(keep.save_need_bytes, keep.backward_need_bytes)
             sweep[0] = min(sweep[0], max(self.sweeps[keep.next_state][0] + keep.held_bytes, need_bytes))
         if count > 1:
-            need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes
-            passed = self._moved(state.pass_state, state.pass_held_bytes, need_bytes, standing[1:])
-            segment[1:, 1:], sweep[1:] = passed
+            if state.is_passing:
+                need_bytes = tables.boundary_bytes[i] + tables.chain.blocks[i].forward_peak_bytes
+                segment[1:, 1:], sweep[1:] = self._moved(
+                    state.pass_state, state.pass_held_bytes, need_bytes, standing[1:]
+                )
             held_bytes, need_bytes = int(state.split_held_bytes[0]), int(state.split_need_bytes[0])
             held, held_sweep = self._moved(int(state.split_states[0]), held_bytes, need_bytes, standing[1:])
             for q in range(1, count):
@@ -76,7 +80,7 @@ class HelperFloor:
         np.minimum(sweep, np.maximum(segment[:, count - 1], need_bytes), out=sweep)
 
     def _moved(self, target: int, held_bytes: int, need_bytes: int, standing: _Needs) -> tuple[_Needs, _Needs]:
-        """What is needed at the next boundary as seen from here: with what is held, and what running the block needs."""
+        """What is needed at the next boundary as seen from here, with what is held and what running the block needs."""
         segment = np.maximum(self.segments[target] + held_bytes, need_bytes + standing)
         return segment, np.maximum(self.sweeps[target] + held_bytes, need_bytes)
 
@@ -89,6 +93,11 @@ class ThriftyHelper:
         self._tables = floor.tables
         self._tree = tree
         self._unit = unit_bytes
+
+    def steps(self, most_bytes: int) -> list[int]:
+        """Return the bytes left of schedules worth having: the floor's, and closer above it than further up."""
+        steps = [int(self._floor.smallest_bytes * share) for share in _SHARES]
+        return [left_bytes for left_bytes in steps if left_bytes <= most_bytes]
 
     def schedule(self, left_bytes: int) -> Schedule:
         """Return a schedule whose peak, workspace left out, is at most `left_bytes`, at least the floor's."""

@@ -4,9 +4,9 @@
 The candidates for a budget are: the baselines, the smallest tree, and the dynamic program's schedule for every number
 of slots up to a margin above the budget; those whose exactly simulated peak fits. Slot sizes depend on the chain alone:
 a coarse table spans all budgets, each finer one the lowest quarter of the one before; a budget uses the finest table
-that spans it and all finer ones, and always the table with helpers, where there is one. So every candidate for a budget
-is one for any larger budget, and time never rises with the budget. A table is sorted by time: walking it down from the
-margin, the first schedule that fits is its best.
+that spans it and all finer ones, and always the table with helpers, where there is one, with what it gives for some
+budgets near the smallest. So every candidate for a budget is one for any larger budget, and time never rises with it. A
+table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
 from tinybp_lightning.schedule.helped import HelperTree, helper_rows
+from tinybp_lightning.schedule.helped_floor import HelperFloor, ThriftyHelper
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
 from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
@@ -43,6 +44,7 @@ _SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
 _HELPED_BLOCKS = 72
 _HELPED_SLOTS = 600
+_HELPED_CELLS = 8e7
 _HELPED_SPAN = 1.5
 """Helpers pay where bytes are short: their table spans budgets up to so many times the smallest tree's."""
 _FINER = 4
@@ -178,7 +180,7 @@ class Planner:
     @cached_property
     def _smallest(self) -> _Candidate:
         """The candidate with the smallest peak; on a short chain helpers can reach below the smallest tree."""
-        known = [self._smallest_tree]
+        known = [self._smallest_tree, *self._tight[:1]]
         for grid in self._helped_grids:
             steps = grid.steps(self._floor.smallest_bytes)
             known += [self._at(grid, steps[-1][0])] if steps else []
@@ -232,10 +234,22 @@ class Planner:
         if num_blocks <= _SHORT_BLOCKS:
             unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
             return [Grid(_filler(ShortTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)]
-        num_slots = int(np.clip(_MAX_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
+        num_slots = int(np.clip(_HELPED_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
         wanted_bytes = int(_HELPED_SPAN * self._floor.smallest_bytes) // num_slots
         unit_bytes = slot_bytes(tables, wanted_bytes=wanted_bytes)
         return [Grid(_filler(HelperTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=num_slots)]
+
+    @cached_property
+    def _tight(self) -> list[_Candidate]:
+        """Schedules with helpers for the smallest budget and some above it, to the byte: roundings weigh most there."""
+        found = list[_Candidate]()
+        for grid in self._helped_grids:
+            tree = grid.tree(grid.span_bytes)
+            if isinstance(tree, HelperTree):
+                thrifty = ThriftyHelper(HelperFloor(tree.tables), tree, unit_bytes=grid.unit_bytes)
+                schedules = map(thrifty.schedule, thrifty.steps(grid.span_bytes))
+                found += [self._candidate(schedule) for schedule in schedules]
+        return found
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
@@ -246,7 +260,8 @@ class Planner:
                 break
         for grid in self._helped_grids:
             best = self._walk(grid, budget_bytes, best)
-        return best
+        tight = [c for c in self._tight if c.timeline.peak_bytes <= budget_bytes]
+        return min([best, *tight], key=lambda c: c.cost)
 
     def _walk(self, grid: "Grid", budget_bytes: int, best: _Candidate) -> _Candidate:
         for slots, seconds in grid.steps(budget_bytes - self._chain.workspace_bytes):

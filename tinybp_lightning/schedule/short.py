@@ -64,8 +64,9 @@ class ShortTree:
         self._times: dict[tuple[int, int, int | None], NDArray[np.float64]] = {}
         ends = [*range(len(tables.cuts)), None]
         for index in reversed(range(len(tables.states))):
-            boundary = tables.states[index].boundary
-            for low in range(boundary, max(boundary + 1, tables.num_blocks)):
+            state = tables.states[index]
+            boundary = state.boundary
+            for low in range(boundary, max(boundary + 1, tables.num_blocks if state.is_passing else 0)):
                 for end in ends:
                     if end is None or tables.cuts[end] > low:
                         self._fill(index, low, end)

@@ -27,6 +27,8 @@ __all__ = ["Keep", "State", "Tables"]
 
 _MANY_STATES = 400
 """About how many states a long chain may have; short ones have up to 8 subsets at a boundary, enough to be exact."""
+_MANY_PASSED, _MANY_KEPT = 5, 64
+"""How many subsets of each kind a boundary may have with `passing`: skips make many, the first kind is expensive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,12 @@ class State:
     split_held_bytes: NDArray[np.int64]
     split_need_bytes: NDArray[np.int64]
     split_forward_s: NDArray[np.float64]
+    is_passing: bool
+    """Whether blocks may be run and left for a later part from here: not after a block was kept, since the next end is
+    due then; holding the boundary comes first.
+    """
     pass_state: int
-    """Where running the block and releasing the boundary leads; -1 unless the tables are made for it."""
+    """Where running the block and releasing the boundary leads; -1 where that may not be."""
     pass_held_bytes: int
 
 
@@ -85,7 +91,8 @@ class Tables:
         self._overlap = self._overlaps()
         self.boundary_bytes = [int(x) for x in np.diagonal(self._overlap)]
         self.standing_bytes = self._standing_bytes()
-        self._subsets = self._find_subsets()
+        self._passed, kept = self._find_subsets()
+        self._subsets = [(*passed, *others) for passed, others in zip(self._passed, kept, strict=True)]
         first, self._index = 0, list[dict[frozenset[int], int]]()
         for subsets in self._subsets:
             self._index.append({subset: first + k for k, subset in enumerate(subsets)})
@@ -144,32 +151,42 @@ class Tables:
         need[:, 1:] = np.maximum.accumulate(during, axis=1)
         return need
 
-    def _find_subsets(self) -> list[tuple[frozenset[int], ...]]:
-        """The held subsets that can occur at every boundary; rare ones give way to their union, which is safe."""
-        max_subsets = int(np.clip(_MANY_STATES // self.num_blocks, 2, 8))
-        found: list[dict[frozenset[int], None]] = [{} for _ in self._sets]
-        found[0][self._sets[0]] = None
-        for i, storages in enumerate(self._sets):
-            if len(found[i]) > max_subsets:
-                union = frozenset[int]().union(*found[i])
-                smallest = sorted(found[i], key=lambda s: (self._bytes(s), sorted(s)))[: max_subsets - 1]
-                found[i] = dict.fromkeys([*smallest, union])
-            if i < self.num_blocks:
-                for held in found[i]:
-                    for option in self.chain.blocks[i].options:
-                        found[i + 1][self._after_keep(i, held, option)] = None
-                    if self._passing:
-                        found[i + 1][held & self._sets[i + 1]] = None
-            for cut in self.cuts[self.first_cut(i) : -1]:
-                found[cut][storages & self._sets[cut]] = None
-        return [tuple(subsets) for subsets in found]
+    def _find_subsets(self) -> tuple[list[tuple[frozenset[int], ...]], list[tuple[frozenset[int], ...]]]:
+        """The held subsets that can occur at every boundary: those a block may be passed with, and the others.
 
-    def _locate(self, boundary: int, held: frozenset[int]) -> int:
-        """The state of `held`, or the cheapest one that holds all of it."""
-        index = self._index[boundary]
-        if held in index:
+        Without `passing` all are of the first kind. Rare ones give way to their union, which is safe.
+        """
+        most = int(np.clip(_MANY_STATES // self.num_blocks, 2, 8))
+        most_passed, most_kept = (_MANY_PASSED, _MANY_KEPT) if self._passing else (most, 0)
+        passed: list[dict[frozenset[int], None]] = [{} for _ in self._sets]
+        kept: list[dict[frozenset[int], None]] = [{} for _ in self._sets]
+        passed[0][self._sets[0]] = None
+        for i, storages in enumerate(self._sets):
+            passed[i] = self._fewer(passed[i], most_passed)
+            kept[i] = self._fewer({s: None for s in kept[i] if s not in passed[i]}, most_kept)
+            if i < self.num_blocks:
+                after_keep = kept[i + 1] if self._passing else passed[i + 1]
+                for held in passed[i] | kept[i]:
+                    for option in self.chain.blocks[i].options:
+                        after_keep[self._after_keep(i, held, option)] = None
+                if self._passing:
+                    passed[i + 1] |= {held & self._sets[i + 1]: None for held in passed[i]}
+            for cut in self.cuts[self.first_cut(i) : -1]:
+                passed[cut][storages & self._sets[cut]] = None
+        return [tuple(subsets) for subsets in passed], [tuple(subsets) for subsets in kept]
+
+    def _fewer(self, subsets: dict[frozenset[int], None], max_subsets: int) -> dict[frozenset[int], None]:
+        if len(subsets) <= max_subsets:
+            return subsets
+        smallest = sorted(subsets, key=lambda s: (self._bytes(s), sorted(s)))[: max_subsets - 1]
+        return dict.fromkeys([*smallest, frozenset[int]().union(*subsets)])
+
+    def _locate(self, boundary: int, held: frozenset[int], *, passing: bool) -> int:
+        """The state of `held`, or the cheapest one that holds all of it; a passing one if it has to be."""
+        index, passed = self._index[boundary], self._passed[boundary]
+        if held in index and (not passing or held in passed):
             return index[held]
-        covers = [subset for subset in index if held <= subset]
+        covers = [subset for subset in (passed if passing else index) if held <= subset]
         return index[min(covers, key=lambda s: (self._bytes(s), sorted(s)))]
 
     def _after_keep(self, i: int, held: frozenset[int], option: SavedSet) -> frozenset[int]:
@@ -184,9 +201,11 @@ class Tables:
     def _state(self, i: int, held: frozenset[int]) -> State:
         if i == self.num_blocks:
             nothing = np.zeros(0, np.int64)
-            return State(i, held, 0.0, (), nothing, nothing, nothing, np.zeros(0), -1, 0)
+            return State(i, held, 0.0, (), nothing, nothing, nothing, np.zeros(0), held in self._passed[i], -1, 0)
         cuts = np.array(self.cuts[self.first_cut(i) : -1], np.int64)
-        targets = [self._locate(int(k), self._sets[i] & self._sets[int(k)]) for k in cuts]
+        targets = [self._locate(int(k), self._sets[i] & self._sets[int(k)], passing=True) for k in cuts]
+        is_passing = held in self._passed[i]
+        passes = self._passing and is_passing
         return State(
             boundary=i,
             held=held,
@@ -197,7 +216,8 @@ class Tables:
             split_need_bytes=self._run_need[i, cuts],
             # Summed from here, not as a difference of totals: equal layers get equal sums, to the last bit.
             split_forward_s=np.cumsum(self._forward_s[i:])[cuts - i - 1],
-            pass_state=self._locate(i + 1, held & self._sets[i + 1]) if self._passing else -1,
+            is_passing=is_passing,
+            pass_state=self._locate(i + 1, held & self._sets[i + 1], passing=True) if passes else -1,
             pass_held_bytes=self._bytes(held - self._sets[i + 1]),
         )
 
@@ -209,7 +229,7 @@ class Tables:
         backward_bytes = option.backward_peak_bytes + block.parameter_gradient_bytes
         return Keep(
             option=index,
-            next_state=self._locate(i + 1, self._after_keep(i, held, option)),
+            next_state=self._locate(i + 1, self._after_keep(i, held, option), passing=False),
             held_bytes=self._bytes((held | saved) - after) + option.saved_bytes,
             save_need_bytes=max(
                 self.boundary_bytes[i] + option.save_peak_bytes,
