@@ -169,15 +169,13 @@ class _Capped:
             self._offer_keeps(i, index, after, *here.due(index))
         target, held_bytes = self._held.after_store(i)
         shift = self._shift(held_bytes)
-        if shift < self._width:
-            tops = self._later(after.segment[:, target], shift, forward)
-            top_sweeps = self._later(after.sweep[:, target], shift, forward)
+        tops = self._later(after.segment[:, target], shift, forward)
+        top_sweeps = self._later(after.sweep[:, target], shift, forward)
         for fork in range(1, left + 1):
-            if shift < self._width:
-                ends = tops[fork - 1, fork - 1 :] if fork < left else tops[0, :0]
-                lefts, kept_lefts = here.segment[:fork, :, fork - 1, shift:], here.kept_segment[:, fork - 1, shift:]
-                self._offer_fork(here.segment[:fork], here.sweep[:fork], lefts, ends, top_sweeps[fork - 1])
-                self._offer_fork(here.kept_segment, here.kept_sweep, kept_lefts, ends, top_sweeps[fork - 1])
+            ends = tops[fork - 1, fork - 1 :] if fork < left else tops[0, :0]
+            lefts, kept_lefts = here.segment[:fork, :, fork - 1, shift:], here.kept_segment[:, fork - 1, shift:]
+            self._offer_fork(here.segment[:fork], here.sweep[:fork], lefts, ends, top_sweeps[fork - 1])
+            self._offer_fork(here.kept_segment, here.kept_sweep, kept_lefts, ends, top_sweeps[fork - 1])
             if self._held.leaves_out(i, i + fork):
                 self._offer_kept_holds(i, fork, after, here)
         return here
@@ -210,8 +208,6 @@ class _Capped:
             for index in range(self._held.count(i) if is_due else num_passing):
                 target, held_bytes = self._held.after_hold(i, index, counted)
                 shift = self._shift(held_bytes)
-                if shift >= self._width:
-                    continue
                 ends = self._later(after.segment[fork - 1 : fork, target, fork - 1 :], shift, self._forward[i])
                 sweep = self._later(after.sweep[fork - 1, target], shift, self._forward[i])
                 if index < num_passing:
@@ -227,6 +223,8 @@ class _Capped:
         `ends`: its costs for the further ends, the last ones of `segment`; `end_sweep`: to the loss.
         """
         num_ends, width = ends.shape
+        if not width:
+            return
         swept = sweep[..., -width:]
         np.minimum(swept, lefts + end_sweep, out=swept)
         if not num_ends or not len(lefts):
