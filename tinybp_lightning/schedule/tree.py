@@ -147,5 +147,5 @@ class IntervalTree:
             return self._sweeps[targets, slots]
         last = node.end - self._tables.first_cut(state.boundary)
         pairs = zip(targets.tolist(), numbers.tolist(), strict=True)
-        found = [int(self._sharing.rows[target][last - number - 1]) for target, number in pairs]
+        found = [self._sharing.rows[target].item(last - number - 1) for target, number in pairs]
         return self._segments.values[found, slots]
