@@ -119,11 +119,11 @@ def test_a_run_that_raises_is_a_row(tmp_path: Path) -> None:
     assert "BudgetError: `activation_budget='plenty'` cannot be read" in row["error"]
 
 
-@pytest.mark.parametrize(("model", "budget"), [("transformer", "50%"), ("resnet", "min")])
-def test_a_tiny_recipe_keeps_its_promises(model: str, budget: str) -> None:
-    found = execute(model, "tiny", budget)
+@pytest.mark.parametrize("budget", ["50%", "min"])
+def test_a_tiny_recipe_keeps_its_promises(budget: str) -> None:
+    found = execute("transformer", "tiny", budget)
     assert isinstance(found, Execution)
-    assert is_good(Flown(model, budget, asdict(found)))
+    assert is_good(Flown("transformer", budget, asdict(found)))
     assert 0 < found.num_kept < found.num_blocks
     assert found.measured_peak_bytes < 0.6 * found.plain_peak_bytes
 
