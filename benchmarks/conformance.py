@@ -5,11 +5,7 @@ of the table like any other. The check is `benchmarks/conformance_check.py`, whi
 """
 
 import json
-import os
 import platform
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -22,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.apart import run_apart
+
 __all__ = ["Checked", "Row", "Stopped", "app", "markdown_table"]
 
-_ROOT = Path(__file__).resolve().parent.parent
 _MEBIBYTE = 2**20
 _HEADER = (
     "architecture",
@@ -112,38 +109,11 @@ def _run_apart(
     """Return what a process found by budget, and why it ended where it did not find all."""
     output, log = folder / f"{name}.{executor}.json", folder / f"{name}.{executor}.log"
     output.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.conformance", "--alone", name, "--executor", executor]
-    command += ["--export", str(output), *(part for budget in budgets for part in ("--budget", budget))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as log_file:
-        process = subprocess.Popen(
-            command, stdout=log_file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            exit_code = process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            exit_code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # compilers have workers of their own
-                process.wait()
+    arguments = ["--alone", name, "--executor", executor, "--export", str(output)]
+    arguments += [part for budget in budgets for part in ("--budget", budget)]
+    error = run_apart("benchmarks.conformance", arguments, log, timeout_s=timeout_s)
     found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    return found, _error(exit_code, log.read_text(), timeout_s)
-
-
-def _python_path() -> str:
-    """Where a child finds `benchmarks` and `recipes`, wherever this process was started from."""
-    return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _error(exit_code: int | None, log: str, timeout_s: float) -> str:
-    if exit_code is None:
-        return f"timed out after {timeout_s:g} s"
-    if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    _, found, tail = log.rpartition("Traceback (most recent call last):\n")
-    lines = tail.splitlines() if found else []
-    return next((line for line in lines if line and not line[0].isspace()), f"ended with exit code {exit_code}")
+    return found, error
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -1,0 +1,133 @@
+"""Do plans keep their promises when they are flown? `python -m benchmarks.executed --help`.
+
+The planner is judged on simulated chains elsewhere (`benchmarks.planner_scaling`); here recipes are trained under its
+plans on the CPU. Peaks are predicted by the plan before its first step, and measured from allocator events, which share
+nothing with the package. Bytes and bits decide the exit code; seconds are shown, for a busy machine spoils them.
+Each recipe under each budget is a process of its own; one that crashes or hangs is a row of the table like any other.
+The measurement is `benchmarks/executed_check.py`, the verdict `benchmarks/executed_table.py`.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.apart import run_apart
+from benchmarks.executed_table import Flown, Row, Stopped, TooSmall, cells_of, is_good, markdown_table
+from recipes.config import ModelName
+
+__all__ = ["BUDGETS", "app"]
+
+BUDGETS = ("70%", "50%", "30%", "15%", "min")
+_TODAY = datetime.now().astimezone().date().isoformat()
+
+
+def _execute_here(model: str, size: str, budget: str, output: Path) -> None:
+    """Train one recipe under one budget in this process, and write what came of it."""
+    import torch  # noqa: PLC0415 - the process that only starts others needs none of these
+
+    from benchmarks.executed_check import execute  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # sums in one order
+    output.write_text(json.dumps(asdict(execute(model, size, budget))))
+
+
+def _execute_apart(model: str, size: str, budget: str, folder: Path, timeout_s: float) -> Row:
+    stem = f"{model}.{budget.replace('%', '_percent')}"
+    output, log = folder / f"{stem}.json", folder / f"{stem}.log"
+    output.unlink(missing_ok=True)
+    arguments = ["--alone", model, "--size", size, "--budget", budget, "--export", str(output)]
+    error = run_apart("benchmarks.executed", arguments, log, timeout_s=timeout_s)
+    if error:
+        return Stopped(model, budget, error)
+    result: dict[str, Any] = json.loads(output.read_text())
+    return TooSmall(model, budget, result) if "smallest_bytes" in result else Flown(model, budget, result)
+
+
+def _export(rows: Sequence[Row], path: Path, size: str) -> None:
+    from benchmarks.executed_picture import draw  # noqa: PLC0415 - `--help` need not wait for matplotlib
+
+    packages = ("torch", "transformers", "diffusers", "tinybp-lightning")
+    where = {
+        "date": _TODAY,
+        "device": f"CPU ({platform.machine()}, 1 thread of {os.cpu_count()} cores)",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "size": size,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(where | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    head = f"# Plans flown, {_TODAY}\n\nRecipes at size `{size}`, torch {version('torch')}, {where['device']}.\n\n"
+    path.with_suffix(".md").write_text(head + markdown_table(rows))
+    draw([row for row in rows if isinstance(row, Flown)], path.with_suffix(".png"))
+
+
+def _say(row: Row, console: Console) -> None:
+    cells = cells_of(row)
+    measured = f" measured/predicted {cells[6]} measured/budget {cells[7]} seconds {cells[10]} bits {cells[11]}"
+    line = f"{cells[0]:<13}{cells[1]:<5}{cells[3]}" + (measured if isinstance(row, Flown) else "")
+    colour = "green" if is_good(row) else "red"
+    console.print(f"[{colour}]{escape(line)}[/{colour}]", soft_wrap=True)
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[
+        list[ModelName] | None, typer.Option(help="Recipe to train; repeat it. All when left out.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="The recipes' size: tiny or small.")] = "small",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of plain training's peak, 60%, or min; repeat it. 70, 50, 30, 15% and min."),
+    ] = None,
+    export: Annotated[Path, typer.Option(help="JSON to write; table and picture go beside it.")] = Path(
+        f"results/{_TODAY}_executed.json"
+    ),
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one recipe under one budget.")] = 900,
+    alone: Annotated[str, typer.Option(hidden=True, help="Train this one in this process.")] = "",
+) -> None:
+    """Train recipes under plans and compare peaks, seconds and bits with what was promised.
+
+    Ends with exit code 1 when a peak was over its budget or farther than 3 % from the prediction, when a loss or a
+    gradient differed from plain training's, or when a run did not finish; never on seconds.
+    """
+    budgets = tuple(budget or BUDGETS)
+    if alone:
+        _execute_here(alone, size, budgets[0], export)
+        return
+    runs = [(name.value, one) for name in model or list(ModelName) for one in budgets]
+    folder = export.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("executed", total=len(runs))
+        for name, one in runs:
+            progress.update(task, description=f"{name} {one}")
+            rows.append(_execute_apart(name, size, one, folder, timeout_s))
+            _say(rows[-1], console)
+            # After every run: one that is stopped by hand leaves what it measured.
+            _export(rows, export, size)
+            progress.advance(task)
+    console.print(markdown_table(rows).splitlines()[0])
+    for suffix in (".json", ".md", ".png"):
+        console.print(f"wrote {export.with_suffix(suffix)}", soft_wrap=True)
+    if not all(map(is_good, rows)):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

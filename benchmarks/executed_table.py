@@ -1,0 +1,184 @@
+"""Which flown plans kept their promises? The rows of `benchmarks.executed`, their verdict and their table."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+__all__ = [
+    "PEAK_TOLERANCE",
+    "SECONDS_TOLERANCE",
+    "Flown",
+    "Row",
+    "Stopped",
+    "TooSmall",
+    "cells_of",
+    "is_good",
+    "markdown_table",
+]
+
+PEAK_TOLERANCE = 0.03
+"""How far from its prediction a measured peak may be."""
+SECONDS_TOLERANCE = 0.15
+"""How far from their prediction the seconds of replays should be, on a quiet machine."""
+
+
+_MEBIBYTE = 2**20
+_HEADER = (
+    "model",
+    "budget",
+    "budget, MiB",
+    "feasible",
+    "predicted peak, MiB",
+    "measured peak, MiB",
+    "measured / predicted",
+    "measured / budget",
+    "predicted recompute, s",
+    "measured replay, s",
+    "ratio",
+    "bits equal",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flown:
+    """One recipe trained under one budget. `result` is an `Execution` as JSON holds it."""
+
+    model: str
+    budget: str
+    result: dict[str, Any]
+
+    @property
+    def of_prediction(self) -> float:
+        """The measured peak as a share of the predicted one."""
+        return self.result["measured_peak_bytes"] / self.result["predicted_peak_bytes"]
+
+    @property
+    def of_budget(self) -> float:
+        """The measured peak as a share of the budget."""
+        return self.result["measured_peak_bytes"] / self.result["budget_bytes"]
+
+    @property
+    def is_as_predicted(self) -> bool:
+        """Whether the measured peak is near enough to the predicted one."""
+        return abs(self.of_prediction - 1) <= PEAK_TOLERANCE
+
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether the measured peak is at or under the budget."""
+        return self.result["measured_peak_bytes"] <= self.result["budget_bytes"]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether losses and gradients of every step had the bits of plain training."""
+        return not self.result["first_difference"]
+
+    @property
+    def replay_s(self) -> float:
+        """Seconds of a settled step's replays, the median."""
+        return statistics.median(self.result["replays_s"])
+
+    @property
+    def seconds_ratio(self) -> float | None:
+        """Those seconds over the predicted ones; `None` where no replay was predicted."""
+        predicted_s = self.result["predicted_recompute_s"]
+        return self.replay_s / predicted_s if predicted_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class TooSmall:
+    """One recipe that no plan trains under the budget. `result` is a `BelowMinimum` as JSON holds it."""
+
+    model: str
+    budget: str
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """One recipe under one budget whose process ended in an error, a signal or a timeout."""
+
+    model: str
+    budget: str
+    error: str
+
+
+Row = Flown | TooSmall | Stopped
+
+
+def is_good(row: Row) -> bool:
+    """Whether `row` holds: bytes and bits as promised, or a budget refused beforehand. Seconds do not count."""
+    match row:
+        case Flown():
+            return row.is_as_predicted and row.is_within_budget and row.is_equal
+        case TooSmall():
+            return True
+        case Stopped():
+            return False
+        case _:
+            assert_never(row)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the table of `rows`, with the counts that matter above it, as Markdown."""
+    flown = [row for row in rows if isinstance(row, Flown)]
+    num_stopped = sum(isinstance(row, Stopped) for row in rows)
+    counts = (
+        f"{len(rows)} runs: {sum(not row.is_equal for row in flown)} with other bits, "
+        f"{sum(not row.is_within_budget for row in flown)} over budget, "
+        f"{sum(not row.is_as_predicted for row in flown)} farther than {PEAK_TOLERANCE:.0%} from the predicted peak, "
+        f"{len(rows) - len(flown) - num_stopped} below the minimum, {num_stopped} not finished."
+    )
+    alignment = ["---", "---", "---:", "---", *["---:"] * 7, ":---:"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(cells_of, rows))]
+    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{_note(flown)}\n"
+
+
+def _note(flown: Sequence[Flown]) -> str:
+    note = (
+        "Budgets are shares of plain training's measured activation peak; `min` is the smallest that the package says "
+        "it can meet. Predicted is what the plan said before its first step; measured peaks are from allocator events. "
+        "Replay seconds are the median of the settled steps. Bits: losses and gradients of every step. `!` marks what "
+        "is not as it should be."
+    )
+    if not flown:
+        return note
+    loads = [row.result["load"] for row in flown]
+    ratios = [ratio for row in flown if (ratio := row.seconds_ratio) is not None]
+    num_near = sum(abs(ratio - 1) <= SECONDS_TOLERANCE for ratio in ratios)
+    cores = flown[0].result["num_cores"]
+    quiet = max(loads) <= cores
+    return (
+        f"{note}\n\nReplay seconds were within {SECONDS_TOLERANCE:.0%} of the predicted ones in {num_near} of "
+        f"{len(ratios)} runs. The machine of {cores} cores had a load of {min(loads):.1f} to {max(loads):.1f}"
+        + ("." if quiet else ": it was busy, so seconds of one run do not compare with another's.")
+    )
+
+
+def cells_of(row: Row) -> list[str]:
+    """Return the table's cells for `row`, as many as the header has."""
+    head = [row.model, row.budget]
+    match row:
+        case Stopped():
+            error = row.error.replace("|", "\\|")
+            return [*head, "", f"failed: {error}", *[""] * (len(_HEADER) - 4)]
+        case TooSmall(result=result):
+            smallest = f"below the minimum: smallest is {result['smallest_bytes'] / _MEBIBYTE:.2f} MiB"
+            return [*head, f"{result['budget_bytes'] / _MEBIBYTE:.2f}", smallest, *[""] * (len(_HEADER) - 4)]
+        case Flown(result=result):
+            ratio = row.seconds_ratio
+            return [
+                *head,
+                f"{result['budget_bytes'] / _MEBIBYTE:.2f}",
+                "yes",
+                f"{result['predicted_peak_bytes'] / _MEBIBYTE:.2f}",
+                f"{result['measured_peak_bytes'] / _MEBIBYTE:.2f}",
+                f"{row.of_prediction:.4f}" + ("" if row.is_as_predicted else " !"),
+                f"{row.of_budget:.4f}" + ("" if row.is_within_budget else " !"),
+                f"{result['predicted_recompute_s']:.4f}",
+                f"{row.replay_s:.4f}",
+                "" if ratio is None else f"{ratio:.2f}",
+                "yes" if row.is_equal else f"no: {result['first_difference']}",
+            ]
+        case _:
+            assert_never(row)
