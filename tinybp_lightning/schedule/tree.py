@@ -146,6 +146,7 @@ class IntervalTree:
         if node.end is None:
             return self._sweeps[targets, slots]
         last = node.end - self._tables.first_cut(state.boundary)
-        pairs = zip(targets.tolist(), numbers.tolist(), strict=True)
-        found = [self._sharing.rows[target].item(last - number - 1) for target, number in pairs]
-        return self._segments.values[found, slots]
+        rows = np.empty(len(numbers), np.int64)
+        for k, (target, number) in enumerate(zip(targets.tolist(), numbers.tolist(), strict=True)):
+            rows[k] = self._sharing.rows[target][last - number - 1]
+        return self._segments.values[rows, slots]
