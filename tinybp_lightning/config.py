@@ -81,6 +81,8 @@ class HCBConfig:
     - `plan_cache`: whether plans are kept on disk, so that the next process that trains the same program need neither
       measure nor plan: `True` in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder; `False`
       not at all; a text in the folder it names.
+    - `check`: compare a hash of every tensor that a replay saves with the forward's, and raise `ReplayError` where they
+      differ. The environment variable `HCB_CHECK=1` switches it on too, whatever is said here.
 
     **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
     """
@@ -91,6 +93,7 @@ class HCBConfig:
     optimizer_state_bytes: int | None = None
     on_oom: str = "replan"
     plan_cache: bool | str = True
+    check: bool = False
 
     def __post_init__(self) -> None:
         _ = self.budget
@@ -109,6 +112,11 @@ class HCBConfig:
         if isinstance(self.plan_cache, str) and not self.plan_cache.strip():
             raise ConfigError(
                 f"`plan_cache={self.plan_cache!r}` names no folder: give its path, or `False` for no cache on disk."
+            )
+        if not isinstance(self.check, bool):
+            raise ConfigError(
+                f"`check={self.check!r}` has type {type(self.check).__name__}: expected `True` (compare every replayed "
+                "tensor with the forward's) or `False`."
             )
 
     @property

@@ -179,6 +179,7 @@ def test_auto_hands_everything_it_was_given_and_told_to_ddp(pl: ModuleType, hcb:
     strategy = hcb.HCBStrategy(
         activation_budget="30%",
         executor="eager",
+        check=True,
         observers=[observer],
         find_unused_parameters=True,
         process_group_backend="gloo",
@@ -186,7 +187,7 @@ def test_auto_hands_everything_it_was_given_and_told_to_ddp(pl: ModuleType, hcb:
     )
     trainer = trainer_for(pl, strategy, devices=2, num_nodes=3, sync_batchnorm=True, precision="bf16-mixed")
     assert trainer.strategy is strategy
-    assert strategy.hcb_config == HCBConfig(memory_budget=None, activation_budget="30%", executor="eager")
+    assert strategy.hcb_config == HCBConfig(None, "30%", executor="eager", check=True)
     assert strategy._hcb_observers == (observer,)
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
     assert strategy.process_group_backend == "gloo"

@@ -134,7 +134,8 @@ class GraphProgram:
             self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
         externals = Externals.of(values)
-        run = Run(pin_script(pilot.script, self._pinned), externals, devices=devices, autocast=autocast)
+        script = pin_script(pilot.script, self._pinned)
+        run = Run(script, externals, devices=devices, autocast=autocast, checks=self._config.check)
         try:
             run.begin([])
             state: list[Any] = []
