@@ -10,7 +10,7 @@ from enum import Enum
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
-__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "parse_budget"]
+__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "check_config", "parse_budget"]
 
 MAX_LIVE_GRAPHS = 16
 """How many graphs of one module (one for each shape of its inputs) hold plans and pieces at a time."""
@@ -130,6 +130,12 @@ class HCBConfig:
         if self.activation_budget is not None:
             return parse_budget(self.activation_budget, BudgetKind.ACTIVATION)
         return parse_budget("auto" if self.memory_budget is None else self.memory_budget, BudgetKind.MEMORY)
+
+
+def check_config(value: object) -> None:
+    """Raise `ConfigError` for what is neither an `HCBConfig` nor `None`."""
+    if value is not None and not isinstance(value, HCBConfig):
+        raise ConfigError(f"`config={value!r}` is no HCBConfig: write `HCBConfig(memory_budget=...)`.")
 
 
 def parse_budget(value: int | str, kind: BudgetKind) -> Budget:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import HCBConfig, check_config
 from tinybp_lightning.errors import BudgetError, ConfigError
 
 __all__ = ["check_option_names", "config_from"]
@@ -31,9 +31,10 @@ def config_from(
 ) -> HCBConfig:
     """Return the one `HCBConfig` that the arguments and, without a budget among them, the environment ask for.
 
-    **Raises:** `ConfigError` for `config` beside other options; `BudgetError` from `HCBConfig`, naming the variable
-    where the value came from the environment.
+    **Raises:** `ConfigError` for `config` beside other options, or of a wrong type; `BudgetError` from `HCBConfig`,
+    naming the variable where the value came from the environment.
     """
+    check_config(config)
     given = {"memory_budget": memory_budget, "activation_budget": activation_budget}
     if config is not None:
         chosen = {

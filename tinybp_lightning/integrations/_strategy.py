@@ -22,6 +22,7 @@ from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.integrations._settings import check_option_names, config_from
 from tinybp_lightning.integrations._step_log import StepLogMixin
+from tinybp_lightning.runtime.profile import check_observers
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,9 @@ class HCBMixin(_Strategy):
             check=check,
             environ=os.environ,
         )
-        self._hcb_observers = tuple(observers)
+        is_many = isinstance(observers, Iterable) and not isinstance(observers, (str, bytes))
+        check_observers(given := tuple(observers) if is_many else observers)
+        self._hcb_observers = tuple(given)
         self._hcb_attachment: _Attachment | None = None
 
     def _init_lightning(self, **strategy_options: Any) -> None:

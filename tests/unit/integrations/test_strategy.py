@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,7 +175,7 @@ def test_the_name_and_the_devices_choose_the_class(
 
 
 def test_auto_hands_everything_it_was_given_and_told_to_ddp(pl: ModuleType, hcb: ModuleType) -> None:
-    observer = object()
+    observer = SimpleNamespace(on_plan=print, on_replay=print)
     strategy = hcb.HCBStrategy(
         activation_budget="30%",
         executor="eager",
