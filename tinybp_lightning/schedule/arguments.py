@@ -40,14 +40,17 @@ def check_schedule(value: object) -> None:
         )
 
 
-def check_budget(value: object, *, name: str = "budget_bytes") -> None:
-    """Raise `BudgetError` for what is no number of bytes; one that is too small is the planner's to refuse."""
+def check_budget(value: object, *, name: str = "budget_bytes", may_be_negative: bool = False) -> None:
+    """Raise `BudgetError` for what is no number of bytes; one that is too small is the planner's to refuse.
+
+    **Arguments:** `may_be_negative`: what is left of a budget may be, and is too small.
+    """
     shown = f"`{name}={_shown(value)}`"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise BudgetError(
             f"{shown} has type {type(value).__name__}: expected an int, in bytes, such as `20 * 2**30` for 20 GiB."
         )
-    if value < 0:
+    if value < 0 and not may_be_negative:
         raise BudgetError(f"{shown} is negative: expected a number of bytes of 0 or more.")
 
 

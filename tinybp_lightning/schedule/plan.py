@@ -84,6 +84,7 @@ def plan(chain: Chain, *, budget_bytes: int) -> Plan:
     **Raises:** `BudgetTooSmallError` that names the smallest feasible budget and what sets it; `ConfigError` for what
     is no chain; `BudgetError` for what is no number of bytes.
     """
+    check_budget(budget_bytes)
     return Planner(chain).plan(budget_bytes=budget_bytes)
 
 
@@ -157,7 +158,7 @@ class Planner:
         return self._plan_of(self._best(budget_bytes), budget_bytes, certificate)
 
     def _best(self, budget_bytes: int) -> "_Candidate":
-        check_budget(budget_bytes)
+        check_budget(budget_bytes, may_be_negative=True)
         if budget_bytes < self.smallest_bytes:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
