@@ -20,6 +20,7 @@ from tinybp_lightning.errors import (
 from tinybp_lightning.integrations import _import_hook
 
 if TYPE_CHECKING:
+    from tinybp_lightning.capture.torch import capture_graph
     from tinybp_lightning.runtime.torch import attach, hcb, keep, restore, run_step
     from tinybp_lightning.runtime.torch.explain import Explanation, explain
     from tinybp_lightning.schedule import Pareto, pareto, plan, simulate
@@ -40,6 +41,7 @@ __all__ = [
     "TinyBPError",
     "UnsupportedModuleError",
     "attach",
+    "capture_graph",
     "explain",
     "hcb",
     "keep",
@@ -56,6 +58,7 @@ _LAZY = {
     "Explanation": "tinybp_lightning.runtime.torch.explain",
     "Pareto": "tinybp_lightning.schedule",
     "attach": "tinybp_lightning.runtime.torch",
+    "capture_graph": "tinybp_lightning.capture.torch",
     "explain": "tinybp_lightning.runtime.torch.explain",
     "hcb": "tinybp_lightning.runtime.torch",
     "keep": "tinybp_lightning.runtime.torch",

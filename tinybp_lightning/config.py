@@ -10,7 +10,7 @@ from enum import Enum
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
-__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "parse_budget"]
+__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "check_config", "parse_budget"]
 
 MAX_LIVE_GRAPHS = 16
 """How many graphs of one module (one for each shape of its inputs) hold plans and pieces at a time."""
@@ -81,6 +81,8 @@ class HCBConfig:
     - `plan_cache`: whether plans are kept on disk, so that the next process that trains the same program need neither
       measure nor plan: `True` in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder; `False`
       not at all; a text in the folder it names.
+    - `check`: compare a hash of every tensor that a replay saves with the forward's, and raise `ReplayError` where they
+      differ. The environment variable `HCB_CHECK=1` switches it on too, whatever is said here.
 
     **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
     """
@@ -91,6 +93,7 @@ class HCBConfig:
     optimizer_state_bytes: int | None = None
     on_oom: str = "replan"
     plan_cache: bool | str = True
+    check: bool = False
 
     def __post_init__(self) -> None:
         _ = self.budget
@@ -110,6 +113,11 @@ class HCBConfig:
             raise ConfigError(
                 f"`plan_cache={self.plan_cache!r}` names no folder: give its path, or `False` for no cache on disk."
             )
+        if not isinstance(self.check, bool):
+            raise ConfigError(
+                f"`check={self.check!r}` has type {type(self.check).__name__}: expected `True` (compare every replayed "
+                "tensor with the forward's) or `False`."
+            )
 
     @property
     def budget(self) -> Budget:
@@ -122,6 +130,12 @@ class HCBConfig:
         if self.activation_budget is not None:
             return parse_budget(self.activation_budget, BudgetKind.ACTIVATION)
         return parse_budget("auto" if self.memory_budget is None else self.memory_budget, BudgetKind.MEMORY)
+
+
+def check_config(value: object) -> None:
+    """Raise `ConfigError` for what is neither an `HCBConfig` nor `None`."""
+    if value is not None and not isinstance(value, HCBConfig):
+        raise ConfigError(f"`config={value!r}` is no HCBConfig: write `HCBConfig(memory_budget=...)`.")
 
 
 def parse_budget(value: int | str, kind: BudgetKind) -> Budget:

@@ -2,6 +2,7 @@
 
 from tinybp_lightning.analysis.bounds import Bottleneck, Phase, WidestOp, peak_bottleneck, peak_lower_bound, widest_op
 from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestPoint, diagnose
+from tinybp_lightning.analysis.estimate import estimate_chain
 from tinybp_lightning.analysis.report import BlockGroup, GraphReport, format_bytes, report_graph
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "WidestOp",
     "WidestPoint",
     "diagnose",
+    "estimate_chain",
     "format_bytes",
     "peak_bottleneck",
     "peak_lower_bound",

@@ -8,9 +8,10 @@ be is `HCBConfig`'s to say.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import HCBConfig, check_config
 from tinybp_lightning.errors import BudgetError, ConfigError
 
 __all__ = ["check_option_names", "config_from"]
@@ -26,27 +27,31 @@ def config_from(
     executor: Literal["auto", "eager", "inductor"],
     environ: Mapping[str, str],
     on_oom: Literal["replan", "raise"] = "replan",
+    check: bool = False,
 ) -> HCBConfig:
     """Return the one `HCBConfig` that the arguments and, without a budget among them, the environment ask for.
 
-    **Raises:** `ConfigError` for `config` beside other options; `BudgetError` from `HCBConfig`, naming the variable
-    where the value came from the environment.
+    **Raises:** `ConfigError` for `config` beside other options, or of a wrong type; `BudgetError` from `HCBConfig`,
+    naming the variable where the value came from the environment.
     """
+    check_config(config)
     given = {"memory_budget": memory_budget, "activation_budget": activation_budget}
     if config is not None:
         chosen = {
             "executor": executor if executor != "auto" else None,
             "on_oom": on_oom if on_oom != "replan" else None,
+            "check": check if check is not False else None,
         }
         return _config_alone(config, others={**given, **chosen})
+    make = partial(HCBConfig, executor=executor, on_oom=on_oom, check=check)
     if any(value is not None for value in given.values()):
-        return HCBConfig(memory_budget, activation_budget, executor=executor, on_oom=on_oom)
+        return make(memory_budget, activation_budget)
     found = {name: text for name, variable in _VARIABLES.items() if (text := environ.get(variable, "").strip())}
     if not found:
-        return HCBConfig(executor=executor, on_oom=on_oom)
+        return make()
     try:
         memory, activation = (_budget_from_text(found.get(name)) for name in _VARIABLES)
-        return HCBConfig(memory, activation, executor=executor, on_oom=on_oom)
+        return make(memory, activation)
     except ConfigError as error:
         source = " ".join(f"{_VARIABLES[name]}={text}" for name, text in found.items())
         raise BudgetError(f"in the environment, `{source}`: {error}") from error

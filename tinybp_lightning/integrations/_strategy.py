@@ -22,6 +22,7 @@ from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.integrations._settings import check_option_names, config_from
 from tinybp_lightning.integrations._step_log import StepLogMixin
+from tinybp_lightning.runtime.profile import check_observers
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +73,9 @@ class HCBMixin(_Strategy):
     `activation_budget`: activations alone (`"30%"` of what plain training keeps, or bytes). At most one of them; with
     neither, `HCB_MEMORY_BUDGET` or `HCB_ACTIVATION_BUDGET` from the environment, else `HCBConfig`'s default.
     `executor`: `"eager"`, `"inductor"` or `"auto"`. `on_oom`: `"replan"` runs a step that was out of memory again,
-    under a tighter plan, on one device and in automatic optimization; `"raise"` lets the error pass. `observers`: told
-    of every plan and every step. `config`: a whole `HCBConfig` in place of the first four. All other options are the
-    Lightning strategy's.
+    under a tighter plan, on one device and in automatic optimization; `"raise"` lets the error pass. `check`: compare
+    every replayed tensor with the forward's. `observers`: told of every plan and every step. `config`: a whole
+    `HCBConfig` in place of the first five. All other options are the Lightning strategy's.
 
     **Raises:** `ConfigError` and `BudgetError` as `HCBConfig` does.
     """
@@ -88,6 +89,7 @@ class HCBMixin(_Strategy):
         activation_budget: int | str | None = None,
         executor: Literal["auto", "eager", "inductor"] = "auto",
         on_oom: Literal["replan", "raise"] = "replan",
+        check: bool = False,
         observers: "Iterable[Observer]" = (),
         config: HCBConfig | None = None,
         **strategy_options: Any,
@@ -99,9 +101,12 @@ class HCBMixin(_Strategy):
             activation_budget=activation_budget,
             executor=executor,
             on_oom=on_oom,
+            check=check,
             environ=os.environ,
         )
-        self._hcb_observers = tuple(observers)
+        is_many = isinstance(observers, Iterable) and not isinstance(observers, (str, bytes))
+        check_observers(given := tuple(observers) if is_many else observers)
+        self._hcb_observers = tuple(given)
         self._hcb_attachment: _Attachment | None = None
 
     def _init_lightning(self, **strategy_options: Any) -> None:

@@ -1,13 +1,17 @@
 """What is told about a step? Frozen records for users, loggers and progress bars; no framework in here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from tinybp_lightning.analysis import format_bytes
+from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanCounts", "PlanReport", "StepProfile"]
+__all__ = ["Observer", "PlanCounts", "PlanReport", "StepProfile", "check_observers"]
+
+_OBSERVER_METHODS = ("on_plan", "on_replay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +117,17 @@ class Observer(Protocol):
     def on_replay(self, profile: StepProfile) -> None:
         """A step's backward has ended."""
         ...
+
+
+def check_observers(observers: object) -> None:
+    """Raise `ConfigError` for what is no sequence of observers."""
+    if isinstance(observers, (str, bytes)) or not isinstance(observers, Sequence):
+        raise ConfigError(f"`observers={observers!r}` is no sequence: write `observers=[observer]`.")
+    for observer in cast("Sequence[Any]", observers):
+        missing = [name for name in _OBSERVER_METHODS if not callable(getattr(observer, name, None))]
+        if missing or isinstance(observer, type):
+            what = f"a method `{missing[0]}`" if missing else "an instance: it is a class"
+            raise ConfigError(
+                f"`observers` has a `{type(observer).__name__}` without {what}: an observer has "
+                "`on_plan(plan)` and `on_replay(profile)`."
+            )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinybp_lightning.errors import ScheduleError
+from tinybp_lightning.schedule.arguments import check_link
 
 __all__ = ["Leaving", "Link"]
 
@@ -31,8 +32,8 @@ class Link:
     """The state of both directions, and of the copies in host memory."""
 
     def __init__(self, storage_bytes: Sequence[int], bytes_per_s: float | None) -> None:
-        if bytes_per_s is not None and not bytes_per_s > 0:
-            raise ScheduleError(f"`link_bytes_per_s={bytes_per_s}`: expected a bandwidth above 0, as it was measured.")
+        if bytes_per_s is not None:
+            check_link(bytes_per_s)
         self._storage_bytes = storage_bytes
         self._bytes_per_s = bytes_per_s
         self._out_free_s = self._back_free_s = 0.0

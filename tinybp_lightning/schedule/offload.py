@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from tinybp_lightning.errors import BudgetTooSmallError, ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Action, Backward, Forward, ForwardSave, Schedule
+from tinybp_lightning.schedule.arguments import check_budget, check_link
 from tinybp_lightning.schedule.away import (
     Away,
     Gap,
@@ -87,11 +88,15 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     **Returns:** a legal schedule, deterministic, and never slower than `planner.plan` for the same budget. The budget
     may be below `planner.smallest_bytes`.
 
-    **Raises:** `ConfigError` for a bandwidth that is not above 0; `BudgetTooSmallError` if nothing that was tried
-    fits.
+    **Raises:** `ConfigError` for a bandwidth that is not above 0, or what is no planner; `BudgetError` for a budget
+    that is no number of bytes; `BudgetTooSmallError` if nothing that was tried fits.
     """
-    if not link_bytes_per_s > 0:
-        raise ConfigError(f"`link_bytes_per_s={link_bytes_per_s}` must be above 0: give the measured bandwidth.")
+    if not isinstance(planner, Planner):
+        raise ConfigError(
+            f"`planner` is a `{type(planner).__name__}`: pass `Planner(chain)`, which plans without offload."
+        )
+    check_budget(budget_bytes)
+    check_link(link_bytes_per_s)
     search = _Search(planner, budget_bytes, link_bytes_per_s)
     if budget_bytes >= planner.smallest_bytes:
         search.start(planner.schedule(budget_bytes=budget_bytes))

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinybp_lightning.errors import ConfigError
+from tinybp_lightning.analysis import estimate_chain
 from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.arguments import check_budgets, check_count, check_path
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.plan import Planner
 from tinybp_lightning.schedule.simulate import simulate
@@ -50,7 +52,8 @@ class Pareto:
     """Plan and bound against budget for one chain.
 
     `points`: by increasing budget; times and bounds never rise. `smallest_bytes`: the smallest feasible budget.
-    `plain_peak_bytes`, `plain_s`: plain training, which keeps everything.
+    `plain_peak_bytes`, `plain_s`: plain training, which keeps everything. `is_estimated`: bytes and seconds come from
+    `estimate_chain` and not from the chain that was given.
     """
 
     points: tuple[ParetoPoint, ...]
@@ -58,6 +61,7 @@ class Pareto:
     smallest_bytes: int
     plain_peak_bytes: int
     plain_s: float
+    is_estimated: bool = False
 
     def to_json(self) -> str:
         """Return everything as JSON with sorted keys that ends in a newline; sizes in bytes, times in seconds."""
@@ -82,35 +86,40 @@ class Pareto:
             "smallest_bytes": self.smallest_bytes,
             "plain_peak_bytes": self.plain_peak_bytes,
             "plain_s": self.plain_s,
+            "is_estimated": self.is_estimated,
         }
         return json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def plot(self, path: str | Path) -> Path:
         """Draw plan, bound and known methods as a PNG, and return the path.
 
-        **Raises:** `MissingPackageError` if matplotlib is not there (`pip install tinybp-lightning[recipes]`).
+        **Raises:** `ConfigError` for what is no path; `MissingPackageError` if matplotlib is not there
+        (`pip install tinybp-lightning[recipes]`).
         """
+        check_path(path)
         from tinybp_lightning.schedule.pareto_plot import plot_pareto  # noqa: PLC0415 - matplotlib is an extra
 
         return plot_pareto(self, Path(path))
 
 
-def pareto(chain: Chain, *, num_points: int = 12, budgets_bytes: Sequence[int] | None = None) -> Pareto:
+def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequence[int] | None = None) -> Pareto:
     """Return plan and bound against budget.
 
-    **Arguments:** `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training
-    needs; `budgets_bytes`: budgets of your own in place of these.
+    **Arguments:** `chain`: with measured costs, or a `Graph`, which stands for `estimate_chain(graph)`;
+    `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training needs;
+    `budgets_bytes`: budgets of your own in place of these.
 
     **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan.
 
-    **Raises:** `ConfigError` for something that is no chain or for fewer than 2 points; `BudgetTooSmallError` for a
-    budget that no plan meets.
+    **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
+    is no number of bytes; `BudgetTooSmallError` for one that no plan meets.
     """
-    if not isinstance(chain, Chain):
-        raise ConfigError(
-            f"`{type(chain).__name__}` is not a `Chain`: a plan needs what each block costs. "
-            "For a module that has been trained for a step, call `tbp.explain(module).pareto()`."
-        )
+    check_count("num_points", num_points, at_least=2, meaning="the smallest and the largest budget")
+    if budgets_bytes is not None:
+        check_budgets(budgets_bytes)
+    is_estimated = isinstance(chain, Graph)
+    if isinstance(chain, Graph):
+        chain = estimate_chain(chain)
     planner = Planner(chain)
     methods = (("keep all", keep_all), ("per block", per_block), ("every sqrt(n)", every_sqrt_n))
     references = tuple(_reference(chain, name, method(chain)) for name, method in methods)
@@ -125,12 +134,11 @@ def pareto(chain: Chain, *, num_points: int = 12, budgets_bytes: Sequence[int] |
         smallest_bytes=planner.smallest_bytes,
         plain_peak_bytes=plain.peak_bytes,
         plain_s=plain.total_s,
+        is_estimated=is_estimated,
     )
 
 
 def _budgets(smallest_bytes: int, largest_bytes: int, num_points: int) -> list[int]:
-    if num_points < 2:
-        raise ConfigError(f"`num_points={num_points}` must be at least 2: the smallest and the largest budget.")
     ratio = largest_bytes / max(1, smallest_bytes)
     inner = [round(smallest_bytes * ratio ** (k / (num_points - 1))) for k in range(1, num_points - 1)]
     # Rounding must not take a budget outside.

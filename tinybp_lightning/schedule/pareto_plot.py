@@ -30,7 +30,8 @@ def plot_pareto(curve: Pareto, path: Path) -> Path:
     unit_bytes, unit = (_GIB, "GiB") if curve.plain_peak_bytes >= _GIB else (_MIB, "MiB")
     _draw(panel, curve, unit_bytes)
     panel.set_xlabel(f"budget ({unit})")
-    panel.set_ylabel("time of a step (plain training = 1)")
+    how = ", estimated" if curve.is_estimated else ""
+    panel.set_ylabel(f"time of a step (plain training = 1{how})")
     panel.set_title(
         f"smallest budget {curve.smallest_bytes / unit_bytes:.3g} {unit}, plain training "
         f"{curve.plain_peak_bytes / unit_bytes:.3g} {unit}, largest gap {max(p.gap for p in curve.points):.1%}",

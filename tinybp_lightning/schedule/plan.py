@@ -19,6 +19,7 @@ from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
+from tinybp_lightning.schedule.arguments import check_budget, check_chain
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
@@ -82,13 +83,18 @@ def plan(chain: Chain, *, budget_bytes: int) -> Plan:
 
     **Returns:** a legal plan; deterministic, and never slower than the plan for a smaller budget.
 
-    **Raises:** `BudgetTooSmallError` that names the smallest feasible budget and what sets it.
+    **Raises:** `BudgetTooSmallError` that names the smallest feasible budget and what sets it; `ConfigError` for what
+    is no chain; `BudgetError` for what is no number of bytes.
     """
+    check_budget(budget_bytes)
     return Planner(chain).plan(budget_bytes=budget_bytes)
 
 
 def smallest_budget(chain: Chain) -> tuple[int, Plan]:
-    """Return the smallest feasible budget in bytes, and the plan that meets it."""
+    """Return the smallest feasible budget in bytes, and the plan that meets it.
+
+    **Raises:** `ConfigError` for what is no chain.
+    """
     planner = Planner(chain)
     return planner.smallest_bytes, planner.smallest_plan()
 
@@ -107,6 +113,7 @@ class Planner:
     """Plans one chain for many budgets; the tables are filled once and grow with the largest budget asked for."""
 
     def __init__(self, chain: Chain) -> None:
+        check_chain(chain)
         self._chain = chain
         self._fastest = self._candidate(_keep_fastest(chain))
         self._tables = Tables(chain, cuts=storable_boundaries(chain, limit=_MAX_CUTS))
@@ -153,6 +160,7 @@ class Planner:
         return self._plan_of(self._best(budget_bytes), budget_bytes, certificate)
 
     def _best(self, budget_bytes: int) -> "_Candidate":
+        check_budget(budget_bytes, may_be_negative=True)
         if budget_bytes < self.smallest_bytes:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]

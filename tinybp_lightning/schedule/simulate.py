@@ -73,7 +73,8 @@ def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None
 
     **Returns:** the timeline; its `peak_bytes` is exact in the model of this file.
 
-    **Raises:** `ScheduleError` when the schedule is not legal, or offloads and no bandwidth is given.
+    **Raises:** `ScheduleError` when the schedule is not legal, or offloads and no bandwidth is given; `ConfigError` for
+    an argument of a wrong type.
     """
     verify_schedule(chain, schedule)
     machine = Machine(chain, link_bytes_per_s=link_bytes_per_s)

@@ -21,6 +21,7 @@ from tinybp_lightning.schedule.actions import (
     Schedule,
     Store,
 )
+from tinybp_lightning.schedule.arguments import check_chain, check_schedule
 
 __all__ = ["verify_schedule"]
 
@@ -31,8 +32,11 @@ def verify_schedule(chain: Chain, schedule: Schedule) -> None:
     **Arguments:** `schedule`: at least one first sweep over all blocks in order, then every block's backward once, in
     descending order.
 
-    **Raises:** `ScheduleError` at the first action that reads a state that is not there, with its index and text.
+    **Raises:** `ScheduleError` at the first action that reads a state that is not there, with its index and text;
+    `ConfigError` for what is no chain or no schedule.
     """
+    check_chain(chain)
+    check_schedule(schedule)
     num_blocks = len(chain.blocks)
     if schedule.num_blocks != num_blocks:
         raise ScheduleError(

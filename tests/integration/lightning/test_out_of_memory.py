@@ -177,6 +177,32 @@ def test_lightnings_batch_size_finder_recognises_the_error(
     assert found == 8
 
 
+def test_all_of_plain_training_is_enough_for_the_finders_smallest_batch(
+    pl: Any, models: dict[str, Any], trainer_for: Callable[..., Any], hcb: Any, tmp_path: Path
+) -> None:
+    """A step so small that what the blocks' model leaves out is most of it."""
+
+    class Sized(models["Model"]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_size = 2
+            self.sizes: list[int] = []
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(batch))
+            return super().loss(batch)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=self.batch_size)
+
+    tuner = importlib.import_module(f"{pl.__name__}.tuner")
+    trainer = trainer_for(hcb.HCBStrategy(activation_budget="100%"), max_epochs=1, default_root_dir=tmp_path)
+    model = Sized()
+    found = tuner.Tuner(trainer).scale_batch_size(model, mode="power", steps_per_trial=4, max_trials=3)
+    assert found == 8
+    assert model.sizes == [2] * 4 + [4] * 4 + [8] * 4
+
+
 def test_manual_optimization_is_never_run_again(
     models: dict[str, Any], trainer_for: Callable[..., Any], batches: Any, strategy: Any, faults: Faults
 ) -> None:

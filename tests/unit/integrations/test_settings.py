@@ -1,6 +1,7 @@
 """Which configuration do the strategy's arguments and the environment make?"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_without_budgets_the_config_is_the_default() -> None:
         ({"activation_budget": 4096, "executor": "eager"}, HCBConfig(None, 4096, executor="eager")),
         ({"config": HCBConfig(None, "30%")}, HCBConfig(None, "30%")),
         ({"memory_budget": "2GiB", "on_oom": "raise"}, HCBConfig("2GiB", on_oom="raise")),
+        ({"memory_budget": "2GiB", "check": True}, HCBConfig("2GiB", check=True)),
     ],
     ids=str,
 )
@@ -47,8 +49,11 @@ def test_arguments_make_the_config_and_the_environment_is_not_read(
     ],
     ids=str,
 )
-def test_the_environment_fills_in_a_missing_budget(environ: Mapping[str, str], expected: HCBConfig) -> None:
-    assert config(environ) == expected
+@pytest.mark.parametrize("check", [True, False])
+def test_the_environment_fills_in_a_missing_budget(
+    environ: Mapping[str, str], expected: HCBConfig, check: bool
+) -> None:
+    assert config(environ, check=check) == replace(expected, check=check)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +75,15 @@ def test_a_bad_budget_from_the_environment_names_its_variable(environ: Mapping[s
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("memory_budget", "1GiB"), ("activation_budget", "3%"), ("executor", "eager"), ("on_oom", "raise")],
+    [
+        ("memory_budget", "1GiB"),
+        ("activation_budget", "3%"),
+        ("executor", "eager"),
+        ("on_oom", "raise"),
+        ("check", True),
+    ],
 )
-def test_a_config_stands_alone(name: str, value: str) -> None:
+def test_a_config_stands_alone(name: str, value: str | bool) -> None:
     with pytest.raises(ConfigError, match=f"`{name}=.*` was passed beside `config`"):
         config(None, config=HCBConfig(), **{name: value})
 

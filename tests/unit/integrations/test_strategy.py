@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,10 +175,11 @@ def test_the_name_and_the_devices_choose_the_class(
 
 
 def test_auto_hands_everything_it_was_given_and_told_to_ddp(pl: ModuleType, hcb: ModuleType) -> None:
-    observer = object()
+    observer = SimpleNamespace(on_plan=print, on_replay=print)
     strategy = hcb.HCBStrategy(
         activation_budget="30%",
         executor="eager",
+        check=True,
         observers=[observer],
         find_unused_parameters=True,
         process_group_backend="gloo",
@@ -186,7 +187,7 @@ def test_auto_hands_everything_it_was_given_and_told_to_ddp(pl: ModuleType, hcb:
     )
     trainer = trainer_for(pl, strategy, devices=2, num_nodes=3, sync_batchnorm=True, precision="bf16-mixed")
     assert trainer.strategy is strategy
-    assert strategy.hcb_config == HCBConfig(memory_budget=None, activation_budget="30%", executor="eager")
+    assert strategy.hcb_config == HCBConfig(None, "30%", executor="eager", check=True)
     assert strategy._hcb_observers == (observer,)
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
     assert strategy.process_group_backend == "gloo"

@@ -23,9 +23,13 @@ def square_loss(model: nn.Module) -> torch.Tensor:
     return model(X).square().mean()
 
 
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HCB_CHECK", "1")
+@pytest.fixture(params=["variable", "option"])
+def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Ask for checked mode in one of its two ways; options for `tbp.hcb`."""
+    if request.param == "variable":
+        monkeypatch.setenv("HCB_CHECK", "1")
+        return {}
+    return {"check": True}
 
 
 # A counter that no module holds, so that nothing can see it change.
@@ -76,17 +80,16 @@ class Net(nn.Module):
         return x
 
 
-def net(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+def net(change: Callable[[torch.Tensor], torch.Tensor], **options: Any) -> nn.Module:
     torch.manual_seed(0)
     CALLS[0] = 0
-    return tbp.hcb(Net(change), activation_budget="1MiB")
+    return tbp.hcb(Net(change), activation_budget="1MiB", **options)
 
 
 @pytest.mark.filterwarnings("ignore:`Net` cannot be traced")
-@pytest.mark.usefixtures("checked")
-def test_other_values_are_an_error_that_names_the_module() -> None:
+def test_other_values_are_an_error_that_names_the_module(checked: dict[str, Any]) -> None:
     with pytest.raises(ReplayError, match=r"`blocks\.2` saved other values.*`norm` \(`LayerNorm`\)") as caught:
-        train(net(values), square_loss, steps=1)
+        train(net(values, **checked), square_loss, steps=1)
     assert "use_deterministic_algorithms" in str(caught.value)
     assert "tbp.keep" in str(caught.value)
 
@@ -144,18 +147,26 @@ class Traced(nn.Module):
         return self.last(counted(self.body(x)))
 
 
-@pytest.mark.usefixtures("checked")
-def test_a_difference_in_a_traced_block_names_its_op() -> None:
+def test_a_difference_in_a_traced_block_names_its_op(checked: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with pytest.raises(ReplayError, match=r"saved by op `\w+` of `(body|last)\.\d(\.\w+)?`\. It does not do the same"):
-        train(tbp.hcb(Traced(), activation_budget="1MiB"), square_loss, steps=1)
+        train(tbp.hcb(Traced(), activation_budget="1MiB", **checked), square_loss, steps=1)
 
 
-@pytest.mark.usefixtures("checked")
-def test_checked_training_is_the_same_training() -> None:
+def test_checked_training_is_the_same_training(checked: dict[str, Any]) -> None:
     plain = residual_net(4, width=WIDTH)
     want = train(copy.deepcopy(plain), square_loss)
-    assert_all_same(train(tbp.hcb(plain, activation_budget="80%"), square_loss), want)
+    assert_all_same(train(tbp.hcb(plain, activation_budget="80%", **checked), square_loss), want)
+
+
+@pytest.mark.parametrize(("variable", "option", "is_on"), [("0", True, True), ("1", False, True), ("0", False, False)])
+def test_either_way_switches_it_on(variable: str, option: bool, is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []  # no tensors: to hold them would break the budget
+    monkeypatch.setattr(check, "fingerprint", lambda t: hashed.append(t.numel()))
+    monkeypatch.setenv("HCB_CHECK", variable)
+    config = tbp.HCBConfig(activation_budget="80%", check=option)
+    train(tbp.hcb(residual_net(4, width=WIDTH), config=config), square_loss, steps=1)
+    assert bool(hashed) is is_on
 
 
 def test_nothing_is_hashed_when_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

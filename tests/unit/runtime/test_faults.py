@@ -5,7 +5,6 @@ import gc
 import random
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
 import tinybp_lightning as tbp
+from tests.unit.runtime import layered
+from tests.unit.runtime.layered import Broken, Net
 from tests.unit.runtime.training import Outcome, Residual, assert_same, outcome_of, train
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
@@ -40,28 +41,9 @@ class Block(nn.Module):
         return self.norm(x.float()) / scale
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Broken(Net):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            torch._dynamo.graph_break()
-            x = layer(x)
-        return x
-
-
-def made(kind: Callable[[], nn.Module]) -> nn.Module:
+def made(kind: type[Net]) -> nn.Module:
     torch.manual_seed(0)
-    return kind()
+    return kind(Block() for _ in range(5))
 
 
 def square_loss(model: nn.Module) -> torch.Tensor:
@@ -92,7 +74,7 @@ class Interrupter:
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
         is_ours = "tinybp_lightning/runtime/torch/" in name
-        if not (is_ours or "torch/nn/" in name or "eval_with_key" in name or name == __file__):
+        if not (is_ours or "torch/nn/" in name or "eval_with_key" in name or name in (__file__, layered.__file__)):
             return None
         if event == "line":
             self.count += 1
@@ -107,7 +89,7 @@ def hooks_left() -> Any:
 
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
 @pytest.mark.parametrize("kind", [Net, Broken])
-def test_interrupted_anywhere(kind: Callable[[], nn.Module]) -> None:
+def test_interrupted_anywhere(kind: type[Net]) -> None:
     model = tbp.hcb(made(kind), activation_budget="75%")
     train(model, square_loss, steps=6, lr=0.0)
     start = copy.deepcopy(model.state_dict())
@@ -142,12 +124,12 @@ def test_interrupted_anywhere(kind: Callable[[], nn.Module]) -> None:
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
 @pytest.mark.filterwarnings("ignore:`\\w+` is not planned in this step")
 @pytest.mark.parametrize("kinds", [(Net, Net), (Net, Broken)])
-def test_two_threads_train_two_models(kinds: tuple[Callable[[], nn.Module], ...]) -> None:
+def test_two_threads_train_two_models(kinds: tuple[type[Net], ...]) -> None:
     """Without random numbers: those come from one generator, whose order no two threads agree on."""
 
-    def make(kind: Callable[[], nn.Module], seed: int) -> nn.Module:
+    def make(kind: type[Net], seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = kind()
+        model = kind(Block() for _ in range(5))
         for part in model.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0

@@ -11,6 +11,7 @@ from torch import nn
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.chains import Layer, Log, layers
+from tests.unit.runtime.layered import Broken, Net
 from tests.unit.runtime.training import (
     Recorder,
     Residual,
@@ -69,28 +70,9 @@ class Noted(nn.Module):
         return self.inner(noted(x))
 
 
-class Net(nn.Module):
-    def __init__(self, depth: int = 8, at: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Noted() if i == at else Residual(WIDTH) for i in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Broken(Net):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            torch._dynamo.graph_break()
-            x = layer(x)
-        return x
-
-
-def made(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
+def made(kind: type[Net], *, depth: int = 8, at: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return kind(**options)
+    return kind(Noted() if i == at else Residual(WIDTH) for i in range(depth))
 
 
 def runs_of(model: nn.Module, *, ways: Callable[[torch.Tensor], None] = torch.Tensor.backward) -> int:
@@ -109,7 +91,7 @@ def twice(loss: torch.Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
 @pytest.mark.parametrize("kind", [Net, Broken])
 @pytest.mark.parametrize("at", [0, 3, 7])
-def test_a_kept_module_runs_once_a_step(kind: Callable[..., nn.Module], at: int) -> None:
+def test_a_kept_module_runs_once_a_step(kind: type[Net], at: int) -> None:
     want = train(made(kind, at=at), square_loss, steps=4)
     model = made(kind, at=at)
     tbp.keep(model.layers[at])
@@ -278,16 +260,9 @@ class Counts(Residual):
         return super().forward(x * self.calls)
 
 
-class CountingNet(nn.Module):
+class CountingNet(Broken):
     def __init__(self, kind: Callable[[], nn.Module] = Counts) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(kind() if i % 2 else Residual(WIDTH) for i in range(6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            torch._dynamo.graph_break()
-            x = layer(x)
-        return x
+        super().__init__(kind() if i % 2 else Residual(WIDTH) for i in range(6))
 
 
 @pytest.mark.filterwarnings("ignore:`CountingNet` cannot be traced")
@@ -303,7 +278,8 @@ def test_a_block_that_changes_python_state_is_kept(ways: Callable[[torch.Tensor]
             model.zero_grad()
         return outcomes
 
-    plain = made(CountingNet)
+    torch.manual_seed(0)
+    plain = CountingNet()
     want = steps(copy.deepcopy(plain))
     recorder = Recorder()
     tbp.hcb(plain, activation_budget="95%", observers=[recorder])

@@ -258,6 +258,7 @@ def test_what_cannot_be_trained_is_named(make: Callable[[], Any], message: str) 
         ({"config": tbp.HCBConfig(), "executor": "eager"}, ConfigError),
         ({"config": tbp.HCBConfig(), "on_oom": "raise"}, ConfigError),
         ({"on_oom": "retry"}, ConfigError),
+        ({"config": tbp.HCBConfig(), "check": True}, ConfigError),
     ],
 )
 def test_wrong_options_leave_the_module_alone(options: dict[str, Any], error: type[Exception]) -> None:

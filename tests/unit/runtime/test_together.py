@@ -10,10 +10,12 @@ from torch import nn
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Recorder, residual_net
+from tinybp_lightning.capture.torch import Program
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
-from tinybp_lightning.runtime.torch import targets
+from tinybp_lightning.runtime.torch import program, targets
 from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
+from tinybp_lightning.runtime.torch.plan_key import ProgramKey, program_key
 from tinybp_lightning.runtime.torch.session import Target
 from tinybp_lightning.schedule.known import KnownPlan
 
@@ -127,6 +129,24 @@ def test_a_known_plan_is_flown_where_nothing_can_be_measured() -> None:
     assert target.counts.num_cached == 1
     _step(model)
     assert recorder.profiles[-1].replayed_blocks > 0
+
+
+@pytest.mark.filterwarnings("ignore:`Sequential` is not planned in this step")
+def test_steps_that_cannot_be_planned_yet_hash_their_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[ProgramKey] = []
+
+    def counted(pieces: Program) -> ProgramKey:
+        hashed.append(program_key(pieces))
+        return hashed[-1]
+
+    monkeypatch.setattr(program, "program_key", counted)
+    model = tbp.hcb(residual_net(6, dropout=0.0), activation_budget="60%")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        for _ in range(3):
+            _step(model)
+    _step(model)
+    assert targets(model)[0].counts.num_measured == 1
+    assert len(hashed) == 1
 
 
 def test_the_disk_ends_with_the_plan_that_was_learned_last() -> None:

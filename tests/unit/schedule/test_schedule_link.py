@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.schedule.chains_by_hand import pass_through_chain, uniform_chain
-from tinybp_lightning.errors import ScheduleError
+from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import from_text, simulate
 
@@ -82,5 +82,5 @@ def test_a_boundary_leaves_again_only_when_it_has_arrived() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
 def test_refuses_a_bandwidth_that_is_none(rate: float) -> None:
-    with pytest.raises(ScheduleError, match=f"`link_bytes_per_s={rate}`"):
+    with pytest.raises(ConfigError, match=f"`link_bytes_per_s={rate}`"):
         simulate(uniform_chain(2), from_text("K0 K1 B1 B0"), link_bytes_per_s=rate)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tinybp_lightning as tbp
 from tests.unit.graph.graphs_by_hand import chain_graph
 from tests.unit.schedule.chains_by_hand import transformer_chain, uniform_chain
+from tinybp_lightning.analysis import estimate_chain
 from tinybp_lightning.errors import BudgetTooSmallError, ConfigError, MissingPackageError
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import Pareto, keep_all, pareto, per_block, plan, simulate, smallest_budget
@@ -118,9 +120,19 @@ def test_front_door_gives_the_same_function() -> None:
     assert tbp.Pareto is Pareto
 
 
-def test_refuses_a_graph_and_names_the_way() -> None:
-    with pytest.raises(ConfigError, match=r"`Graph` is not a `Chain`.*`tbp.explain\(module\).pareto\(\)`"):
-        pareto(chain_graph(3))  # pyright: ignore[reportArgumentType]
+def test_a_graph_is_estimated_and_says_so(tmp_path: Path) -> None:
+    graph = chain_graph(12)
+    found = pareto(graph, num_points=3)
+    assert found.is_estimated
+    assert replace(found, is_estimated=False) == pareto(estimate_chain(graph), num_points=3)
+    assert json.loads(found.to_json())["is_estimated"] is True
+    assert found.points[0].total_s > found.plain_s
+    assert found.plot(tmp_path / "pareto.png").read_bytes().startswith(_PNG_SIGNATURE)
+
+
+def test_other_functions_name_the_way_from_a_graph_to_a_chain() -> None:
+    with pytest.raises(ConfigError, match=r"`Graph` `chain` is not a `Chain`.*estimate_chain\(graph\)"):
+        smallest_budget(chain_graph(3))  # pyright: ignore[reportArgumentType]
 
 
 def test_refuses_one_point_and_a_budget_that_nothing_meets() -> None:

@@ -2,5 +2,6 @@
 
 from tinybp_lightning.capture.torch.pieces import Piece, Program, cut_program
 from tinybp_lightning.capture.torch.record import record_graph
+from tinybp_lightning.capture.torch.whole import capture_graph
 
-__all__ = ["Piece", "Program", "cut_program", "record_graph"]
+__all__ = ["Piece", "Program", "capture_graph", "cut_program", "record_graph"]

@@ -1,11 +1,12 @@
-"""Did a replay save the same bits as the forward? Checked mode (`HCB_CHECK=1`) compares a hash of every saved tensor.
+"""Did a replay save the same bits as the forward? Checked mode compares a hash of every saved tensor.
 
 A hash is one integer, made on the tensor's device: its bytes as integers, each times an odd weight of its own, summed
 with wraparound. One element that differs always changes the sum, because an odd weight has an inverse modulo 2^64;
 more of them do but for one case in 2^64 or so. All hashes of a block are compared at once after its replay, so a
 device waits once for each replayed block.
 
-The engine picks this book when a forward begins; off, none of this runs.
+`HCBConfig(check=True)` or `HCB_CHECK=1` asks for it. The engine picks this book when a forward begins; off, none of
+this runs.
 """
 
 import os
@@ -28,12 +29,15 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64: odd, with bits all over
 _MIN_CHUNK, _MAX_CHUNKS = 256, 64
 
 
-def is_checking() -> bool:
-    """Return whether `HCB_CHECK` asks for checked mode now. Raises `ConfigError` if it says neither 0 nor 1."""
+def is_checking(*, asked: bool) -> bool:
+    """Return whether checked mode was `asked` for in code, or `HCB_CHECK` asks for it now.
+
+    **Raises:** `ConfigError` if the variable says neither 0 nor 1.
+    """
     value = os.environ.get(_VARIABLE, "0")
     if value not in ("", "0", "1"):
         raise ConfigError(f"`{_VARIABLE}={value}` is unknown: expected 1 (compare every replayed tensor) or 0.")
-    return value == "1"
+    return asked or value == "1"
 
 
 def fingerprint(t: torch.Tensor) -> torch.Tensor | None:

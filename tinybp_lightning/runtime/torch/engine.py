@@ -82,7 +82,8 @@ class Run:
 
     **Arguments:** `script`: what to play, each block by its option there; `externals`: of this forward;
     `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what is saved in the
-    first sweep too, until `let_go` is called, if ever.
+    first sweep too, until `let_go` is called, if ever; `checks`: compare what replays save with the first sweep's, see
+    `CheckedBook`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Run:
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
         holds: bool = False,
+        checks: bool = False,
     ) -> None:
         self._held: list[weakref.ref[Slot]] | None = [] if holds else None
         self.stats = RunStats()
@@ -103,7 +105,7 @@ class Run:
         self._steps: list[Step] = []
         self._random: dict[int, RandomState] = {}
         self._last_random: RandomState | None = None
-        self._book = CheckedBook if is_checking() else SlotBook
+        self._book = CheckedBook if is_checking(asked=checks) else SlotBook
         self._books: dict[int, SlotBook] = {}
         self._requires_grad: list[list[bool]] = []
         self._stored: dict[int, _Stored] = {}

@@ -11,6 +11,7 @@ from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule import Pareto, pareto, simulate, to_text
+from tinybp_lightning.schedule.arguments import check_path
 
 __all__ = ["Explanation", "explain"]
 
@@ -44,8 +45,10 @@ class Explanation:
     def plot(self, path: str | Path) -> Path:
         """Draw the predicted memory of each plan over the step's time, against plain training, and return the path.
 
-        **Raises:** `ImportError` if matplotlib is not there (`pip install tinybp-lightning[recipes]`).
+        **Raises:** `ConfigError` for what is no path; `ImportError` if matplotlib is not there
+        (`pip install tinybp-lightning[recipes]`).
         """
+        check_path(path)
         from tinybp_lightning.runtime.torch.plot import plot_plans  # noqa: PLC0415 - matplotlib is an extra
 
         return plot_plans(self.plans, Path(path))

@@ -294,7 +294,14 @@ class ModuleSteps:
         externals = Externals.of([] if _is_sharded(module) else list(module.parameters()))
         step = _ModuleStep(unit, module, impl, spec, externals=externals, devices=devices, volatile=volatile)
         autocast = autocast_now(device_type_of(devices))
-        run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time)
+        run = Run(
+            _REPLAYED,
+            externals,
+            devices=devices,
+            autocast=autocast,
+            holds=first_time,
+            checks=self._config.check,
+        )
         self._runs.append(run)
         before = python_state(module) if first_time else None
         run.begin(leaves)

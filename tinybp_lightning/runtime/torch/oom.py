@@ -33,6 +33,7 @@ from tinybp_lightning.analysis import format_bytes
 from tinybp_lightning.config import HCBConfig, OnOom
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.runtime.torch.dispatch import Dispatcher, Target, dispatcher_of
+from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module
 from tinybp_lightning.runtime.torch.rewind import Rewinder
 from tinybp_lightning.runtime.torch.session import targets
 
@@ -157,10 +158,17 @@ def run_step(
     **Returns:** the loss, detached. Gradients, buffers and random generators are as after one uninterrupted step, bit
     for bit, also where gradients were there before.
 
-    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, or `compute_loss` returns no loss;
+    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, `compute_loss` or `backward` is no function, or
+    `compute_loss` returns no loss; `UnsupportedModuleError` if `model` is no module;
     `torch.OutOfMemoryError` when the smallest plan fails too, or the step cannot be run again (the note says why).
     """
     dispatcher = _dispatcher_in(model)
+    for name, function in (("compute_loss", compute_loss), ("backward", backward)):
+        if not callable(function) or isinstance(function, type):
+            raise ConfigError(
+                f"`{name}={function!r}` is no function: pass one that takes "
+                f"{'the inputs and returns the loss' if name == 'compute_loss' else 'the loss and runs its backward'}."
+            )
 
     def attempt(inputs: Sequence[Any], begins: Callable[[], None]) -> torch.Tensor:
         loss = compute_loss(*inputs)
@@ -225,6 +233,7 @@ def fresh_containers(inputs: Any) -> Any:
 
 
 def _dispatcher_in(model: nn.Module) -> Dispatcher:
+    refuse_other_than_module(model)
     found = [d for m in model.modules() if (d := dispatcher_of(m)) is not None]
     if not found:
         raise ConfigError(

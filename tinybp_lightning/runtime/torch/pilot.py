@@ -106,6 +106,7 @@ class Pilot:
         self._steps = 0
         self._good: _Flight | None = None
         self._plain_fits = True  # until it is seen not to
+        self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
         self._on_learned = on_learned
@@ -195,6 +196,8 @@ class Pilot:
     # ---- learning ----------------------------------------------------------------------------------------------
 
     def _learn(self, measured: Measured) -> None:
+        if self._flight.report.schedule == keep_all(self._chain):
+            self._seen_plain_bytes = max(self._seen_plain_bytes, measured.peak_bytes)
         match self._phase:
             case _Phase.CALIBRATE:
                 self._learn_tail(measured)
@@ -234,6 +237,9 @@ class Pilot:
 
     def _settle(self, measured: Measured) -> None:
         flown = self._flight.report
+        if flown.schedule == keep_all(self._chain):  # a share of plain training is one of what was just seen
+            budget_bytes = self._capped(self._room(self._plain_peak()))
+            flown = replace(flown, budget_bytes=budget_bytes, plain_peak_bytes=self._plain_peak())
         fits = measured.peak_bytes <= flown.budget_bytes
         known, self._known = self._known, None
         if known is not None and fits:
@@ -335,8 +341,8 @@ class Pilot:
         )
 
     def _plain_peak(self) -> int:
-        """Predicted peak of plain training, which needs neither the engine's bookkeeping nor a margin."""
-        return plain_peak_bytes(self._chain)
+        """Peak of plain training, which needs neither the engine's bookkeeping nor a margin: predicted, or seen."""
+        return max(plain_peak_bytes(self._chain), self._seen_plain_bytes)
 
     def _flight_of(
         self, schedule: Schedule, budget_bytes: int, reason: str, certificate: Certificate | None = None

@@ -19,7 +19,6 @@ from functools import partial
 from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.ir import StorageKind
-from tinybp_lightning.graph.structure import layout_signature
 from tinybp_lightning.runtime.profile import PlanCounts
 from tinybp_lightning.runtime.torch.assemble import check_chain_is_of
 from tinybp_lightning.runtime.torch.plan_cache import open_cache
@@ -67,15 +66,18 @@ class PlanBook:
         self._pages: OrderedDict[str, Page] = OrderedDict()
         self._cache = open_cache(config.plan_cache)
 
-    def open(self, program: Program, key: Mapping[str, str]) -> Page:
-        """Return the page of `program` under `key`: with its own known plan, or that of a larger shape, or none."""
+    def open(self, program: Program, layout: str, key: Mapping[str, str]) -> Page:
+        """Return the page of `program` under `key`: with its own known plan, or that of a larger shape, or none.
+
+        **Arguments:** `layout`: of its `ProgramKey`.
+        """
         graph = program.graph
         sizes_bytes = tuple(storage.size_bytes for storage in graph.storages)
         own_bytes = sum(s.size_bytes for s in graph.storages if s.kind is StorageKind.ACTIVATION)
         others = {name: value for name, value in key.items() if name not in ("graph", "code")}
         # A schedule names options by number: programs that offer other numbers of them share none.
         num_options = [len(piece.calls) for piece in program.pieces]
-        layout = f"{layout_signature(graph)} {num_options} {_name(others)}"
+        layout = f"{layout} {num_options} {_name(others)}"
         page = partial(Page, key, layout, sizes_bytes, own_bytes)
         if (mine := self._pages.get(_name(key))) is not None:
             self._pages.move_to_end(_name(key))

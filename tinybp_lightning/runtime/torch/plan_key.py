@@ -8,20 +8,45 @@ import functools
 import hashlib
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.config import Executor, HCBConfig
-from tinybp_lightning.graph.structure import graph_signature
+from tinybp_lightning.graph.structure import graph_signature, layout_signature
 from tinybp_lightning.runtime.torch.ambient import Autocast
 
-__all__ = ["plan_key"]
+__all__ = ["ProgramKey", "plan_key", "program_key"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramKey:
+    """What of a program a plan depends on, hashed: its graph, its code and where it is cut.
+
+    `layout` is equal for programs that differ in sizes only. Hashing takes long beside a step: once for each program.
+    """
+
+    graph: str
+    code: str
+    cut: str
+    layout: str
+
+
+def program_key(program: Program) -> ProgramKey:
+    """Return the hashes of `program`."""
+    return ProgramKey(
+        graph=graph_signature(program.graph),
+        # The graph's hash leaves constants and names out: the code has the ones, error messages show the others.
+        code=_digest("".join(piece.module.code for piece in program.pieces)),
+        cut=_digest(repr([(piece.span.start, piece.span.stop, piece.span.name) for piece in program.pieces])),
+        layout=layout_signature(program.graph),
+    )
 
 
 def plan_key(
-    program: Program,
+    program: ProgramKey,
     config: HCBConfig,
     *,
     device: torch.device,
@@ -34,10 +59,9 @@ def plan_key(
     """
     budget = config.budget
     return {
-        "graph": graph_signature(program.graph),
-        # The graph's hash leaves constants and names out: the code has the ones, error messages show the others.
-        "code": _digest("".join(piece.module.code for piece in program.pieces)),
-        "cut": _digest(repr([(piece.span.start, piece.span.stop, piece.span.name) for piece in program.pieces])),
+        "graph": program.graph,
+        "code": program.code,
+        "cut": program.cut,
         "device": _device_name(device),
         "kernels": _kernel_settings(),
         "torch": torch.__version__,

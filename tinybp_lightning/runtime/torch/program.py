@@ -31,7 +31,7 @@ from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_script
 from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
-from tinybp_lightning.runtime.torch.plan_key import plan_key
+from tinybp_lightning.runtime.torch.plan_key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.progress import planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
 from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
@@ -73,6 +73,7 @@ class GraphProgram:
         self._executor = Executor(config.executor)
         self._compiled: dict[_Situation, Program] = {}
         self._pilots: dict[_Situation, Pilot] = {}
+        self._keys: dict[_Situation, ProgramKey] = {}
         self._watch: StepWatch | None = None
         self._constants = _constants(module)
         self._warned = False
@@ -134,7 +135,8 @@ class GraphProgram:
             self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = pilot.begin_step(parameters)
         externals = Externals.of(values)
-        run = Run(pin_script(pilot.script, self._pinned), externals, devices=devices, autocast=autocast)
+        script = pin_script(pilot.script, self._pinned)
+        run = Run(script, externals, devices=devices, autocast=autocast, checks=self._config.check)
         try:
             run.begin([])
             state: list[Any] = []
@@ -218,14 +220,18 @@ class GraphProgram:
 
     def _page(self, pieces: Program, device: torch.device, situation: _Situation) -> Page:
         """What is known of the program. Not to be asked with pinned blocks: such a chain is not the program's own."""
+        # A step that cannot be planned yet comes here again.
+        if situation not in self._keys:
+            self._keys[situation] = program_key(pieces)
+        mine = self._keys[situation]
         key = plan_key(
-            pieces,
+            mine,
             self._config,
             device=device,
             autocast=situation.autocast,
             has_gradients=situation.has_gradients,
         )
-        return self._book.open(pieces, key)
+        return self._book.open(pieces, mine.layout, key)
 
     def _known_pilot(self, make: Callable[..., Pilot], page: Page, room: Room) -> Pilot | None:
         """Return a pilot that flies what is known for the page; none where that is nothing, or does not fit here."""

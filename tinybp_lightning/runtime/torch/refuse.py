@@ -5,14 +5,15 @@ itself (ATen/native/cudnn/RNN.cpp): putting torch's generator back does not brin
 wrong gradients without a word. Found by reading; torch.utils.checkpoint has the same hole.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import check_config
 from tinybp_lightning.errors import ConfigError, UnsupportedModuleError
+from tinybp_lightning.runtime.profile import check_observers
 
 __all__ = [
     "redraws_dropout",
@@ -23,7 +24,6 @@ __all__ = [
     "refuse_wrong_options",
 ]
 
-_OBSERVER_METHODS = ("on_plan", "on_replay")
 _FAKE_QUANTISED = ("FakeQuantizeBase", "ObserverBase")
 
 
@@ -35,19 +35,10 @@ def refuse_other_than_module(value: object) -> None:
 
 def refuse_wrong_options(config: object, observers: object, *, discover: object) -> None:
     """Raise `ConfigError` for options of `attach` that are of a wrong type."""
-    if config is not None and not isinstance(config, HCBConfig):
-        raise ConfigError(f"`config={config!r}` is no HCBConfig: write `HCBConfig(memory_budget=...)`.")
-    if isinstance(observers, (str, bytes)) or not isinstance(observers, Sequence):
-        raise ConfigError(f"`observers={observers!r}` is no sequence: write `observers=[observer]`.")
-    for observer in cast("Sequence[Any]", observers):
-        missing = [name for name in _OBSERVER_METHODS if not callable(getattr(observer, name, None))]
-        if missing:
-            raise ConfigError(
-                f"`observers` has a `{type(observer).__name__}` without a method `{missing[0]}`: an observer has "
-                "`on_plan(plan)` and `on_replay(profile)`."
-            )
+    check_config(config)
+    check_observers(observers)
     if not isinstance(discover, bool):
-        raise ConfigError(f"`discover={discover!r}` is neither True nor False.")
+        raise ConfigError(f"`discover={discover!r}` has type {type(discover).__name__}: expected True or False.")
 
 
 def refuse_unsupported(root: nn.Module) -> None:

@@ -115,6 +115,7 @@ def hcb(
     activation_budget: int | str | None = None,
     executor: str = "auto",
     on_oom: str = "replan",
+    check: bool = False,
     observers: Sequence[Observer] = (),
     config: HCBConfig | None = None,
 ) -> M:
@@ -126,7 +127,7 @@ def hcb(
     **Raises:** `BudgetError`, `ConfigError`, `UnsupportedModuleError` now; `BudgetTooSmallError` at the first training
     step, when the smallest feasible budget is known.
     """
-    given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom)
+    given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom, check=check)
     if config is not None and given != HCBConfig():
         raise ConfigError("`config` was given together with single options: expected one or the other.")
     refuse_wrong_options(config, observers, discover=False)

@@ -1,0 +1,162 @@
+"""What would a graph's blocks cost on some device? A chain by roofline, without running anything.
+
+An op takes as long as its operations or the bytes that it reads and writes, whichever is longer; its backward takes
+twice that. Bytes follow from what a graph knows: storages are allocated when an op makes or saves them and freed after
+their last reader, gradients likewise in backward. What it does not know is left out: scratch memory of kernels, the
+loss behind the graph, and parameters' gradients (as under `activation_budget`). Measured chains (`tbp.explain`) have
+all of it; an estimate is for looking at a graph before it is trained.
+"""
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+
+from tinybp_lightning.errors import ConfigError, GraphError
+from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
+from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.ids import StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+from tinybp_lightning.graph.verify import verify_chain
+
+__all__ = ["estimate_chain"]
+
+_FLOPS_PER_S = 1e14
+_BYTES_PER_S = 1e12
+"""By default 100 operations for each byte moved, about what accelerators do in half precision. Times of plans relative
+to plain training depend on this ratio alone."""
+_BACKWARD = 2.0
+"""The backward of a matrix product is two of them."""
+
+
+def estimate_chain(
+    graph: Graph,
+    *,
+    flops_per_s: float = _FLOPS_PER_S,
+    bytes_per_s: float = _BYTES_PER_S,
+    granularity: Granularity = Granularity.FINE,
+) -> Chain:
+    """Return the chain of `graph`, cut as it would be for training, with estimated costs.
+
+    **Arguments:** `graph`: one that `verify_graph` accepts, with at least one node; `flops_per_s`, `bytes_per_s`: what
+    the device does in a second.
+
+    **Returns:** a chain that `verify_chain` accepts, for `plan`, `simulate` and `pareto`; one option for each block.
+
+    **Raises:** `ConfigError` for an argument of a wrong type or a rate that is not above 0; `GraphError` for a graph
+    without nodes.
+    """
+    if not isinstance(graph, Graph):
+        raise ConfigError(
+            f"`{type(graph).__name__}` is not a `Graph`: of a module, `tbp.capture_graph(module, *inputs)` gives one."
+        )
+    for name, rate in (("flops_per_s", flops_per_s), ("bytes_per_s", bytes_per_s)):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+            raise ConfigError(f"`{name}={rate!r}`: expected a rate above 0, as the device's data sheet states it.")
+    if not isinstance(granularity, Granularity):
+        raise ConfigError(f"`granularity={granularity!r}` is unknown: expected one of {list(Granularity)}.")
+    if not graph.nodes:
+        raise GraphError(f"graph `{graph.name}` has `nodes=()`: expected at least one node to make a block of.")
+    estimate = _Estimate(graph, flops_per_s, bytes_per_s)
+    spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
+    frontiers = [_storages(graph, values) for values in (spans[0].inputs, *(span.outputs for span in spans))]
+    # A chain names the storages of its boundaries alone.
+    ids = {s: StorageId(k) for k, s in enumerate(dict.fromkeys(s for f in frontiers for s in sorted(f)))}
+    blocks = tuple(
+        estimate.block(span, before, after, ids)
+        for span, before, after in zip(spans, frontiers, frontiers[1:], strict=False)
+    )
+    chain = Chain(
+        storage_bytes=tuple(estimate.sizes[s] for s in ids),
+        blocks=blocks,
+        boundaries=tuple(
+            Boundary(tuple(sorted(ids[s] for s in f)), sum(estimate.gradients[s] for s in f)) for f in frontiers
+        ),
+    )
+    verify_chain(chain)
+    return chain
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run of some nodes costs: its seconds, and the most new bytes alive at once."""
+
+    seconds: float
+    peak_bytes: int
+
+
+class _Estimate:
+    """Costs of parts of one graph. `sizes`, `gradients`: bytes of each storage and of its gradient, 0 if not ours."""
+
+    def __init__(self, graph: Graph, flops_per_s: float, bytes_per_s: float) -> None:
+        self._graph = graph
+        self._flops_per_s, self._bytes_per_s = flops_per_s, bytes_per_s
+        wanted = {v.storage for v in graph.values if v.requires_grad}
+        self.sizes = [s.size_bytes if s.kind is StorageKind.ACTIVATION else 0 for s in graph.storages]
+        self.gradients = [size if s.id in wanted else 0 for s, size in zip(graph.storages, self.sizes, strict=True)]
+
+    def block(
+        self, span: BlockSpan, before: Set[StorageId], after: Set[StorageId], ids: dict[StorageId, StorageId]
+    ) -> Block:
+        nodes = self._graph.nodes[span.start : span.stop]
+        saved = {s for node in nodes for s in node.saved if self.sizes[s]}
+        aliased = saved & (before | after)
+        own_bytes = sum(self.sizes[s] for s in saved - aliased)
+        last_save = max((k for k, node in enumerate(nodes) if node.saved), default=-1)
+        plain = self._forward(nodes, before, kept=after)
+        saving = self._forward(nodes, before, kept=after | saved)
+        replay = self._forward(nodes[: last_save + 1], before, kept=saved)
+        option = SavedSet(
+            name=f"{own_bytes} bytes",
+            storages=tuple(sorted(ids[s] for s in aliased)),
+            saved_bytes=own_bytes,
+            save_peak_bytes=saving.peak_bytes,
+            replay_s=replay.seconds,
+            replay_peak_bytes=replay.peak_bytes,
+            backward_s=_BACKWARD * plain.seconds,
+            backward_peak_bytes=self._backward_peak_bytes(nodes, saved - aliased, after),
+        )
+        return Block(span.name, span.signature, plain.seconds, plain.peak_bytes, 0, (option,))
+
+    def _forward(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> _Run:
+        """Run `nodes` from a boundary: a storage that is not `kept` is freed after its last use."""
+        uses = [_touched(self._graph, node) for node in nodes]
+        last_use = {s: k for k, touched in enumerate(uses) for s in touched}
+        alive: set[StorageId] = set()
+        seconds, peak_bytes = 0.0, 0
+        for k, (node, touched) in enumerate(zip(nodes, uses, strict=True)):
+            alive |= touched - before
+            peak_bytes = max(peak_bytes, sum(self.sizes[s] for s in alive))
+            alive -= {s for s in touched if last_use[s] == k and s not in kept}
+            seconds += self._seconds(node)
+        return _Run(seconds, peak_bytes)
+
+    def _backward_peak_bytes(self, nodes: Sequence[Node], own: Set[StorageId], after: Set[StorageId]) -> int:
+        """The most bytes above saved sets and output gradients: these go as backward passes them, others come."""
+        first_saved = {s: k for k, node in reversed(list(enumerate(nodes))) for s in node.saved}
+        made_at = {s: k for k, node in reversed(list(enumerate(nodes))) for s in _storages(self._graph, node.makes)}
+        alive = set(after)
+        new_bytes = peak_bytes = 0
+        for k, node in reversed(list(enumerate(nodes))):
+            fresh = _storages(self._graph, node.reads) - alive
+            alive |= fresh
+            new_bytes += sum(self.gradients[s] for s in fresh)
+            peak_bytes = max(peak_bytes, new_bytes)
+            gone = {s for s in _storages(self._graph, node.makes) & alive if made_at[s] == k}
+            alive -= gone
+            new_bytes -= sum(self.gradients[s] for s in gone)
+            new_bytes -= sum(self.sizes[s] for s in node.saved if s in own and first_saved[s] == k)
+        return peak_bytes
+
+    def _seconds(self, node: Node) -> float:
+        read, made = _storages(self._graph, node.reads), _storages(self._graph, node.makes)
+        is_view = made <= read and not node.writes and not node.flops
+        moved = set[StorageId]() if is_view else read | made | set(node.saved)
+        moved_bytes = sum(self._graph.storages[s].size_bytes for s in moved)
+        return max(node.flops / self._flops_per_s, moved_bytes / self._bytes_per_s)
+
+
+def _storages(graph: Graph, values: Iterable[ValueId]) -> set[StorageId]:
+    return {s for v in values if (s := graph.values[v].storage) is not None}
+
+
+def _touched(graph: Graph, node: Node) -> set[StorageId]:
+    return _storages(graph, (*node.reads, *node.makes)) | set(node.saved)
