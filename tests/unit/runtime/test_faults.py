@@ -112,6 +112,7 @@ def test_interrupted_anywhere(kind: type[Net]) -> None:
         assert hooks_left() is None, at
         assert torch.is_grad_enabled(), at
         assert not torch.is_autocast_enabled("cpu"), at
+        assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1] == 0, at
         model.zero_grad()
         model.load_state_dict(start)
         assert_same(step(model), want)

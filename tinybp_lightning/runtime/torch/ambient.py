@@ -85,8 +85,8 @@ def closing_regions() -> Generator[None]:
 
 
 def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+    # In one line: an interrupt between two would leave the region open that is only here to be counted.
+    return (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
 
 
 @dataclass(frozen=True, slots=True)
