@@ -5,10 +5,11 @@
 of weights, and needs another argument for being lazy. A storage of boundary `i`, held for the ends `q .. j-1`, may be
 *left out* if it is part of `S_j` too and no block in `q .. j-1` is bound to save it (has an alias of it in all its
 options). A boundary counts with all its storages as long as something that serves its ends holds what may be left out;
-from then on, say from `t` on, without. Of a saved set the private bytes count and the aliases that all the block's
-options have. That is never more than there is.
+from then on, say from `t` on, without, but for some of it that weighs no more than what is private to the saved sets of
+`q .. j-1`. Of a saved set the private bytes count and the aliases that all the block's options have. That is never more
+than there is.
 
-Where `t` comes before `j` is due, all of `q .. j-1` are saved sets when it is due: any boundary between `i` and `j`
+Where `t` comes before `j` is due, all of `q .. j-1` are saved sets from `t` on: any boundary between `i` and `j`
 contains what was left out.
 
 Take the first run that is not on the way to the end next due. It replaces a boundary `X = (i, q .. j-1)`, `j` not yet
@@ -16,12 +17,13 @@ due, by things `Y` for the same ends. Below is `L`, for ends under `q`; above is
 uncrossing stands behind all of `Y` from the last time on that its path ran those blocks. Let `f` be the bytes counted
 with `Y` less those with `X`, as time goes on. No storage enters `U` again: it moves on through the chain, and a storage
 lies in consecutive boundaries. A storage that leaves `U` and is counted in `X` is counted in `Y` too: it is in `S_j`,
-and before `t` something in `Y` holds it, and counts it since it still does; after `t` only what a block is bound to
-save is still counted in `X`, and `Y` never leaves that out. In the same way no storage of `S_i` leaves `L`, and one of
-`Y` that enters `L` is counted in `X`. So `f` never falls. If `f <= 0` when the run is made, `Y` weighed no more since
-`U` last ran those blocks: make it then, at no run. If `f > 0`, it stays so: make it at the next change or when `j` is
-due. Either way no more is counted at any moment, and no time is lost. Repeat: every run is on the way to the end next
-due. What serves an end when it is due is what served it before.
+and before `t` something in `Y` holds it, and counts it since it still does. After `t` what a block is bound to save is
+never left out of `Y`, and with the rest that still counts in `X` the private bytes of `Y` make up for all of it: from
+then on `f >= 0`. In the same way no storage of `S_i` leaves `L`, and one of `Y` that enters `L` is counted in `X`. So
+`f` never falls below 0 again. If `f < 0` when the run is made, `Y` weighed no more since `U` last ran those blocks:
+make it then, at no run. If `f >= 0`, it stays so: make it at the next change or when `j` is due. Either way no more is
+counted at any moment, and no time is lost. Repeat: every run is on the way to the end next due. What serves an end when
+it is due is what served it before.
 
 So a boundary is held in one of two ways. Either all its storages count, or the ends it serves are, when the last of
 them is due, all kept; then we count it without what may be left out, from the beginning.

@@ -1,10 +1,11 @@
 """Chains of known shape with small whole numbers, so that peaks and times can be counted by hand, and random ones."""
 
 import random
+from dataclasses import replace
 
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId
 
-__all__ = ["pass_through_chain", "random_chain", "transformer_chain", "uniform_chain"]
+__all__ = ["pass_through_chain", "random_chain", "transformer_chain", "uniform_chain", "with_heavy_skips"]
 
 
 def uniform_chain(num_blocks: int, *, saved_bytes: int = 2, replay_s: float = 1.0) -> Chain:
@@ -147,3 +148,26 @@ def transformer_chain(num_layers: int, *, unit_bytes: int = 2**20) -> Chain:
         add(f"{layer}.mlp", (8.0, 5.5, 16.0), [table, x], [y], 9 * unit_bytes)
     add("head", (5.0, 5.0, 10.0), [new(16)], [x], 4 * unit_bytes)
     return Chain(tuple(sizes), tuple(blocks), tuple(boundaries), 8 * unit_bytes)
+
+
+def with_heavy_skips(chain: Chain, rng: random.Random) -> Chain:
+    """Make every storage of several boundaries three or six times as large, as a U-Net's skips are."""
+    of = [set(boundary.storages) for boundary in chain.boundaries]
+    sizes = list(chain.storage_bytes)
+    for storage in range(1, len(sizes)):
+        if sum(storage in members for members in of) > 1:
+            sizes[storage] *= rng.choice([3, 6])
+    more = [new - old for new, old in zip(sizes, chain.storage_bytes, strict=True)]
+    blocks: list[Block] = []
+    for block, before, after in zip(chain.blocks, of, of[1:], strict=False):
+        made = sum(more[storage] for storage in after - before)
+        options = [
+            replace(
+                option,
+                save_peak_bytes=option.save_peak_bytes + made + sum(more[s] for s in option.storages),
+                replay_peak_bytes=option.replay_peak_bytes + made + sum(more[s] for s in option.storages),
+            )
+            for option in block.options
+        ]
+        blocks.append(replace(block, forward_peak_bytes=block.forward_peak_bytes + made, options=tuple(options)))
+    return replace(chain, storage_bytes=tuple(sizes), blocks=tuple(blocks))
