@@ -9,7 +9,6 @@ budgets near the smallest. So every candidate for a budget is one for any larger
 table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,12 +23,10 @@ from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_bloc
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
-from tinybp_lightning.schedule.helped import HelperTree, helper_rows
-from tinybp_lightning.schedule.helped_floor import HelperFloor, ThriftyHelper
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
-from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.simulate import Timeline, simulate
 from tinybp_lightning.schedule.tables import Tables
+from tinybp_lightning.schedule.tight import helped_grid, tight_schedules
 from tinybp_lightning.schedule.tree import IntervalTree
 
 __all__ = ["Plan", "Planner", "plan", "smallest_budget"]
@@ -41,13 +38,6 @@ _MAX_STEPS = 512
 _MANY_BLOCKS = 150
 _MAX_CELLS = 4e7
 _MAX_CUTS = 200
-_SHORT_BLOCKS = 16
-_SHORT_SLOTS = 512
-_HELPED_BLOCKS = 72
-_HELPED_SLOTS = 600
-_HELPED_CELLS = 8e7
-_HELPED_SPAN = 1.5
-"""Helpers pay where bytes are short: their table spans budgets up to so many times the smallest tree's."""
 _FINER = 4
 _TIME_TOLERANCE = 1e-5
 """The table's times are float32 sums; candidates this close are compared by their exact times."""
@@ -189,9 +179,9 @@ class Planner:
     def _smallest(self) -> _Candidate:
         """The candidate with the smallest peak; on a short chain helpers can reach below the smallest tree."""
         known = [self._smallest_tree, *self._tight[:1]]
-        for grid in self._helped_grids:
-            steps = grid.steps(self._floor.smallest_bytes)
-            known += [self._at(grid, steps[-1][0])] if steps else []
+        steps = self._helped.steps(self._floor.smallest_bytes) if self._helped else []
+        if self._helped and steps:
+            known.append(self._at(self._helped, steps[-1][0]))
         return min(known, key=lambda c: c.timeline.peak_bytes)
 
     @cached_property
@@ -233,31 +223,14 @@ class Planner:
         return Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots, step=step)
 
     @cached_property
-    def _helped_grids(self) -> list[Grid]:
-        """More tables for a chain that is not long, of schedules with helpers; see `short` and `helped`."""
-        num_blocks = len(self._chain.blocks)
-        if num_blocks > _HELPED_BLOCKS:
-            return []
-        tables = Tables(self._chain, cuts=tuple(range(1, num_blocks)), passing=True)
-        if num_blocks <= _SHORT_BLOCKS:
-            unit_bytes = max(1, -(-self.largest_bytes // _SHORT_SLOTS))
-            return [Grid(_filler(ShortTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=_SHORT_SLOTS)]
-        num_slots = int(np.clip(_HELPED_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
-        wanted_bytes = int(_HELPED_SPAN * self._floor.smallest_bytes) // num_slots
-        unit_bytes = slot_bytes(tables, wanted_bytes=wanted_bytes)
-        return [Grid(_filler(HelperTree, tables, unit_bytes), unit_bytes=unit_bytes, num_slots=num_slots)]
+    def _helped(self) -> Grid | None:
+        """One more table for a chain that is not long, of schedules with helpers."""
+        return helped_grid(self._chain, tree_bytes=self._floor.smallest_bytes, largest_bytes=self.largest_bytes)
 
     @cached_property
     def _tight(self) -> list[_Candidate]:
         """Schedules with helpers for the smallest budget and some above it, to the byte: roundings weigh most there."""
-        found = list[_Candidate]()
-        for grid in self._helped_grids:
-            tree = grid.tree(grid.span_bytes)
-            if isinstance(tree, HelperTree):
-                thrifty = ThriftyHelper(HelperFloor(tree.tables), tree, unit_bytes=grid.unit_bytes)
-                schedules = map(thrifty.schedule, thrifty.steps(grid.span_bytes))
-                found += [self._candidate(schedule) for schedule in schedules]
-        return found
+        return [self._candidate(schedule) for schedule in tight_schedules(self._helped)] if self._helped else []
 
     def _search(self, budget_bytes: int, best: _Candidate) -> _Candidate:
         """Walk the tables down from the margin. See Note [Monotone by construction]."""
@@ -266,8 +239,8 @@ class Planner:
             best = self._walk(grid, budget_bytes, best)
             if grid.spans(left_bytes):
                 break
-        for grid in self._helped_grids:
-            best = self._walk(grid, budget_bytes, best)
+        if self._helped:
+            best = self._walk(self._helped, budget_bytes, best)
         tight = [c for c in self._tight if c.timeline.peak_bytes <= budget_bytes]
         return min([best, *tight], key=lambda c: c.cost)
 
@@ -303,12 +276,6 @@ class Planner:
             smallest_bytes=self.smallest_bytes,
             bottleneck=bottleneck,
         )
-
-
-def _filler(
-    tree: type[ShortTree | HelperTree], tables: Tables, unit_bytes: int
-) -> Callable[[int], ShortTree | HelperTree]:
-    return lambda num_slots: tree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
 
 
 def _keep_fastest(chain: Chain) -> Schedule:
