@@ -20,7 +20,7 @@ _SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
 _HELPED_BLOCKS = 72
 _HELPED_SLOTS = 600
-_HELPED_CELLS = 8e7
+_HELPED_CELLS = 4e7
 _HELPED_SPAN = 1.5
 """The table spans budgets up to so many times the smallest tree's."""
 
