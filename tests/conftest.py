@@ -20,8 +20,11 @@ import hypothesis
 import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("seeded", derandomize=True)  # the same cases on every machine
-hypothesis.settings.register_profile("random", derandomize=False, print_blob=True)
+# How long a case takes says how busy the machine is, and nothing about the code.
+_PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The same cases on every machine, unless new ones are asked for.
+hypothesis.settings.register_profile("seeded", _PATIENT, derandomize=True)
+hypothesis.settings.register_profile("random", _PATIENT, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
 atexit.register(shutil.rmtree, os.environ["TINYBP_CACHE"])
 _SEED = 20251
