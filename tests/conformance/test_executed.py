@@ -119,13 +119,15 @@ def test_a_run_that_raises_is_a_row(tmp_path: Path) -> None:
     assert "BudgetError: `activation_budget='plenty'` cannot be read" in row["error"]
 
 
-@pytest.mark.parametrize("budget", ["50%", "min"])
-def test_a_tiny_recipe_keeps_its_promises(budget: str) -> None:
-    found = execute("transformer", "tiny", budget)
-    assert isinstance(found, Execution)
-    assert is_good(Flown("transformer", budget, asdict(found)))
-    assert 0 < found.num_kept < found.num_blocks
-    assert found.measured_peak_bytes < 0.6 * found.plain_peak_bytes
+def test_a_tiny_recipe_keeps_its_promises(tmp_path: Path) -> None:
+    """In processes of their own, as the benchmark does it: beside another model's leftovers a peak is not so exact."""
+    export = tmp_path / "found.json"
+    options = ["--model", "transformer", "--size", "tiny", "--budget", "50%", "--budget", "min"]
+    assert CliRunner().invoke(app, [*options, "--export", str(export)]).exit_code == 0
+    for row in json.loads(export.read_text())["rows"]:
+        found = row["result"]
+        assert 0 < found["num_kept"] < found["num_blocks"]
+        assert found["measured_peak_bytes"] < 0.6 * found["plain_peak_bytes"]
 
 
 def test_a_budget_that_no_plan_meets_is_told_with_the_smallest() -> None:
