@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
 from unittest.mock import patch
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import tinybp_lightning as tbp
+from benchmarks.listener import Listener
 from benchmarks.zoo import Architecture, Blocks, Phase
 from recipes.budget import budget_bytes
 from recipes.measure import record_memory
 from tinybp_lightning.graph.ids import OptionId
-from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import module_steps, program
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.script import Script
@@ -143,21 +144,7 @@ def check(architecture: Architecture, executor: Executor, budget: str) -> Confor
     )
 
 
-@dataclass(slots=True)
-class _Listener(Observer):
-    """Keeps what is told about the steps."""
-
-    plans: list[PlanReport] = field(default_factory=list[PlanReport])
-    profiles: list[StepProfile] = field(default_factory=list[StepProfile])
-
-    def on_plan(self, plan: PlanReport) -> None:
-        self.plans.append(plan)
-
-    def on_replay(self, profile: StepProfile) -> None:
-        self.profiles.append(profile)
-
-
-def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: _Listener) -> None:
+def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: Listener) -> None:
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
@@ -333,7 +320,7 @@ def _compare(plain: _Training, architecture: Architecture, executor: Executor, a
     _FLOWN.clear()
     noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
-    ours, listener = _Training(architecture, around), _Listener()
+    ours, listener = _Training(architecture, around), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()

@@ -12,11 +12,12 @@ before its own first step: after that step the package corrects what it says, an
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from benchmarks.listener import Listener
 from recipes.budget import budget_bytes
 from recipes.config import CompareConfig, compose_config
 from recipes.data import Batch, make_batches
@@ -25,7 +26,7 @@ from recipes.models import Workload, build_workload, make_optimizer
 from recipes.modes import Mode
 from recipes.peers import apply_mode
 from tinybp_lightning.errors import BudgetTooSmallError
-from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.explain import Explanation, explain
 
 __all__ = ["MINIMUM", "BelowMinimum", "Execution", "execute", "first_difference", "first_told"]
@@ -141,24 +142,10 @@ class _Trainee:
         return record_memory(step, self.workload.model).memory.activation_peak_bytes
 
 
-@dataclass(slots=True)
-class _Listener(Observer):
-    """Keeps what is told about plans and steps."""
-
-    plans: list[PlanReport] = field(default_factory=list[PlanReport])
-    profiles: list[StepProfile] = field(default_factory=list[StepProfile])
-
-    def on_plan(self, plan: PlanReport) -> None:
-        self.plans.append(plan)
-
-    def on_replay(self, profile: StepProfile) -> None:
-        self.profiles.append(profile)
-
-
 def _execute(
     config: CompareConfig, batches: Sequence[Batch], budget: str, allowed_bytes: int, plain_peak_bytes: int
 ) -> Execution:
-    plain, ours, listener = _Trainee(config), _Trainee(config), _Listener()
+    plain, ours, listener = _Trainee(config), _Trainee(config), Listener()
     apply_mode(
         Mode.hcb_eager,
         ours.workload,

@@ -131,11 +131,12 @@ class _Estimate:
 
     def _backward_peak_bytes(self, nodes: Sequence[Node], own: Set[StorageId], after: Set[StorageId]) -> int:
         """The most bytes above saved sets and output gradients: these go as backward passes them, others come."""
-        first_saved = {s: k for k, node in reversed(list(enumerate(nodes))) for s in node.saved}
-        made_at = {s: k for k, node in reversed(list(enumerate(nodes))) for s in _storages(self._graph, node.makes)}
+        backwards = list(enumerate(nodes))[::-1]
+        first_saved = {s: k for k, node in backwards for s in node.saved}
+        made_at = {s: k for k, node in backwards for s in _storages(self._graph, node.makes)}
         alive = set(after)
         new_bytes = peak_bytes = 0
-        for k, node in reversed(list(enumerate(nodes))):
+        for k, node in backwards:
             fresh = _storages(self._graph, node.reads) - alive
             alive |= fresh
             new_bytes += sum(self.gradients[s] for s in fresh)

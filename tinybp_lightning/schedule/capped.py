@@ -53,9 +53,13 @@ def affordable(relaxed: RelaxedChain) -> Resolution | None:
     """
     if relaxed.num_blocks**4 / 24 * _MIN_SLOTS > _WORK:
         return None
-    coarsest = None
+    coarsest, most = None, max(_SETS) + 1
     for max_sets in _SETS:
-        num_slots = min(_MAX_SLOTS, int(_WORK / _num_forks(HeldSets(relaxed.chain, max_sets=max_sets))))
+        if max_sets >= most:
+            continue  # there are no more: the sets would be the same
+        held = HeldSets(relaxed.chain, max_sets=max_sets)
+        most = max(held.count(i) for i in range(held.num_blocks))
+        num_slots = min(_MAX_SLOTS, int(_WORK / _num_forks(held)))
         if num_slots >= _ENOUGH_SLOTS:
             return Resolution(num_slots, max_sets)
         coarsest = Resolution(num_slots, max_sets)

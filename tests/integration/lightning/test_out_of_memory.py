@@ -26,6 +26,25 @@ def faults() -> Iterator[Faults]:
         yield entered
 
 
+def sized(base: type[Any]) -> type[Any]:
+    class Sized(base):
+        """Has the batch size that the finder sets, and notes the sizes that it saw."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_size = 2
+            self.sizes: list[int] = []
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(batch))
+            return super().loss(batch)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=self.batch_size)
+
+    return Sized
+
+
 def counting(base: type[Any]) -> type[Any]:
     class Counting(base):
         """Averages its loss over the epoch twice: by `self.log`, and in a metric of its own."""
@@ -155,21 +174,14 @@ def test_lightnings_batch_size_finder_recognises_the_error(
 ) -> None:
     """It doubles the batch until memory runs out, and then goes back."""
 
-    class Sized(models["Model"]):
-        def __init__(self) -> None:
-            super().__init__()
-            self.batch_size = 2
-
+    class Limited(sized(models["Model"])):
         def loss(self, batch: torch.Tensor) -> torch.Tensor:
             if len(batch) > 8:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
             return super().loss(batch)
 
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=self.batch_size)
-
     tuner = importlib.import_module(f"{pl.__name__}.tuner")
-    model = Sized()
+    model = Limited()
     trainer = trainer_for(
         hcb.HCBStrategy(activation_budget="16MiB", executor="eager"), max_epochs=1, default_root_dir=tmp_path
     )
@@ -182,22 +194,9 @@ def test_all_of_plain_training_is_enough_for_the_finders_smallest_batch(
 ) -> None:
     """A step so small that what the blocks' model leaves out is most of it."""
 
-    class Sized(models["Model"]):
-        def __init__(self) -> None:
-            super().__init__()
-            self.batch_size = 2
-            self.sizes: list[int] = []
-
-        def loss(self, batch: torch.Tensor) -> torch.Tensor:
-            self.sizes.append(len(batch))
-            return super().loss(batch)
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=self.batch_size)
-
     tuner = importlib.import_module(f"{pl.__name__}.tuner")
     trainer = trainer_for(hcb.HCBStrategy(activation_budget="100%"), max_epochs=1, default_root_dir=tmp_path)
-    model = Sized()
+    model = sized(models["Model"])()
     found = tuner.Tuner(trainer).scale_batch_size(model, mode="power", steps_per_trial=4, max_trials=3)
     assert found == 8
     assert model.sizes == [2] * 4 + [4] * 4 + [8] * 4

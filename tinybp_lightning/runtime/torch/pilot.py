@@ -196,7 +196,7 @@ class Pilot:
     # ---- learning ----------------------------------------------------------------------------------------------
 
     def _learn(self, measured: Measured) -> None:
-        if self._flight.report.schedule == keep_all(self._chain):
+        if self._flies_plain():
             self._seen_plain_bytes = max(self._seen_plain_bytes, measured.peak_bytes)
         match self._phase:
             case _Phase.CALIBRATE:
@@ -209,6 +209,9 @@ class Pilot:
                 self._settle(measured)
             case _Phase.STEADY:
                 raise AssertionError("steady steps are not traced")
+
+    def _flies_plain(self) -> bool:
+        return self._flight.report.schedule == keep_all(self._chain)
 
     def _learn_tail(self, measured: Measured) -> None:
         self._chain = replace(self._chain, workspace_bytes=self._base_bytes)
@@ -236,8 +239,8 @@ class Pilot:
                 self._room.cap_bytes += self._chain.workspace_bytes - before
 
     def _settle(self, measured: Measured) -> None:
-        flown = self._flight.report
-        if flown.schedule == keep_all(self._chain):  # a share of plain training is one of what was just seen
+        flown, is_plain = self._flight.report, self._flies_plain()
+        if is_plain:  # a share of plain training is one of what was just seen
             budget_bytes = self._capped(self._room(self._plain_peak()))
             flown = replace(flown, budget_bytes=budget_bytes, plain_peak_bytes=self._plain_peak())
         fits = measured.peak_bytes <= flown.budget_bytes
@@ -247,7 +250,7 @@ class Pilot:
             self._fly(replace(self._flight, report=replace(flown, predicted_peak_bytes=measured.peak_bytes)))
             self._tell(known, is_measured=True)
             return
-        self._plain_fits = self._plain_fits and (fits or flown.schedule != keep_all(self._chain))
+        self._plain_fits = self._plain_fits and (fits or not is_plain)
         before = self._chain.workspace_bytes
         self._learn_residual(measured, may_shrink=fits)
         shown = replace(flown, chain=self._chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
