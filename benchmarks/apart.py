@@ -23,6 +23,7 @@ def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: fl
     **Returns:** why it failed, in one line; empty where it ended with exit code 0.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for those that ask for deterministic kernels
     with log.open("w") as log_file:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],

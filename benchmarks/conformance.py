@@ -7,9 +7,9 @@ of the table like any other. The check is `benchmarks/conformance_check.py`, whi
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +72,17 @@ class Stopped:
 Row = Checked | Stopped
 
 
-def _check_here(name: str, executor: str, budgets: Sequence[str], output: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How every architecture is trained: by which executor, on what, under which budgets, for how long at most."""
+
+    executor: str
+    device: str
+    budgets: tuple[str, ...]
+    timeout_s: float
+
+
+def _check_here(name: str, way: _Way, output: Path) -> None:
     """Check one architecture in this process; write what is known after each budget."""
     import torch  # noqa: PLC0415 - the process that only starts others needs none of these
 
@@ -80,9 +90,13 @@ def _check_here(name: str, executor: str, budgets: Sequence[str], output: Path) 
     from benchmarks.zoo import architecture_named  # noqa: PLC0415
 
     torch.set_num_threads(1)  # sums in one order
+    if way.device == "cuda":
+        # With a mere warning, attention would keep its kernels that are not. An op that has no other is an error.
+        torch.use_deterministic_algorithms(True)
     found: dict[str, Any] = {}
-    for budget in budgets:
-        found[budget] = asdict(check(architecture_named(name), Executor(executor), budget))
+    for budget in way.budgets:
+        checked = check(architecture_named(name), Executor(way.executor), budget, torch.device(way.device))
+        found[budget] = asdict(checked)
         output.write_text(json.dumps(found, default=_value))
 
 
@@ -91,27 +105,25 @@ def _value(member: Any) -> Any:
     return member.value
 
 
-def _check_apart(name: str, executor: str, budgets: Sequence[str], folder: Path, timeout_s: float) -> list[Row]:
+def _check_apart(name: str, way: _Way, folder: Path) -> list[Row]:
     """Check one architecture in a process of its own, and in another after each budget that stops it."""
     rows: list[Row] = []
-    while len(rows) < len(budgets):
-        left = budgets[len(rows) :]
-        found, error = _run_apart(name, executor, left, folder, timeout_s)
-        rows += [Checked(name, executor, budget, found[budget]) for budget in left if budget in found]
-        if len(rows) < len(budgets):
-            rows.append(Stopped(name, executor, budgets[len(rows)], error))
+    while len(rows) < len(way.budgets):
+        left = replace(way, budgets=way.budgets[len(rows) :])
+        found, error = _run_apart(name, left, folder)
+        rows += [Checked(name, way.executor, budget, found[budget]) for budget in left.budgets if budget in found]
+        if len(rows) < len(way.budgets):
+            rows.append(Stopped(name, way.executor, way.budgets[len(rows)], error))
     return rows
 
 
-def _run_apart(
-    name: str, executor: str, budgets: Sequence[str], folder: Path, timeout_s: float
-) -> tuple[dict[str, Any], str]:
+def _run_apart(name: str, way: _Way, folder: Path) -> tuple[dict[str, Any], str]:
     """Return what a process found by budget, and why it ended where it did not find all."""
-    output, log = folder / f"{name}.{executor}.json", folder / f"{name}.{executor}.log"
+    output, log = folder / f"{name}.{way.executor}.json", folder / f"{name}.{way.executor}.log"
     output.unlink(missing_ok=True)
-    arguments = ["--alone", name, "--executor", executor, "--export", str(output)]
-    arguments += [part for budget in budgets for part in ("--budget", budget)]
-    error = run_apart("benchmarks.conformance", arguments, log, timeout_s=timeout_s)
+    arguments = ["--alone", name, "--executor", way.executor, "--device", way.device, "--export", str(output)]
+    arguments += [part for budget in way.budgets for part in ("--budget", budget)]
+    error = run_apart("benchmarks.conformance", arguments, log, timeout_s=way.timeout_s)
     found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     return found, error
 
@@ -154,11 +166,14 @@ def _cells(row: Row) -> list[str]:
             ]
 
 
-def _export(rows: Sequence[Row], path: Path) -> None:
+def _export(rows: Sequence[Row], path: Path, device: str) -> None:
+    from recipes.measure import package_version  # noqa: PLC0415 - `--help` need not wait for torch
+
     where = {
+        "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **{package: version(package) for package in ("torch", "transformers", "diffusers", "tinybp-lightning")},
+        **{package: package_version(package) for package in ("torch", "transformers", "diffusers", "tinybp-lightning")},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"versions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
@@ -184,6 +199,8 @@ def main(
     export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
         "results/conformance.json"
     ),
+    device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="How many architectures to check at once.")] = 1,
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = 300,
     alone: Annotated[str, typer.Option(hidden=True, help="Check this one in this process.")] = "",
 ) -> None:
@@ -194,28 +211,29 @@ def main(
     from benchmarks.conformance_check import BUDGETS  # noqa: PLC0415 - `--help` need not wait for torch
     from benchmarks.zoo import ZOO  # noqa: PLC0415
 
-    budgets = tuple(budget or BUDGETS)
+    way = _Way(executor, device, tuple(budget or BUDGETS), timeout_s)
     if alone:
-        _check_here(alone, executor, budgets, export)
+        _check_here(alone, way, export)
         return
     names = [architecture.name for architecture in ZOO if filter_ in architecture.name]
     if not names:
         raise typer.BadParameter(f"`{filter_}` is in no name: take one of {', '.join(a.name for a in ZOO)}.")
     folder = export.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    found: dict[str, list[Row]] = {}
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("conformance", total=len(names))
-        for name in names:
-            progress.update(task, description=name)
-            found = _check_apart(name, executor, budgets, folder, timeout_s)
-            for row in found:
+        checks = {pool.submit(_check_apart, name, way, folder): name for name in names}
+        for done in as_completed(checks):
+            name = checks[done]
+            found[name] = done.result()
+            for row in found[name]:
                 _say(row, console)
-            rows += found
-            _export(rows, export)
-            progress.advance(task)
+            _export([row for n in names for row in found.get(n, [])], export, device)
+            progress.update(task, description=name, advance=1)
+    rows = [row for name in names for row in found[name]]
     console.print(markdown_table(rows).splitlines()[0])
     console.print(f"Exported to {export} and {export.with_suffix('.md')}", soft_wrap=True)
     if not all(isinstance(row, Checked) and row.is_equal and row.is_within_budget for row in rows):

@@ -7,26 +7,23 @@ more step is measured from allocator events, by `recipes.measure`, which shares 
 """
 
 import contextlib
-import random
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tinybp_lightning as tbp
+from benchmarks.conformance_training import NUM_STEPS, Snapshot, Training, differences
 from benchmarks.listener import Listener
-from benchmarks.zoo import Architecture, Blocks, Phase
+from benchmarks.zoo import Architecture, Blocks
 from recipes.budget import budget_bytes
-from recipes.measure import record_memory
 from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import module_steps, program
@@ -35,13 +32,12 @@ from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule.actions import Backward
 
-__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "Snapshot", "check", "differences"]
+__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
 
 BUDGETS = ("60%", "30%")
 """Shares of plain training's measured activation peak; where one cannot be met, the smallest budget that can is."""
 
-_SEED = 7
-_NUM_STEPS = 3
+_CPU = torch.device("cpu")
 # Plans are repaired after traced steps: at most these many steps until a step is no longer traced.
 _MAX_STEPS = 10
 _MAX_RAISES = 6
@@ -110,21 +106,21 @@ class Conformity:
         return self.measured_peak_bytes <= self.budget_bytes
 
 
-def check(architecture: Architecture, executor: Executor, budget: str) -> Conformity:
+def check(architecture: Architecture, executor: Executor, budget: str, device: torch.device = _CPU) -> Conformity:
     """Train `architecture` plainly and by `executor` under `budget`, and return how they compare.
 
     **Arguments:** `budget`: a share of plain training's measured activation peak, such as `"30%"`.
 
     **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
     """
-    reference = _reference(architecture, executor)
+    reference = _reference(architecture, executor, device)
     plain_peak_bytes = reference.peak_bytes()
     asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
     for attempt in range(_MAX_RAISES):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", tbp.HCBWarning)
-                compared = _compare(reference, architecture, executor, allowed_bytes)
+                compared = _compare(reference, architecture, executor, allowed_bytes, device)
         except tbp.BudgetTooSmallError as error:
             # What the first steps teach about the step's end may raise the smallest budget once more.
             if attempt == _MAX_RAISES - 1:
@@ -148,13 +144,13 @@ def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: 
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
-def _reference(architecture: Architecture, executor: Executor) -> "_Training":
+def _reference(architecture: Architecture, executor: Executor, device: torch.device) -> Training:
     """Return the training that `executor` has to equal: plain for eager; the same compiled blocks, none replayed."""
     match executor:
         case Executor.EAGER:
-            return _Training(architecture)
+            return Training(architecture, device)
         case Executor.INDUCTOR:
-            training = _Training(architecture, around=lambda: _running(_KeepingRun))
+            training = Training(architecture, device, around=lambda: _running(_KeepingRun))
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
         case _:
@@ -189,121 +185,6 @@ def _running(run: type[Run]) -> Generator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything one step left behind, by name, in order."""
-
-    losses: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    parameters: dict[str, Tensor]
-    random_state: dict[str, Tensor]
-
-
-class _Training:
-    """One copy of an architecture in training, with its own optimizers and its own random numbers."""
-
-    def __init__(
-        self,
-        architecture: Architecture,
-        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        workload = architecture.build(_SEED)
-        self._around = around
-        self.module, self._batch, self._phases = workload.module, workload.batch, workload.phases
-        self._initial = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin again from the first step; plans and compiled blocks stay."""
-        self.module.load_state_dict(self._initial)
-        self._optimizers = [torch.optim.AdamW(self._trained(phase), lr=1e-3) for phase in self._phases]
-        torch.manual_seed(_SEED + 1)
-        random.seed(_SEED + 1)
-        np.random.seed(_SEED + 1)  # noqa: NPY002 - transformers masks by the global generator
-        self._random = _random_states()
-
-    def _trained(self, phase: Phase) -> list[nn.Parameter]:
-        return list(self.module.get_submodule(phase.trains).parameters())
-
-    def step(self) -> Snapshot:
-        """Run every phase of one training step."""
-        _set_random_states(self._random)
-        losses: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        for number, (phase, optimizer) in enumerate(zip(self._phases, self._optimizers, strict=True)):
-            self._prepare(phase)
-            loss = self._loss(phase)
-            loss.backward()
-            losses[f"loss {number}"] = loss.detach().clone()
-            for name, parameter in self.module.named_parameters():
-                if parameter.grad is not None:
-                    gradients[f"{name} in phase {number}"] = parameter.grad.clone()
-            optimizer.step()
-        self._random = _random_states()
-        return Snapshot(
-            losses,
-            gradients,
-            {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()},
-            {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()},
-            self._random.tensors(),
-        )
-
-    def peak_bytes(self) -> int:
-        """Return the activation peak of a step's widest phase, measured after steps that warm up."""
-        for _ in range(_NUM_STEPS):
-            self.step()
-        return self.measured_peak_bytes()
-
-    def measured_peak_bytes(self) -> int:
-        """Return the activation peak of the next step's widest phase; that step does not train."""
-        return max(self._phase_peak(phase) for phase in self._phases)
-
-    def _phase_peak(self, phase: Phase) -> int:
-        self._prepare(phase)
-        recorded = record_memory(lambda: self._loss(phase).backward(), self.module)
-        return recorded.memory.activation_peak_bytes
-
-    def _loss(self, phase: Phase) -> Tensor:
-        with self._around():
-            return phase.loss(self.module, self._batch)
-
-    def _prepare(self, phase: Phase) -> None:
-        self.module.zero_grad(set_to_none=True)
-        if phase.trains:
-            self.module.requires_grad_(False)
-            self.module.get_submodule(phase.trains).requires_grad_(True)
-
-
-@dataclass(frozen=True, slots=True)
-class _RandomStates:
-    """States of every generator that a training may draw from."""
-
-    torch_state: Tensor
-    numpy_state: dict[str, Any]
-    python_state: Any
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The states as tensors, by generator."""
-        inner = self.numpy_state["state"]
-        return {
-            "torch": self.torch_state,
-            "numpy": torch.tensor([*inner["key"].tolist(), inner["pos"]]),
-            "python": torch.tensor(self.python_state[1]),
-        }
-
-
-def _random_states() -> _RandomStates:
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - transformers masks by the global generator
-    return _RandomStates(torch.get_rng_state(), numpy_state, random.getstate())
-
-
-def _set_random_states(states: _RandomStates) -> None:
-    torch.set_rng_state(states.torch_state)
-    np.random.set_state(states.numpy_state)  # noqa: NPY002 - transformers masks by the global generator
-    random.setstate(states.python_state)
-
-
-@dataclass(frozen=True, slots=True)
 class _Compared:
     sameness: Sameness
     num_steps: int
@@ -315,12 +196,14 @@ class _Compared:
     planning_s: float
 
 
-def _compare(plain: _Training, architecture: Architecture, executor: Executor, allowed_bytes: int) -> _Compared:
+def _compare(
+    plain: Training, architecture: Architecture, executor: Executor, allowed_bytes: int, device: torch.device
+) -> _Compared:
     plain.restart()
     _FLOWN.clear()
     noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
-    ours, listener = _Training(architecture, around), Listener()
+    ours, listener = Training(architecture, device, around), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()
@@ -341,7 +224,7 @@ def _compare(plain: _Training, architecture: Architecture, executor: Executor, a
             told += [f"step {num_steps}: {name}: {d}" for d in different]
             fields |= {name} if different else set()
         is_settled = all(profile.measured_peak_bytes is None for profile in last_step)
-        if num_steps >= _NUM_STEPS and is_settled:
+        if num_steps >= NUM_STEPS and is_settled:
             break
     held = targets(ours.module)
     blocks = None if not held else Blocks.MODULE if any(t.module_steps for t in held) else Blocks.GRAPH
@@ -365,27 +248,6 @@ def _timed(step: Callable[[], Snapshot]) -> tuple[float, Snapshot]:
     begin_s = time.perf_counter()
     snapshot = step()
     return time.perf_counter() - begin_s, snapshot
-
-
-def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Say how `found` differs from `expected`: names that are missing or extra, and tensors of other bits."""
-    told = [f"`{name}` is missing" for name in expected if name not in found]
-    told += [f"`{name}` is extra" for name in found if name not in expected]
-    for name, tensor in expected.items():
-        if name in found and not _same_bits(tensor, found[name]):
-            gap = (
-                (tensor.double() - found[name].double()).abs().max().item() if tensor.shape == found[name].shape else ""
-            )
-            told.append(f"`{name}` differs {gap}".rstrip())
-    return told
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and (torch.equal(a, b) or (a.shape == b.shape and _equal_with_nan(a, b)))
-
-
-def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
-    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _conformity(

@@ -30,7 +30,7 @@ from recipes.measurement import Measurement, Versions
 from recipes.models import Workload
 from recipes.timeline import MemoryEvent, StepMemory, Timeline, account, downsample
 
-__all__ = ["cpu_memory", "cuda_events", "measure", "record_memory", "tensors_sha256"]
+__all__ = ["cpu_memory", "cuda_events", "measure", "package_version", "record_memory", "tensors_sha256"]
 
 # Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -234,12 +234,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def _versions() -> Versions:
-    return Versions(
-        platform.python_version(), torch.__version__, *map(_version, ("transformers", "diffusers", "torchvision"))
-    )
+    packages = ("transformers", "diffusers", "torchvision")
+    return Versions(platform.python_version(), torch.__version__, *map(package_version, packages))
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the installed version of `package`; empty where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

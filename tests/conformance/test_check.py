@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import conformance_check
-from benchmarks.conformance_check import Executor, check, differences
+from benchmarks.conformance_check import Executor, check
+from benchmarks.conformance_training import differences
 from benchmarks.zoo import ZOO, Architecture, Batch, Phase, Workload, architecture_named
 from recipes.measure import tensors_sha256
 
