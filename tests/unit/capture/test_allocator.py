@@ -5,11 +5,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tinybp_lightning.capture.torch import allocator
@@ -70,6 +71,23 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace.mark("one")
     small.clear()
     assert trace.close()[1] == Segment("one", 0, 0, 0)
+
+
+def test_calls_of_a_gpus_driver_between_allocations_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = SimpleNamespace(tag=_EventType.Kineto, name="cudaStreamIsCapturing", children=[])
+    stop = allocator.profiler._disable_profiler
+
+    def stop_beside_a_gpu() -> Any:
+        events = [e for event in stop().experimental_event_tree() for e in (call, event)]
+        return SimpleNamespace(experimental_event_tree=lambda: events)
+
+    monkeypatch.setattr(allocator.profiler, "_disable_profiler", stop_beside_a_gpu)
+    trace = open_trace(CPU)
+    trace.mark("one")
+    held = floats(2 * KILO)
+    _, one = trace.close()
+    assert one == Segment("one", 0, 2 * KILO, 2 * KILO)
+    del held
 
 
 def test_what_is_left_out_never_was() -> None:

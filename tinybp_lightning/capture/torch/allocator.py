@@ -181,6 +181,8 @@ class _CpuTrace:
         marks: list[int] = []
         alive: dict[int, int] = {}
         for event in results.experimental_event_tree():
+            if event.tag == _EventType.Kineto and not event.children:
+                continue  # a call of the driver: they are recorded with whatever scope where there is a GPU
             assert event.tag == _EventType.Allocation, f"the profiler recorded {event.name} too"
             fields = event.extra_fields
             if fields.device.type != "cpu":
