@@ -170,13 +170,14 @@ def _export(rows: Sequence[Row], path: Path, device: str) -> None:
     from recipes.measure import package_version  # noqa: PLC0415 - `--help` need not wait for torch
 
     where = {
-        "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
         **{package: package_version(package) for package in ("torch", "transformers", "diffusers", "tinybp-lightning")},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"device": device, "versions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
     path.with_suffix(".md").write_text("# Conformance\n\n" + markdown_table(rows))
 
 

@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import conformance
 from benchmarks.conformance import Checked, Stopped, app, markdown_table
 from benchmarks.conformance_check import Conformity, Sameness
 from benchmarks.zoo import Blocks
@@ -80,6 +82,25 @@ def test_a_check_that_hangs_is_a_row_and_ends_the_program_with_1(tmp_path: Path)
     (row,) = json.loads(export.read_text())["rows"]
     assert row["error"] == "timed out after 1 s"
     assert "1 not finished" in export.with_suffix(".md").read_text()
+
+
+def test_rows_are_in_the_zoos_order_whichever_check_ends_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second_ended = Event()
+
+    def check_apart(name: str, *_: object) -> list[Stopped]:
+        if name == "llama":
+            assert second_ended.wait(timeout=60), "not two at once"
+        else:
+            second_ended.set()
+        return [Stopped(name, "eager", "60%", "stopped")]
+
+    monkeypatch.setattr(conformance, "_check_apart", check_apart)
+    export = tmp_path / "found.json"
+    result = CliRunner().invoke(app, ["--filter", "llama", "--jobs", "2", "--export", str(export)])
+    assert result.exit_code == 1
+    written = json.loads(export.read_text())
+    assert [row["architecture"] for row in written["rows"]] == ["llama", "llama_with_mask"]
+    assert written["device"] == "cpu"
 
 
 def test_a_check_that_raises_is_a_row_and_the_next_budget_is_still_checked(tmp_path: Path) -> None:

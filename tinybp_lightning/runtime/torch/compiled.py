@@ -29,8 +29,7 @@ _SHARES = (0.6, 0.3, 0.1)
 """How much of what autograd wants the further options save. In a transformer layer the first repeats pointwise ops, the
 second the matrix products that widen too, and the third all but what is random."""
 _OPTION_DEVICES = frozenset({"cpu", "cuda"})
-# Not CUDA: the tags were only seen to be followed on the CPU, and a block's own replay is a fallback that was seen on
-# both. Add it with a run that shows bits, budget and time.
+# Where the tags were seen to be followed, with bits, budget and time. Elsewhere a block's replay is what saves memory.
 
 _Call = Callable[[list[Any]], Sequence[Any]]
 
