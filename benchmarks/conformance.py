@@ -222,6 +222,7 @@ def main(
     folder = export.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Row]] = {}
+    rows: list[Row] = []
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
@@ -232,9 +233,9 @@ def main(
             found[name] = done.result()
             for row in found[name]:
                 _say(row, console)
-            _export([row for n in names for row in found.get(n, [])], export, device)
+            rows = [row for n in names for row in found.get(n, [])]
+            _export(rows, export, device)
             progress.update(task, description=name, advance=1)
-    rows = [row for name in names for row in found[name]]
     console.print(markdown_table(rows).splitlines()[0])
     console.print(f"Exported to {export} and {export.with_suffix('.md')}", soft_wrap=True)
     if not all(isinstance(row, Checked) and row.is_equal and row.is_within_budget for row in rows):

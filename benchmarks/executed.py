@@ -13,7 +13,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,17 +55,23 @@ def _execute_apart(model: str, size: str, budget: str, folder: Path, timeout_s: 
 
 def _export(rows: Sequence[Row], path: Path, size: str) -> None:
     from benchmarks.executed_picture import draw  # noqa: PLC0415 - `--help` need not wait for matplotlib
+    from recipes.measure import package_version  # noqa: PLC0415 - nor for torch
 
     packages = ("torch", "transformers", "diffusers", "tinybp-lightning")
     where = {
         "date": _TODAY,
         "device": f"CPU ({platform.machine()}, 1 thread of {os.cpu_count()} cores)",
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: package_version(package) for package in packages},
+        },
         "size": size,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(where | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    head = f"# Plans flown, {_TODAY}\n\nRecipes at size `{size}`, torch {version('torch')}, {where['device']}.\n\n"
+    head = (
+        f"# Plans flown, {_TODAY}\n\nRecipes at size `{size}`, torch {package_version('torch')}, {where['device']}.\n\n"
+    )
     path.with_suffix(".md").write_text(head + markdown_table(rows))
     draw([row for row in rows if isinstance(row, Flown)], path.with_suffix(".png"))
 

@@ -23,6 +23,7 @@ import typer
 from torch import nn
 
 import tinybp_lightning as tbp
+from benchmarks.conformance_training import differences
 from benchmarks.faults import Faults, Place
 from recipes.run_one import pick_device
 from tinybp_lightning.errors import HCBWarning
@@ -123,12 +124,6 @@ def _gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(f"gradient of {n}", p.grad) for n, p in model.named_parameters() if p.grad is not None]
 
 
-def _first_difference(want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> str:
-    if want.keys() != got.keys():
-        return f"names: {sorted(want.keys() ^ got.keys())[:3]}"
-    return next((name for name in want if not torch.equal(want[name], got[name])), "")
-
-
 def _plain_peak_bytes(model: nn.Module, batch: torch.Tensor) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()  # nobody else's counters: this is our own process
@@ -197,7 +192,7 @@ def _session(device: torch.device, num_steps: int, every: int, depth: int, width
         num_struck=num_struck,
         num_failures=faults.num_raised if cap is None else len(recorder.answers),
         num_lost=num_steps - num_done,
-        first_difference=_first_difference(want, got),
+        first_difference=next(iter(differences(want, got)), ""),
         first_peak_bytes=plans[0].plain_peak_bytes,
         last_peak_bytes=plans[0].predicted_peak_bytes,
         wall_s=time.perf_counter() - began,
