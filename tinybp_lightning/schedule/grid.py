@@ -7,13 +7,12 @@ import numpy as np
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.helped import HelperTree
-from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.tables import Tables
 from tinybp_lightning.schedule.tree import IntervalTree
 
 __all__ = ["Grid", "slot_bytes", "storable_boundaries"]
 
-_Tree = IntervalTree | ShortTree | HelperTree
+_Tree = IntervalTree | HelperTree
 _UNITS_TRIED = 2000
 _MAX_WINDOW = 4
 

@@ -130,6 +130,10 @@ class Planner:
     def plan(self, *, budget_bytes: int) -> Plan:
         """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
         best = self._best(budget_bytes)
+        if is_searchable(self._chain):
+            return self._plan_of(
+                best, budget_bytes, self._no_certificate(budget_bytes, searched_s=best.timeline.total_s)
+            )
         # What a byte is worth about here: it starts the search for the certificate's prices.
         less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 16)
         slower_s = self._best(less_bytes).timeline.total_s - best.timeline.total_s
@@ -149,8 +153,7 @@ class Planner:
     def smallest_plan(self) -> Plan:
         """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
         budget_bytes = self.smallest_bytes
-        certificate = Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2))
-        return self._plan_of(self._best(budget_bytes), budget_bytes, certificate)
+        return self._plan_of(self._best(budget_bytes), budget_bytes, self._no_certificate(budget_bytes))
 
     def _best(self, budget_bytes: int) -> "_Candidate":
         check_budget(budget_bytes, may_be_negative=True)
@@ -170,6 +173,10 @@ class Planner:
         """Return a faster candidate than `best` if any schedule at all is faster."""
         faster = faster_schedule(self._chain, budget_bytes=budget_bytes, known_s=best.timeline.total_s)
         return best if faster is None else self._candidate(faster)
+
+    def _no_certificate(self, budget_bytes: int, *, searched_s: float = 0.0) -> Certificate:
+        """Return what is known without a search for prices."""
+        return Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2), searched_s)
 
     def _plan_of(self, best: "_Candidate", budget_bytes: int, certificate: Certificate) -> Plan:
         return Plan(
