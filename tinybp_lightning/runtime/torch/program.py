@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
+from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
@@ -103,10 +104,12 @@ class GraphProgram:
             with tracing_turn():
                 pilot = self._new_pilot(values, device, devices, situation)
             if pilot is None:
-                return self._run_unplanned(values)
+                with modes_back():
+                    return self._run_unplanned(values)
             self._pilots[situation] = pilot
         self.pilot = self._pilots[situation]
-        return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
+        with modes_back():
+            return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: a profiler of the user's runs, and blocks can only be measured by one of our own."""
