@@ -1,8 +1,11 @@
 """Options of a compiled block: each saves less than the one before, and all compute the same."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import tinybp_lightning as tbp
 from tests.unit.capture.graphs import trace_graph
@@ -10,6 +13,7 @@ from tests.unit.runtime.training import Recorder, peak_bytes, residual_net, trai
 from tinybp_lightning.capture.torch.pieces import cut_program
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.runtime.torch import compiled as compiled_blocks
 from tinybp_lightning.runtime.torch.compiled import compile_program
 from tinybp_lightning.runtime.torch.steps import Externals
 from tinybp_lightning.schedule.actions import Backward
@@ -53,6 +57,28 @@ def test_each_option_saves_less_and_computes_the_same() -> None:
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_equal_blocks_are_compiled_once_whatever_the_tracer_called_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiles: list[fx.GraphModule] = []
+
+    def compile_graph(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        compiles.append(module)
+        return module.forward
+
+    monkeypatch.setattr(compiled_blocks, "compile_fx", compile_graph)
+    num_compiles: list[int] = []
+    for depth in (4, 8):
+        found = trace_graph(residual_net(depth, width=WIDTH, dropout=0.0), X)
+        program = cut_program(found.module, found.graph, granularity=Granularity.COARSE)
+        unequal = {p.span.signature for p in program.pieces}
+        assert len(program.pieces) >= len(unequal) + depth // 2
+        compiles.clear()
+        compile_program(program, Externals.of(found.inputs), [torch.device("cpu")], lambda done, total: None)
+        num_compiles.append(len(compiles))
+    assert num_compiles[0] == num_compiles[1]
 
 
 @pytest.mark.timeout(900)

@@ -101,18 +101,28 @@ def _compiled(module: fx.GraphModule, arguments: Sequence[Any]) -> Callable[...,
 
 
 def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    # The signature leaves constants (an epsilon, a dropout rate) out; the code names them.
+    # The signature leaves constants (an epsilon, a dropout rate) out; the code has them.
     forms = tuple(
         (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else repr(t)
         for t in arguments
     )
-    return (piece.span.signature, piece.module.code, forms)
+    module = _unboxed(piece.module)
+    targets = tuple(n.target for n in module.graph.nodes)  # code names functions: two may have one name
+    return (piece.span.signature, module.code, targets, forms)
 
 
 def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with ordinary arguments, which is what the compiler expects."""
+    """The same graph with ordinary arguments, as the compiler expects, and values named by position.
+
+    The tracer numbers names through the whole forward: with those, the code of equal pieces would differ.
+    """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    copied: dict[fx.Node, fx.Node] = {}
+    for position, node in enumerate(module.graph.nodes):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+        name = node.name if node.op == "placeholder" else f"v{position}"
+        copied[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
+        copied[node].meta = dict(node.meta)
     return fx.GraphModule(module, graph)
 
 
