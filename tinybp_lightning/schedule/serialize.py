@@ -39,7 +39,7 @@ __all__ = [
     "save_plan",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""
 
 _FIELDS: dict[str, type] = {
