@@ -142,3 +142,34 @@ def test_where_everything_is_kept_only_option_0_is_compiled(monkeypatch: pytest.
     kinds = {block.signature for block in recorder.plans[-1].chain.blocks}
     assert any(len(block.options) > 1 for block in recorder.plans[-1].chain.blocks)
     assert len(compiles) == len(kinds)
+
+
+@pytest.mark.timeout(900)
+def test_a_plan_from_disk_has_its_options_compiled_and_nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss_of(net: nn.Module) -> torch.Tensor:
+        return net(X).square().mean()
+
+    budget_bytes = int(0.6 * peak_bytes(_net(), loss_of))
+    model, first, again = _net(), Recorder(), Recorder()
+    tbp.hcb(model, activation_budget=budget_bytes, executor="inductor", observers=[first])
+    expected = train(model, loss_of, steps=4)
+    plan = first.plans[-1]
+    taken = {
+        (plan.chain.blocks[a.block].signature, a.option)
+        for a in plan.schedule.actions
+        if isinstance(a, Backward) and a.option
+    }
+    assert taken
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a known plan needs no measuring")
+
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.program.measure_chain", refuse)
+    compiles = _counted(monkeypatch)
+    model = _net()
+    tbp.hcb(model, activation_budget=budget_bytes, executor="inductor", observers=[again])
+    found = train(model, loss_of, steps=4)
+    assert again.plans[0].reason == "cached"
+    assert len(compiles) == len({block.signature for block in plan.chain.blocks}) + len(taken)
+    for one, other in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(one.loss, other.loss)
