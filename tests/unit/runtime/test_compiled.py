@@ -173,3 +173,16 @@ def test_a_plan_from_disk_has_its_options_compiled_and_nothing_measured(monkeypa
     assert len(compiles) == len({block.signature for block in plan.chain.blocks}) + len(taken)
     for one, other in zip(found[2:], expected[2:], strict=True):
         torch.testing.assert_close(one.loss, other.loss)
+
+
+@pytest.mark.timeout(900)
+def test_a_micro_batch_with_gradients_from_before_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles = _counted(monkeypatch)
+    model, recorder = _net(), Recorder()
+    tbp.hcb(model, activation_budget="100%", executor="inductor", observers=[recorder])
+    num_compiles: list[int] = []
+    for _ in range(4):
+        model(X).square().mean().backward()
+        num_compiles.append(len(compiles))
+    assert all(p.grad is not None for p in model.parameters())
+    assert num_compiles[1:] == [num_compiles[0]] * 3

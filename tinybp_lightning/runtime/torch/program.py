@@ -72,7 +72,7 @@ class GraphProgram:
         self._program: Program | None = None
         self._pinned: frozenset[int] = frozenset()
         self._executor = Executor(config.executor)
-        self._compiled: dict[_Situation, Program] = {}
+        self._compiled: dict[tuple[Autocast, ...], Program] = {}  # gradients that are there change no kernel
         self._measured: dict[_Situation, Measurements] = {}
         self._pilots: dict[_Situation, Pilot] = {}
         self._keys: dict[_Situation, ProgramKey] = {}
@@ -170,7 +170,7 @@ class GraphProgram:
 
     def _pieces(self, situation: _Situation) -> Program:
         assert self._program is not None, "a situation is met only once the program is cut"
-        return self._compiled.get(situation, self._program)
+        return self._compiled.get(situation.autocast, self._program)
 
     def _values(self, args: Sequence[Any]) -> list[Any]:
         """Dynamo's arguments and the graph's constants, in the order of `Graph.inputs`."""
@@ -188,10 +188,11 @@ class GraphProgram:
                 self._program = self._cut(values)
                 spans = [(piece.span.start, piece.span.stop) for piece in self._program.pieces]
                 self._pinned = blocks_of_modules(self._program.graph, spans, self._kept)
-            if self._executor is Executor.INDUCTOR and situation not in self._compiled:
+            if self._executor is Executor.INDUCTOR and situation.autocast not in self._compiled:
                 progress.stage("compiling", total=len(self._program.pieces))
                 externals = measuring_values(self._program, values)
-                self._compiled[situation] = compile_program(self._program, externals, devices, progress.advance)
+                compiled = compile_program(self._program, externals, devices, progress.advance)
+                self._compiled[situation.autocast] = compiled
                 self._book.num_compiled += 1
             pieces = self._pieces(situation)
             page = None if self._pinned else self._page(pieces, device, situation)
