@@ -19,8 +19,8 @@ from tinybp_lightning.runtime.torch.options import (
     with_measured,
 )
 from tinybp_lightning.runtime.torch.pilot import Pilot
-from tinybp_lightning.schedule.actions import Backward
-from tinybp_lightning.schedule.baselines import keep_all
+from tinybp_lightning.schedule.actions import Backward, ForwardSave, Schedule
+from tinybp_lightning.schedule.baselines import keep_all, per_block
 from tinybp_lightning.schedule.known import KnownPlan, known_plan
 from tinybp_lightning.schedule.plan import Planner
 from tinybp_lightning.schedule.simulate import simulate
@@ -119,12 +119,35 @@ def test_of_equal_blocks_the_option_that_most_take_is_measured_first() -> None:
     def options(first: SavedSet) -> tuple[SavedSet, ...]:
         return (first, replace(first, is_estimated=True), replace(first, is_estimated=True))
 
-    chain = replace(chain, blocks=tuple(replace(b, options=options(b.options[0])) for b in chain.blocks))
-    taken = [OptionId(0)] * len(chain.blocks)
-    assert options_to_measure(chain, taken) == frozenset()
-    taken[equal[0]] = OptionId(1)
-    taken[equal[1]] = taken[equal[2]] = OptionId(2)
-    assert options_to_measure(chain, taken) == {(equal[1], 2)}
+    # Light, so that no kind has all its options measured for its share of the step.
+    light = [replace(b, options=options(b.options[0]), forward_s=b.forward_s / 100) for b in chain.blocks]
+    light = [replace(b, options=tuple(replace(o, backward_s=o.backward_s / 100) for o in b.options)) for b in light]
+    heavy = replace(chain.blocks[0], forward_s=100 * chain.blocks[0].forward_s, signature="heavy")
+    chain = replace(chain, blocks=(heavy, *light[1:]))
+    assert options_to_measure(chain, keep_all(chain)) == frozenset()
+
+    def taking(taken: dict[int, int]) -> Schedule:
+        kept = keep_all(chain)
+        actions = (
+            replace(a, option=OptionId(taken.get(a.block, 0))) if isinstance(a, (Backward, ForwardSave)) else a
+            for a in kept.actions
+        )
+        return replace(kept, actions=tuple(actions))
+
+    assert options_to_measure(chain, taking({equal[0]: 1, equal[1]: 2, equal[2]: 2})) == {(equal[1], 2)}
+
+
+def test_kinds_that_a_step_spends_its_time_in_have_all_options_measured_unless_all_is_kept() -> None:
+    chain = _chain(saved=0.5, slower=3.0, is_estimated=True)
+    assert options_to_measure(chain, keep_all(chain)) == frozenset()
+    replayed = per_block(chain)
+    wanted = options_to_measure(chain, replayed)
+    kinds = {chain.blocks[b].signature for b, _ in wanted}
+    assert len(wanted) == len(kinds)
+    total_s = sum(b.forward_s + b.options[0].backward_s for b in chain.blocks)
+    for kind in {b.signature for b in chain.blocks}:
+        mine_s = sum(b.forward_s + b.options[0].backward_s for b in chain.blocks if b.signature == kind)
+        assert (kind in kinds) == (mine_s >= 0.1 * total_s)
 
 
 def test_what_another_process_measured_is_kept_beside_what_is_estimated_here() -> None:

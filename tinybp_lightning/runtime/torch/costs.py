@@ -321,6 +321,9 @@ class _Probe:
             return _NOTHING
 
         def replay() -> None:
+            for slot in slots:
+                if isinstance(slot, Slot):
+                    slot.value = None  # a replay starts with empty slots, and what the last one filled would be counted
             with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
                 try:
                     self._step().first(self._state())

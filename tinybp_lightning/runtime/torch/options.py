@@ -2,16 +2,18 @@
 
 An option that is not compiled has estimated costs. A plan by estimates is a question, not something to fly: it says
 which option to compile next. Of equal blocks' options the one that most blocks take is compiled first; often the plan
-made then needs no other one.
+made then needs no other one. Estimates of what fuses are rough, though: for the kinds of blocks that a step spends its
+time in, the layers of a transformer, all options are measured as soon as not everything is kept. They are few, and
+compiled once.
 """
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Block, Chain
-from tinybp_lightning.graph.ids import OptionId
-from tinybp_lightning.schedule.actions import Backward, ForwardSave, Schedule
+from tinybp_lightning.graph.ids import BlockId, OptionId
+from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.plan import Plan, Planner
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "with_measured",
 ]
 
+_HEAVY = 0.1
+"""A kind of blocks with this share of a plain step's seconds has all its options measured."""
 _WORTH = 0.01
 """A step that promises to be faster by less does not pay for compiling: measured seconds vary as much."""
 
@@ -81,17 +85,36 @@ def estimated_options(chain: Chain) -> frozenset[tuple[int, int]]:
     )
 
 
-def options_to_measure(chain: Chain, taken: Sequence[OptionId]) -> frozenset[tuple[int, int]]:
-    """Return which estimated options to measure next for a plan whose blocks go by `taken`; none if it needs none.
+def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int, int]]:
+    """Return which estimated options to measure next for a plan by `schedule`; none if it needs none.
 
-    **Returns:** of each kind of block the option that most of them take; pairs as in `estimated_options`.
+    **Returns:** of each kind of block the option that most of them take, and of heavy kinds all, unless all blocks keep
+    what option 0 saves; pairs as in `estimated_options`.
     """
-    taking: dict[str, dict[OptionId, list[int]]] = {}
-    for b, (block, option) in enumerate(zip(chain.blocks, taken, strict=True)):
-        if block.options[option].is_estimated:
-            taking.setdefault(block.signature, {}).setdefault(option, []).append(b)
-    most = (max(options.items(), key=lambda item: len(item[1])) for options in taking.values())
-    return frozenset((blocks[0], option) for option, blocks in most)
+    taken = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
+    num_forwards = sum(isinstance(a, (Forward, ForwardSave)) for a in schedule.actions)
+    if num_forwards == len(chain.blocks) and not any(taken.values()):
+        return frozenset()
+    kinds: dict[str, list[int]] = {}
+    for b, block in enumerate(chain.blocks):
+        kinds.setdefault(block.signature, []).append(b)
+    seconds = {kind: sum(_plain_s(chain.blocks[b]) for b in blocks) for kind, blocks in kinds.items()}
+    wanted: set[tuple[int, int]] = set()
+    for kind, blocks in kinds.items():
+        options = chain.blocks[blocks[0]].options
+        estimated = [o for o, option in enumerate(options) if option.is_estimated]
+        if seconds[kind] >= _HEAVY * sum(seconds.values()):
+            wanted.update((blocks[0], o) for o in estimated)
+            continue
+        counts = Counter(taken[BlockId(b)] for b in blocks if taken[BlockId(b)] in estimated)
+        if counts:
+            option = counts.most_common(1)[0][0]
+            wanted.add((next(b for b in blocks if taken[BlockId(b)] == option), option))
+    return frozenset(wanted)
+
+
+def _plain_s(block: Block) -> float:
+    return block.forward_s + block.options[0].backward_s
 
 
 def with_measured(chain: Chain, measured: Chain) -> Chain:

@@ -152,13 +152,15 @@ class Pilot:
 
     @property
     def unmeasured(self) -> frozenset[tuple[int, int]]:
-        """Options (block and number) to be measured before the next step: what its plan takes and was estimated.
+        """Options (block and number) to be measured before the next step, by what its plan takes and was estimated.
 
-        All that are estimated, where no plan is known to fit.
+        All that are estimated, where no plan is known to fit; none for the first step, which measured options serve.
         """
         if self._wants_all_options:
             return estimated_options(self._chain)
-        return options_to_measure(self._chain, self._flight.script.options)
+        if self._phase is _Phase.CALIBRATE:
+            return frozenset()
+        return options_to_measure(self._chain, self._flight.report.schedule)
 
     def learn_options(self, measured: Chain) -> None:
         """Plan again with what was measured since: `measured` is the same chain, with fewer options estimated.
