@@ -10,7 +10,7 @@ import contextlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
@@ -24,9 +24,11 @@ from benchmarks.conformance_training import NUM_STEPS, Snapshot, Training, diffe
 from benchmarks.listener import Listener
 from benchmarks.zoo import Architecture, Blocks
 from recipes.budget import budget_bytes
+from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import module_steps, program
+from tinybp_lightning.runtime.torch.compiled import options_to_compile
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.session import targets
@@ -150,7 +152,7 @@ def _reference(architecture: Architecture, executor: Executor, device: torch.dev
         case Executor.EAGER:
             return Training(architecture, device)
         case Executor.INDUCTOR:
-            training = Training(architecture, device, around=lambda: _running(_KeepingRun))
+            training = Training(architecture, device, around=_keeping)
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
         case _:
@@ -176,6 +178,17 @@ class _KeepingRun(Run):
         num_blocks = len(script.kept)
         options = _FLOWN.popleft() if _FLOWN else script.options
         super().__init__(Script((True,) * num_blocks, options, frozenset(), ((),) * num_blocks), *args, **kwargs)
+
+
+def _flown_options(made: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+    """Return what the reference must compile for its next run, by the options noted, whatever its own plan takes."""
+    return options_to_compile(made, list(enumerate(_FLOWN[0])) if _FLOWN else options)
+
+
+@contextlib.contextmanager
+def _keeping() -> Generator[None]:
+    with _running(_KeepingRun), patch.object(program, "options_to_compile", _flown_options):
+        yield
 
 
 @contextlib.contextmanager

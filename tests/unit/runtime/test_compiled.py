@@ -116,13 +116,6 @@ def test_a_plan_uses_options_where_they_are_cheaper_than_replays(monkeypatch: py
         if option and not costs.is_estimated
     }
     assert len(compiles) == len({block.signature for block in plan.chain.blocks}) + len(further)
-    taken = {
-        (found.chain.blocks[a.block].signature, a.option)
-        for found in recorder.plans
-        for a in found.schedule.actions
-        if isinstance(a, Backward) and a.option
-    }
-    assert further <= taken, "what no plan has asked for is not compiled"
     assert peak_bytes(model, loss_of) <= budget_bytes
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.loss, other.loss)
