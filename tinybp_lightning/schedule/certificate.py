@@ -34,8 +34,11 @@ _LONG_BLOCKS = 400
 asked only where bytes are tight, with few slots.
 """
 _LOOSE = 0.02
+_NEAR = 0.03
 _TIGHT_BUDGET = 1.5
-"""Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first."""
+"""Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
+them only if that one is not `_NEAR`.
+"""
 _CAPPED_BLOCKS = 150
 """Beyond this many blocks the capped bound looks at a slim chain."""
 
@@ -78,7 +81,7 @@ def certify(
     capped_s = 0.0
     if num_blocks > _LONG_BLOCKS and timeline.total_s > _TIGHT_BUDGET * plain_s:
         capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
-        if capped_s >= timeline.total_s * (1 - _LOOSE):
+        if capped_s >= timeline.total_s * (1 - _NEAR):
             return Certificate(budget_bytes, plain_s, capped_s, (0.0,) * (num_blocks + 2))
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
     priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
