@@ -27,6 +27,7 @@ class SavedSet:
     the outputs (early stop); never more than `forward_s` and `save_peak_bytes`.
     `backward_s`, `backward_peak_bytes`: the block's backward; the peak is in new bytes above what was alive when it
     began (saved set and output gradients were), its input gradients included, parameter gradients left out.
+    `is_estimated`: its peaks and seconds were not measured, and must be before a step goes by it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SavedSet:
     replay_peak_bytes: int
     backward_s: float
     backward_peak_bytes: int
+    is_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ _OBSERVER_METHODS = ("on_plan", "on_replay")
 class PlanReport:
     """A plan in force for one target.
 
-    `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate.
+    `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate. Options of compiled blocks
+    that no plan has asked for count with estimated costs in it (`SavedSet.is_estimated`).
+    A plan that takes such options is told too, and made again with measured ones before a step goes by it.
 
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
     training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`,

@@ -1,4 +1,4 @@
-"""How far can a plan be from the best one? The better of two bounds, one of them with good prices.
+"""How far can a plan be from the best one? The best of three bounds, one of them with good prices.
 
 Prices for `bound` are found by Polyak's subgradient steps. The first prices come from the plan: the moments at which
 it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
@@ -49,18 +49,20 @@ class Certificate:
 
     `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
     and with all prices 0 the time of a step that recomputes nothing. `capped_bound_s` is that of `capped`, for a long
-    chain of its slim one (`slim`), or 0 where it was not asked.
+    chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all schedules
+    where `exact` searched them, or 0.
     """
 
     budget_bytes: int
     priced_bound_s: float
     capped_bound_s: float
     prices: tuple[float, ...]
+    searched_bound_s: float = 0.0
 
     @property
     def lower_bound_s(self) -> float:
-        """The better of the two bounds."""
-        return max(self.priced_bound_s, self.capped_bound_s)
+        """The best of the three bounds."""
+        return max(self.priced_bound_s, self.capped_bound_s, self.searched_bound_s)
 
 
 def certify(

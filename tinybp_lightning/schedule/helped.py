@@ -1,9 +1,19 @@
-"""Which schedule with helpers is fastest for every number of bytes left? The recursion of `short`, filled by arrays.
+"""Does it pay to store a boundary for a while and make it again later? The interval tree with *helpers*, by arrays.
 
-A helper is a boundary that is stored for a while and made again later (`short` says more). Its split to a far boundary
-is here a chain of small ones: *hold* boundary `i`, run block `i`, go on from `i + 1`; or *pass*, and release `i`. So
-all moves lead to `i` or `i + 1`, a table is filled from the one behind it, and filling takes `n^4 / 24` times the
-number of slots and states in steps. For chains of some dozens of blocks, where budgets are tight.
+The tree of `tree` is *persistent*: a stored boundary stays until its own block is reversed. Beaumont et al. (named
+there) show that the best schedule need not be: a boundary may help to reach later blocks several times, be released
+where bytes are short, and be made again for its own block. Here a segment has three boundaries: from `i` at hand,
+reverse the blocks `low .. end`, and then `i` is needed no more. A split may give a boundary as helper for the blocks
+`q .. end` only; the rest, `low .. q-1`, starts from `i` again.
+
+A split to a far boundary is here a chain of small ones: *hold* boundary `i`, run block `i`, go on from `i + 1`; or
+*pass*, and release `i`. So all moves lead to `i` or `i + 1`, a table is filled from the one behind it, and filling
+takes `n^4 / 24` times the number of slots and states in steps. For chains of some dozens of blocks, where budgets are
+tight.
+
+It leaves out runs that come before the backward of a block that is due first. They pay where a gradient weighs more
+than the saved set it replaces, or beside a heavy skip: of 825 plans for 275 random chains of 6 to 10 blocks, 8 were
+slower than the optimum of `milp`, by 8.3 % at most. `exact` finds these on very short chains.
 """
 
 import numpy as np

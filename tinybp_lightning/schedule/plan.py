@@ -6,7 +6,8 @@ of slots up to a margin above the budget; those whose exactly simulated peak fit
 a coarse table spans all budgets, each finer one the lowest quarter of the one before; a budget uses the finest table
 that spans it and all finer ones, and always the table with helpers, where there is one, with what it gives for some
 budgets near the smallest. So every candidate for a budget is one for any larger budget, and time never rises with it. A
-table is sorted by time: walking it down from the margin, the first schedule that fits is its best.
+table is sorted by time: walking it down from the margin, the first schedule that fits is its best. Where a chain is so
+short that all schedules are searched, the plan is the optimum, which never rises with the budget either.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Sc
 from tinybp_lightning.schedule.arguments import check_budget, check_chain
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
+from tinybp_lightning.schedule.exact import faster_schedule, is_searchable
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
 from tinybp_lightning.schedule.sharing import Sharing, share_segments
@@ -108,6 +110,7 @@ class Planner:
         self._fastest = self._candidate(_keep_fastest(chain))
         self._tables = Tables(chain, cuts=storable_boundaries(chain, limit=_MAX_CUTS))
         self._known: dict[tuple[int, int], _Candidate] = {}
+        self._searched: dict[int, _Candidate] = {}
 
     @property
     def chain(self) -> Chain:
@@ -127,6 +130,10 @@ class Planner:
     def plan(self, *, budget_bytes: int) -> Plan:
         """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
         best = self._best(budget_bytes)
+        if is_searchable(self._chain):
+            return self._plan_of(
+                best, budget_bytes, self._no_certificate(budget_bytes, searched_s=best.timeline.total_s)
+            )
         # What a byte is worth about here: it starts the search for the certificate's prices.
         less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 16)
         slower_s = self._best(less_bytes).timeline.total_s - best.timeline.total_s
@@ -146,8 +153,7 @@ class Planner:
     def smallest_plan(self) -> Plan:
         """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
         budget_bytes = self.smallest_bytes
-        certificate = Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2))
-        return self._plan_of(self._best(budget_bytes), budget_bytes, certificate)
+        return self._plan_of(self._best(budget_bytes), budget_bytes, self._no_certificate(budget_bytes))
 
     def _best(self, budget_bytes: int) -> "_Candidate":
         check_budget(budget_bytes, may_be_negative=True)
@@ -155,7 +161,22 @@ class Planner:
             raise self._too_small(budget_bytes)
         candidates = [c for c in self._fixed if c.timeline.peak_bytes <= budget_bytes]
         best = min(candidates, key=lambda c: c.cost)
-        return self._search(budget_bytes, best) if best.timeline.total_s > self._plain_s else best
+        if best.timeline.total_s <= self._plain_s:
+            return best
+        if not is_searchable(self._chain):
+            return self._search(budget_bytes, best)
+        if budget_bytes not in self._searched:
+            self._searched[budget_bytes] = self._optimum(budget_bytes, self._search(budget_bytes, best))
+        return self._searched[budget_bytes]
+
+    def _optimum(self, budget_bytes: int, best: "_Candidate") -> "_Candidate":
+        """Return a faster candidate than `best` if any schedule at all is faster."""
+        faster = faster_schedule(self._chain, budget_bytes=budget_bytes, known_s=best.timeline.total_s)
+        return best if faster is None else self._candidate(faster)
+
+    def _no_certificate(self, budget_bytes: int, *, searched_s: float = 0.0) -> Certificate:
+        """Return what is known without a search for prices."""
+        return Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2), searched_s)
 
     def _plan_of(self, best: "_Candidate", budget_bytes: int, certificate: Certificate) -> Plan:
         return Plan(

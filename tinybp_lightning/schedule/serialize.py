@@ -39,7 +39,7 @@ __all__ = [
     "save_plan",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""
 
 _FIELDS: dict[str, type] = {
@@ -163,6 +163,7 @@ def _data_of(plan: Plan, chain: Chain, context: Mapping[str, str] | None) -> dic
             "budget_bytes": plan.certificate.budget_bytes,
             "priced_bound_s": float(plan.certificate.priced_bound_s),
             "capped_bound_s": float(plan.certificate.capped_bound_s),
+            "searched_bound_s": float(plan.certificate.searched_bound_s),
             "prices": [float(price) for price in plan.certificate.prices],
         },
     }
@@ -223,15 +224,17 @@ def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
 
 
 def _certificate(found: dict[str, object], budget_bytes: int, num_blocks: int) -> Certificate:
-    prices, priced_s, capped_s = (found.get(field) for field in ("prices", "priced_bound_s", "capped_bound_s"))
+    prices = found.get("prices")
+    bounds_s = [found.get(f"{kind}_bound_s") for kind in ("priced", "capped", "searched")]
     if found.get("budget_bytes") != budget_bytes:
         _refuse(f"its certificate is for `budget_bytes={found.get('budget_bytes')}`, not `{budget_bytes}`")
     if not isinstance(prices, list) or len(cast(list[object], prices)) != num_blocks + 2:
         _refuse(f"its certificate's `prices` are not {num_blocks + 2} numbers")
-    numbers = [*cast(list[object], prices), priced_s, capped_s]
+    numbers = [*cast(list[object], prices), *bounds_s]
     if not all(isinstance(number, float) and math.isfinite(number) and number >= 0 for number in numbers):
         _refuse("its certificate has a number that is negative or none")
-    return Certificate(budget_bytes, cast(float, priced_s), cast(float, capped_s), tuple(cast(list[float], prices)))
+    priced_s, capped_s, searched_s = cast(list[float], bounds_s)
+    return Certificate(budget_bytes, priced_s, capped_s, tuple(cast(list[float], prices)), searched_s)
 
 
 def _checksum(payload: Mapping[str, object]) -> str:

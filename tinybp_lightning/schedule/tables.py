@@ -77,7 +77,7 @@ class Tables:
     """A chain's states in order of their boundaries; `cuts` are the boundaries a segment may end at, the last included.
 
     **Arguments:** `cuts`: ascending interior boundaries where a plan may store; others are only passed.
-    `passing`: also find the states that `short` needs, where a boundary is released with its block not kept.
+    `passing`: also find the states that `helped` needs, where a boundary is released with its block not kept.
     """
 
     def __init__(self, chain: Chain, *, cuts: tuple[int, ...], passing: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What do schedules with helpers add to interval trees? A table of them, for a long chain of its merged one.
 
-Helpers pay where bytes are short (`short` says why), so the table spans little more than the smallest budgets; for the
-smallest of all, schedules are made to the byte. The planner is the only one who asks.
+Helpers pay where bytes are short (`helped` says why), so the table spans little more than the smallest budgets, but all
+of them on a short chain; for the smallest of all, schedules are made to the byte. The planner is the only one who asks.
 """
 
 import numpy as np
@@ -15,7 +15,6 @@ from tinybp_lightning.schedule.helped_floor import HelperFloor, ThriftyHelper
 from tinybp_lightning.schedule.layered import LayeredTree, layered_cells, layered_work
 from tinybp_lightning.schedule.layers import Layers, find_layers, move_signatures
 from tinybp_lightning.schedule.merged import Merged, merge
-from tinybp_lightning.schedule.short import ShortTree
 from tinybp_lightning.schedule.tables import Tables
 
 __all__ = ["helped_grid", "tight_schedules"]
@@ -47,16 +46,16 @@ def helped_grid(chain: Chain, *, tree_bytes: int, largest_bytes: int) -> Grid | 
         return _merged_grid(chain)
     tables = Tables(chain, cuts=tuple(range(1, num_blocks)), passing=True)
     if num_blocks <= _SHORT_BLOCKS:
-        return _grid(ShortTree, tables, unit_bytes=max(1, -(-largest_bytes // _SHORT_SLOTS)), num_slots=_SHORT_SLOTS)
+        return _grid(tables, unit_bytes=max(1, -(-largest_bytes // _SHORT_SLOTS)), num_slots=_SHORT_SLOTS)
     num_slots = int(np.clip(_HELPED_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
     unit_bytes = slot_bytes(tables, wanted_bytes=int(_HELPED_SPAN * tree_bytes) // num_slots)
-    return _grid(HelperTree, tables, unit_bytes=unit_bytes, num_slots=num_slots)
+    return _grid(tables, unit_bytes=unit_bytes, num_slots=num_slots)
 
 
 def tight_schedules(grid: Grid) -> list[Schedule]:
     """Return schedules for the smallest budget and some above it, which keep them to the byte.
 
-    A short chain's table is fine enough, so there are none.
+    **Arguments:** `grid`: of `helped_grid`. There are none for a merged chain, whose bytes are estimates.
     """
     tree = grid.tree(grid.span_bytes)
     if not isinstance(tree, HelperTree):
@@ -108,8 +107,8 @@ def _layered_grid(merged: Merged, tables: Tables, layers: Layers, *, num_slots: 
     return Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots)
 
 
-def _grid(tree: type[ShortTree | HelperTree], tables: Tables, *, unit_bytes: int, num_slots: int) -> Grid:
-    def fill(num_slots: int) -> ShortTree | HelperTree:
-        return tree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
+def _grid(tables: Tables, *, unit_bytes: int, num_slots: int) -> Grid:
+    def fill(num_slots: int) -> HelperTree:
+        return HelperTree(tables, unit_bytes=unit_bytes, num_slots=num_slots)
 
     return Grid(fill, unit_bytes=unit_bytes, num_slots=num_slots)

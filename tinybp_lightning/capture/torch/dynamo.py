@@ -10,7 +10,8 @@ Note [As it runs]
     Where that path reads values of tensors (other than the caller's mask, see `masks.py`) the graph breaks, and module
     steps take over: exact, if coarser.
 
-Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
+Private API: `torch._dynamo.config`, `eval_frame._stance`, `exc`, `comptime`,
+`variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,6 +19,7 @@ Private API: `torch._dynamo.config`, `exc`, `comptime`, `variables.torch.tracing
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -27,13 +29,14 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx
-from torch._dynamo import exc
+from torch._dynamo import eval_frame, exc
 from torch._dynamo.comptime import comptime
 from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
 from tinybp_lightning.capture.torch.higher_order import as_plain_calls
 from tinybp_lightning.capture.torch.masks import mask_functions
+from tinybp_lightning.capture.torch.modes import modes_set_aside
 from tinybp_lightning.errors import CaptureError
 
 __all__ = ["CannotTraceError", "Tracer"]
@@ -64,12 +67,15 @@ class Tracer:
             return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
 
         self._forward = forward
-        self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+        with torch._dynamo.config.patch(disable=False):  # otherwise it would be the forward itself
+            self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # `torch.compile` then gives the forward itself
+            raise CannotTraceError("`TORCHDYNAMO_DISABLE=1` switches the tracer off")
         try:
-            with _ONE_AT_A_TIME, _settings(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
+            with _ONE_AT_A_TIME, _switched_on(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
@@ -117,11 +123,27 @@ class _Functions(str):
         return item in self._members
 
 
+@contextlib.contextmanager
+def _switched_on() -> Generator[None]:
+    """Trace although the user has switched compilers off, or has dispatch modes: nothing is compiled here.
+
+    `TORCH_COMPILE_DISABLE` and `torch.compiler.set_stance` are about the user's own calls; a forward that ran plainly
+    for their sake would ignore its budget without a word.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_set_aside())
+        stack.enter_context(_settings())
+        if eval_frame._stance.stance != "default":
+            stack.enter_context(torch.compiler.set_stance("default"))
+        yield
+
+
 def _settings() -> Any:
     # A log line is no reason to break a graph: HF models log in their forwards.
     names = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
     found = frozenset(f for n in names if (f := getattr(logging.Logger, n, None)) is not None)
     return torch._dynamo.config.patch(
+        disable=False,
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
         # Off by default because compilers have no kernels for them; blocks run torch's own.

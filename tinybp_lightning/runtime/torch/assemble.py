@@ -39,12 +39,16 @@ class BlockSizes:
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """One option of a unique block, measured: bytes, and seconds of forward, early-stopped replay and backward."""
+    """One option of a unique block: bytes, and seconds of forward, early-stopped replay and backward.
+
+    `is_estimated`: it is not compiled yet, so its peaks and seconds were not measured.
+    """
 
     sizes: BlockSizes
     forward_s: float
     replay_s: float
     backward_s: float
+    is_estimated: bool = False
 
 
 def chain_of(
@@ -110,6 +114,7 @@ def _saved_set(
         replay_peak_bytes=sizes.replay_peak_bytes,
         backward_s=costs.backward_s,
         backward_peak_bytes=sizes.backward_peak_bytes,
+        is_estimated=costs.is_estimated,
     )
 
 

@@ -19,7 +19,7 @@ __all__ = ["Clock", "Spent"]
 
 _HOLD_CYCLES = 20_000_000
 """About 10 ms at 2 GHz: longer than the host takes to hand out a block."""
-_CUDA_REPEATS = 3
+_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Clock:
         return Spent(seconds, seconds)
 
     def time_repeatable(self, call: Callable[[], Any]) -> Spent:
-        """Run `call` as often as it takes to tell, and return the least that it took."""
+        """Run `call` as often as it takes to tell on a machine that others use too; return the least that it took."""
         spent = self.time(call)
-        for _ in range(_CUDA_REPEATS - 1 if self._device.type == "cuda" else 0):
+        for _ in range(_REPEATS - 1):
             spent = spent.at_most(self.time(call))
         return spent
 

@@ -3,13 +3,14 @@
 Equal pieces (same structure, same constants, same inputs wanting gradients) share compiled functions: parameters are
 arguments. Option 0 saves what torch's own partitioner chose. A piece that stands in the program several times gets
 further options, which save less and repeat ops inside their backward (`partition`): compiling one more function for it
-pays many times in every step.
+pays many times in every step. It is compiled when a plan takes it (`compile_options`); until then there is a forecast
+of what it saves and repeats.
 
 Private API: `torch._inductor.compile_fx.compile_fx` on a torch-level graph (torch 2.11 to 2.14).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch._inductor.compile_fx import compile_fx
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program
 from tinybp_lightning.runtime.torch.ambient import random_state_now, set_random_state
+from tinybp_lightning.runtime.torch.forecast import Forecast, forecast_options
 from tinybp_lightning.runtime.torch.partition import ClosurePartitioner
 from tinybp_lightning.runtime.torch.steps import Externals
 
-__all__ = ["compile_program"]
+__all__ = ["compile_options", "compile_program", "forecast_of", "is_compiled", "options_to_compile"]
 
 _SHARES = (0.6, 0.3, 0.1)
 """How much of what autograd wants the further options save. In a transformer layer the first repeats pointwise ops, the
@@ -32,6 +34,43 @@ _OPTION_DEVICES = frozenset({"cpu", "cuda"})
 # Where the tags were seen to be followed, with bits, budget and time. Elsewhere a block's replay is what saves memory.
 
 _Call = Callable[[list[Any]], Sequence[Any]]
+
+
+class _FurtherOption:
+    """An option of all equal pieces, callable once it is compiled; before and after there is a forecast."""
+
+    def __init__(self, piece: Piece, share: float, forecast: Forecast) -> None:
+        self._piece = piece
+        self._share = share
+        self._call: _Call | None = None
+        self.forecast = forecast
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._call is not None
+
+    def compile(self, arguments: Sequence[Any]) -> None:
+        """Compile it for arguments like these."""
+        self._call = _compile(self._piece, arguments, self._share)
+
+    def __call__(self, arguments: list[Any]) -> Sequence[Any]:
+        assert self._call is not None, "options are compiled before a step goes by them"
+        return self._call(arguments)
+
+
+def forecast_of(call: _Call) -> Forecast | None:
+    """Return the forecast of one of a piece's `calls`, if there is one: not for option 0."""
+    return call.forecast if isinstance(call, _FurtherOption) else None
+
+
+def is_compiled(call: _Call) -> bool:
+    """Return whether one of a piece's `calls` can be called: a further option once it is compiled."""
+    return call.is_compiled if isinstance(call, _FurtherOption) else True
+
+
+def options_to_compile(program: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+    """Return those of `options`, pairs of a piece's position and an option's number, that are not compiled."""
+    return frozenset((i, o) for i, o in options if not is_compiled(program.pieces[i].calls[o]))
 
 
 def compile_program(
@@ -46,37 +85,88 @@ def compile_program(
 
     **Arguments:** `on_piece(done, total)`: called after each piece, for progress.
     """
+    num_equal = Counter(piece.span.signature for piece in program.pieces)
+    compiled: dict[tuple[Any, ...], tuple[_Call, ...]] = {}
+    pieces: list[Piece] = []
+
+    def visit(piece: Piece, arguments: Sequence[Any]) -> _Call:
+        key = _key(piece, arguments)
+        if key not in compiled:
+            has_options = num_equal[piece.span.signature] > 1 and _has_options(arguments)
+            further = _further_options(piece, arguments) if has_options else ()
+            compiled[key] = (_compile(piece, arguments, None), *further)
+        pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
+        on_piece(len(pieces), len(program.pieces))
+        return compiled[key][0]
+
+    _walk(program.pieces, externals.values, devices, visit)
+    return replace(program, pieces=tuple(pieces))
+
+
+def compile_options(
+    program: Program,
+    externals: Externals,
+    devices: Sequence[torch.device],
+    wanted: Collection[tuple[int, int]],
+    on_piece: Callable[[int, int], None],
+) -> None:
+    """Compile the options of `wanted` (see `options_to_compile`), for all equal pieces.
+
+    **Arguments:** `program`, which `compile_program` returned; all else as for that.
+    """
+    pieces = program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
+    done = 0
+
+    def visit(piece: Piece, arguments: Sequence[Any]) -> _Call:
+        nonlocal done
+        for i, option in sorted(wanted):
+            call = piece.calls[option] if i == done else None
+            if isinstance(call, _FurtherOption) and not call.is_compiled:
+                call.compile(arguments)
+        done += 1
+        on_piece(done, len(pieces))
+        return piece.calls[0]
+
+    _walk(pieces, externals.values, devices, visit)
+
+
+def _walk(
+    pieces: Sequence[Piece],
+    values: Sequence[Any],
+    devices: Sequence[torch.device],
+    visit: Callable[[Piece, Sequence[Any]], _Call],
+) -> None:
+    """Run `pieces`, each by what `visit` returns for it and its arguments. Generators are put back."""
     random = random_state_now(devices)
     try:
-        return _compile_pieces(program, externals.values, on_piece)
+        _run(pieces, values, visit)
     finally:
         set_random_state(random)
 
 
-def _compile_pieces(program: Program, values: Sequence[Any], on_piece: Callable[[int, int], None]) -> Program:
-    num_equal = Counter(piece.span.signature for piece in program.pieces)
-    compiled: dict[tuple[Any, ...], tuple[_Call, ...]] = {}
-    pieces: list[Piece] = []
+def _run(pieces: Sequence[Piece], values: Sequence[Any], visit: Callable[[Piece, Sequence[Any]], _Call]) -> None:
     state: list[Any] = []
-    for done, piece in enumerate(program.pieces):
+    for piece in pieces:
         arguments = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
-        key = _key(piece, arguments)
-        if key not in compiled:
-            has_options = num_equal[piece.span.signature] > 1 and _has_options(arguments)
-            shares = (None, *_SHARES) if has_options else (None,)
-            compiled[key] = tuple(_compile(piece, arguments, share) for share in shares)
-        calls = compiled[key]
+        call = visit(piece, arguments)
         with torch.enable_grad():
-            made = calls[0](list(arguments))
+            made = call(list(arguments))
         following = [made[s.index] if s.origin == MADE else state[s.index] for s in piece.state]
         wants = [isinstance(t, torch.Tensor) and t.requires_grad for t in following]
         state = [
             t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t
             for t, w in zip(following, wants, strict=True)
         ]
-        pieces.append(replace(piece, calls=calls, is_compiled=True))
-        on_piece(done + 1, len(program.pieces))
-    return replace(program, pieces=tuple(pieces))
+
+
+def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[_Call, ...]:
+    """Return the options beside option 0: compiled at once only where they cannot be forecast."""
+    forecasts = forecast_options(
+        _unboxed(piece.module), arguments, shares=_SHARES, parameters=_parameters(piece, arguments)
+    )
+    if forecasts is None:
+        return tuple(_compile(piece, arguments, share) for share in _SHARES)
+    return tuple(_FurtherOption(piece, share, f) for share, f in zip(_SHARES, forecasts, strict=True))
 
 
 def _has_options(arguments: Sequence[Any]) -> bool:
@@ -86,13 +176,16 @@ def _has_options(arguments: Sequence[Any]) -> bool:
 def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> _Call:
     if share is None:
         return _boxed(_compiled(piece.module, arguments))
-    parameters = frozenset(
+    with inductor_config.patch(custom_partitioner_fn=ClosurePartitioner(share, _parameters(piece, arguments))):
+        return _boxed(_compiled(piece.module, arguments))
+
+
+def _parameters(piece: Piece, arguments: Sequence[Any]) -> frozenset[int]:
+    return frozenset(
         position
         for position, (source, value) in enumerate(zip(piece.reads, arguments, strict=True))
         if source.origin == EXTERNAL and isinstance(value, torch.Tensor) and value.requires_grad
     )
-    with inductor_config.patch(custom_partitioner_fn=ClosurePartitioner(share, parameters)):
-        return _boxed(_compiled(piece.module, arguments))
 
 
 def _compiled(module: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
@@ -101,18 +194,28 @@ def _compiled(module: fx.GraphModule, arguments: Sequence[Any]) -> Callable[...,
 
 
 def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    # The signature leaves constants (an epsilon, a dropout rate) out; the code names them.
+    # The signature leaves constants (an epsilon, a dropout rate) out; the code has them.
     forms = tuple(
         (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else repr(t)
         for t in arguments
     )
-    return (piece.span.signature, piece.module.code, forms)
+    module = _unboxed(piece.module)
+    targets = tuple(n.target for n in module.graph.nodes)  # code names functions: two may have one name
+    return (piece.span.signature, module.code, targets, forms)
 
 
 def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with ordinary arguments, which is what the compiler expects."""
+    """The same graph with ordinary arguments, as the compiler expects, and values named by position.
+
+    The tracer numbers names through the whole forward: with those, the code of equal pieces would differ.
+    """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    copied: dict[fx.Node, fx.Node] = {}
+    for position, node in enumerate(module.graph.nodes):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+        name = node.name if node.op == "placeholder" else f"v{position}"
+        copied[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
+        copied[node].meta = dict(node.meta)
     return fx.GraphModule(module, graph)
 
 

@@ -3,11 +3,12 @@
 The forward is walked block by block with only the current boundary alive, so measuring needs no more memory than the
 widest single block. A block is run as the engine will run it: forward alone, forward that saves, replay with early
 stop, backward; the allocator's events give the exact peaks. Parameters are passed as aliases, buffers as copies and
-the generators are put back, so nothing of the user's is touched. Costs are kept per structural signature.
+the generators are put back, so nothing of the user's is touched. Costs are kept per structural signature. An option
+that is not compiled yet cannot be run: it is estimated from its forecast and the measured option 0.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,12 +21,29 @@ from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
 from tinybp_lightning.runtime.torch.assemble import BlockCosts, BlockSizes, chain_of
 from tinybp_lightning.runtime.torch.clock import Clock, Spent
+from tinybp_lightning.runtime.torch.compiled import forecast_of, is_compiled
+from tinybp_lightning.runtime.torch.forecast import Forecast
 from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
 
-__all__ = ["measure_chain", "measuring_values"]
+__all__ = ["Measurements", "measure_chain", "measuring_values"]
 
 _NOTHING = Spent(0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One option of a unique block: its bytes, and the seconds of running it each way, of device and host."""
+
+    sizes: BlockSizes
+    forward: Spent
+    replay: Spent
+    backward: Spent
+    is_estimated: bool = False
+
+
+Measurements = dict[tuple[Any, ...], dict[int, _Measured]]
+"""The options measured so far of each unique block, by number."""
 
 
 def measure_chain(
@@ -37,15 +55,17 @@ def measure_chain(
     autocast: Sequence[Autocast],
     counts_gradients: bool,
     on_block: Callable[[int, int], None],
+    known: Measurements,
 ) -> Chain:
     """Return the `Chain` of a program, measured with the given external values.
 
     **Arguments:** `values`: one per graph input; `counts_gradients`: whether parameters' gradients are part of the
-    budget; `on_block(done, total)`: called after each block, for progress.
+    budget; `on_block(done, total)`: called after each block, for progress; `known`: what earlier calls measured of the
+    program in the same situation, to which is added what is measured now.
     """
     random = random_state_now(devices)
     try:
-        costs, wants = _walk(program, measuring_values(program, values), device, autocast, on_block)
+        costs, wants = _walk(program, measuring_values(program, values), device, autocast, on_block, known)
     finally:
         set_random_state(random)
     chain = chain_of(program, costs, wants, counts_gradients=counts_gradients)
@@ -72,8 +92,8 @@ def _walk(
     device: torch.device,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
+    known: Measurements,
 ) -> tuple[list[tuple[BlockCosts, ...]], list[list[bool]]]:
-    known: dict[tuple[Any, ...], tuple[_Measured, ...]] = {}
     seeds = _seeds(program)
     measured: list[tuple[_Measured, ...]] = []
     leaves: list[Any] = []
@@ -85,9 +105,11 @@ def _walk(
                 _Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
                 for option in range(len(piece.calls))
             ]
-            if key not in known:
-                known[key] = tuple(probe.measure() for probe in probes)
-            measured.append(known[key])
+            options = known.setdefault(key, {})
+            for option, (probe, call) in enumerate(zip(probes, piece.calls, strict=True)):
+                if option not in options and is_compiled(call):
+                    options[option] = probe.measure()
+            measured.append(_with_estimates(piece, options))
             out = probes[0].run_dropping()
         wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
         leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
@@ -108,14 +130,51 @@ def _seeds(program: Program) -> list[tuple[int, ...]]:
     return seeds[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """One option of a unique block: its bytes, and the seconds of running it each way, of device and host."""
+def _with_estimates(piece: Piece, measured: Mapping[int, _Measured]) -> tuple[_Measured, ...]:
+    """Return each option of a block: measured, or estimated and as wrong as the measured one estimated best was."""
+    estimates = {
+        o: _estimated(measured[0], forecast, piece)
+        for o, call in enumerate(piece.calls)
+        if (forecast := forecast_of(call)) is not None
+    }
+    pairs = [(measured[o], estimate) for o, estimate in estimates.items() if o in measured]
+    more_bytes = min((m.sizes.backward_peak_bytes - e.sizes.backward_peak_bytes for m, e in pairs), default=0)
+    more_device_s = min((m.backward.device_s - e.backward.device_s for m, e in pairs), default=0.0)
+    more_host_s = min((m.backward.host_s - e.backward.host_s for m, e in pairs), default=0.0)
+    forward, backward = measured[0].forward, measured[0].backward
+    # It repeats the whole forward at most.
+    slowest = Spent(backward.device_s + forward.device_s, backward.host_s + forward.host_s)
 
-    sizes: BlockSizes
-    forward: Spent
-    replay: Spent
-    backward: Spent
+    def corrected(e: _Measured) -> _Measured:
+        peak_bytes = max(0, e.sizes.backward_peak_bytes + more_bytes)
+        spent = Spent(max(0.0, e.backward.device_s + more_device_s), max(0.0, e.backward.host_s + more_host_s))
+        sizes = replace(e.sizes, backward_peak_bytes=peak_bytes)
+        return replace(e, sizes=sizes, backward=spent.at_most(slowest))
+
+    return tuple(measured[o] if o in measured else corrected(estimates[o]) for o in range(len(piece.calls)))
+
+
+def _estimated(first: _Measured, forecast: Forecast, piece: Piece) -> _Measured:
+    """Estimate an option against the measured option 0.
+
+    What option 0 saves beyond it, backward makes again and has alive at once: an option of two halves may need less,
+    and so all are measured before a budget is called too small.
+    """
+    remade_bytes = max(0, first.sizes.saved_bytes - forecast.saved_bytes)
+    share = forecast.repeated_share
+    sizes = replace(
+        first.sizes,
+        saved_bytes=forecast.saved_bytes,
+        saved_reads=tuple(k for k in forecast.saved_arguments if piece.reads[k].origin == STATE),
+        saved_made=forecast.saved_results,
+        save_peak_bytes=max(first.sizes.save_peak_bytes, forecast.saved_bytes),
+        replay_peak_bytes=max(first.sizes.replay_peak_bytes, forecast.saved_bytes),
+        backward_peak_bytes=first.sizes.backward_peak_bytes + remade_bytes,
+    )
+    backward = Spent(
+        first.backward.device_s + share * first.forward.device_s, first.backward.host_s + share * first.forward.host_s
+    )
+    return replace(first, sizes=sizes, backward=backward, is_estimated=True)
 
 
 def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, ...]]:
@@ -132,6 +191,7 @@ def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, 
             forward_s=seconds(m.forward),
             replay_s=min(seconds(m.replay), seconds(m.forward)),
             backward_s=seconds(m.backward),
+            is_estimated=m.is_estimated,
         )
 
     return [tuple(costs(m) for m in options) for options in measured]
@@ -186,7 +246,8 @@ class _Probe:
         """Measure the block. See the module docstring for how."""
         saved, reads, made = self._saved_set()
         clock = Clock(self._device)
-        warm = self._save_and_backward(lambda _: None, clock).backward  # kernels are picked, backward compiled
+        self._save_and_backward(lambda _: None, clock)  # kernels are picked, backward compiled
+        warm = self._save_and_backward(lambda _: None, clock).backward
         trace = open_trace(self._device)
         try:
             trace.mark("forward")
@@ -260,6 +321,9 @@ class _Probe:
             return _NOTHING
 
         def replay() -> None:
+            for slot in slots:
+                if isinstance(slot, Slot):
+                    slot.value = None  # a replay starts with empty slots, and what the last one filled would be counted
             with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
                 try:
                     self._step().first(self._state())

@@ -158,6 +158,8 @@ class Target:
             self.module_steps.remove()
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
+        if not any(n.op in ("call_function", "call_method", "call_module") for n in module.graph.nodes):
+            return module.forward  # it returns what it was given: there is nothing to keep, nor to repeat
         self._num_traces[_inputs_of(module)] += 1
         number = self._num_graphs
         self._num_graphs += 1

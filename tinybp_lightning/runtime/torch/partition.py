@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from tinybp_lightning.schedule import closure
 from tinybp_lightning.schedule.closure import BlockOps, SavedOps, saved_ops_frontier
 
-__all__ = ["ClosurePartitioner"]
+__all__ = ["ClosurePartitioner", "repeated_share", "value_bytes"]
 
 # Seconds are needed to rank ops against each other, nothing else: a variant is measured once it is compiled. So what
 # matters is how many operations a device does in the time in which it moves a byte.
@@ -96,7 +96,7 @@ def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int)
         # What a random op made must be saved, also where only backward reads it (the normalisers of attention).
         can_save.append(is_tensor and not is_view and n not in fixed and (in_forward or n in random))
         # What the block returns is there anyway, and what only backward computes costs it nothing more.
-        sizes.append(_bytes(value) if can_save[-1] and n not in results else 0)
+        sizes.append(value_bytes(value) if can_save[-1] and n not in results else 0)
         seconds.append(0.0 if is_view or _is_item(n) or not in_forward else _seconds(n))
     ops = BlockOps(
         inputs=tuple(tuple(index[i] for i in n.all_input_nodes if i in index) for n in nodes),
@@ -117,7 +117,19 @@ def _is_random(n: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
 
 
-def _bytes(value: Any) -> int:
+def repeated_share(forward: fx.GraphModule, backward: fx.GraphModule) -> float:
+    """Return the share of a divided block's forward that its backward repeats, in estimated seconds."""
+    seconds = {n.name: _seconds(n) for n in forward.graph.nodes if _takes_time(n)}
+    repeated_s = sum(seconds.get(n.name, 0.0) for n in backward.graph.nodes)
+    return repeated_s / max(sum(seconds.values()), 1e-30)
+
+
+def _takes_time(n: fx.Node) -> bool:
+    return n.op == "call_function" and not aot.get_default_op_list().is_view(n) and not _is_item(n)
+
+
+def value_bytes(value: Any) -> int:
+    """Return the bytes of the tensors in `value`."""
     return sum(int(t.numel()) * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
@@ -133,5 +145,5 @@ def _seconds(n: fx.Node) -> float:
     device_type = tensors[0].device.type if tensors else "cpu"
     count = flop_registry.get(getattr(n.target, "overloadpacket", n.target))
     flops = int(count(*args, **kwargs, out_val=value)) if count is not None else 0
-    moved_bytes = _bytes(value) + _bytes(args)
+    moved_bytes = value_bytes(value) + value_bytes(args)
     return max(flops / _FLOPS_PER_BYTE.get(device_type, 100.0), moved_bytes) / _BYTES_PER_S

@@ -6,6 +6,10 @@ Note [Calibration]
     budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
     repaired until a traced step is at or under the budget. After that nothing is traced.
 
+    A plan may be made with estimates of options that are not compiled. Before it is flown these are compiled and
+    measured (`unmeasured`, `learn_options`), and the plan is made again, until it goes by measured options alone. Each
+    turn measures one more at least, so there are as many as there are options at most.
+
     A plan that is known beforehand (from disk, or from a larger shape) has been through this: it is flown at once. Its
     first step is traced all the same, and where that exceeds the budget, the plan is repaired like any other.
 """
@@ -22,6 +26,13 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.engine import RunStats
 from tinybp_lightning.runtime.torch.memory import Room
+from tinybp_lightning.runtime.torch.options import (
+    estimated_options,
+    measured_part,
+    options_to_measure,
+    prefer_measured,
+    with_measured,
+)
 from tinybp_lightning.runtime.torch.script import Script, split_schedule
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
@@ -109,6 +120,7 @@ class Pilot:
         self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
+        self._wants_all_options = False
         self._on_learned = on_learned
         self._known = known
         if known is not None:
@@ -116,10 +128,7 @@ class Pilot:
             self._chain = known.chain
             self._flight = self._known_flight(known, known_from)
             return
-        planner = Planner(chain)
-        margin_bytes = int(_MARGIN * planner.smallest_bytes)
-        self._chain = replace(chain, workspace_bytes=self._base_bytes + margin_bytes)
-        self._flight = self._smallest(planner.smallest_bytes + margin_bytes, planner.smallest_plan().schedule)
+        self._flight = self._smallest()
 
     @property
     def script(self) -> Script:
@@ -141,11 +150,39 @@ class Pilot:
         """The peak of the smallest plan, as far as is known now."""
         return self._planner().smallest_bytes
 
-    def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
-        """Start to follow a step."""
+    @property
+    def unmeasured(self) -> frozenset[tuple[int, int]]:
+        """Options (block and number) to be measured before the next step, by what its plan takes and was estimated.
+
+        All that are estimated, where no plan is known to fit; none for the first step, which measured options serve.
+        """
+        if self._wants_all_options:
+            return estimated_options(self._chain)
+        if self._phase is _Phase.CALIBRATE:
+            return frozenset()
+        return options_to_measure(self._chain, self._flight.report.schedule)
+
+    def learn_options(self, measured: Chain) -> None:
+        """Plan again with what was measured since: `measured` is the same chain, with fewer options estimated.
+
+        **Raises:** `BudgetTooSmallError` where no plan fits, all options measured.
+        """
+        self._wants_all_options = False
+        self._chain = with_measured(self._chain, measured)
+        if self._phase is _Phase.CALIBRATE:
+            self._flight = self._smallest()
+        else:
+            self._fly(self._for_budget(self._flight.report.reason))
+
+    def refresh(self) -> None:
+        """Plan again if the optimizer's state has been seen since."""
         if self._phase is not _Phase.CALIBRATE and self._room.optimizer_bytes != self._optimizer_bytes:
             self._good, self._traces, self._phase = None, 0, _Phase.SETTLE
             self._fly(self._for_budget("optimizer state"))
+
+    def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
+        """Start to follow a step."""
+        self.refresh()
         wants = self._phase is not _Phase.STEADY
         return StepWatch(self._device, parameters, self._budget, wants_trace=wants)
 
@@ -281,14 +318,26 @@ class Pilot:
         for observer in self._observers:
             observer.on_plan(flight.report)
 
-    def _smallest(self, smallest_bytes: int, schedule: Schedule) -> _Flight:
-        """The smallest plan, the margin included: a constant added to every moment leaves it the smallest."""
+    def _smallest(self) -> _Flight:
+        """The smallest plan, the margin included: a constant added to every moment leaves it the smallest.
+
+        Of those that take measured options alone: it is flown once, and is small enough where it fits.
+        """
+        part = measured_part(replace(self._chain, workspace_bytes=self._base_bytes))
+        planner = Planner(part.chain)
+        margin_bytes = int(_MARGIN * planner.smallest_bytes)
+        smallest_bytes = planner.smallest_bytes + margin_bytes
+        schedule = part.renumbered(planner.smallest_plan().schedule)
+        self._chain = replace(self._chain, workspace_bytes=self._base_bytes + margin_bytes)
         plain_peak_bytes = self._plain_peak()
         budget_bytes = self._room(plain_peak_bytes)
         if smallest_bytes > budget_bytes:
             if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
                 return self._flight_of(keep_all(self._chain), budget_bytes, "calibration")
-            self._plan(budget_bytes)
+            if estimated_options(self._chain):
+                self._wants_all_options = True
+            else:
+                self._plan(budget_bytes)
         return self._flight_of(schedule, budget_bytes, "calibration")
 
     def _known_flight(self, known: KnownPlan, reason: str) -> _Flight:
@@ -326,8 +375,11 @@ class Pilot:
 
     def _plan(self, budget_bytes: int) -> Plan:
         try:
-            return self._planner().plan(budget_bytes=budget_bytes)
+            return prefer_measured(self._planner().plan(budget_bytes=budget_bytes), self._chain)
         except BudgetTooSmallError as error:
+            if estimated_options(self._chain):
+                self._wants_all_options = True  # one may need less than estimated: it is not flown before that is known
+                return self._planner().smallest_plan()
             raise self._in_users_words(error, budget_bytes) from error
 
     def _in_users_words(self, error: BudgetTooSmallError, budget_bytes: int) -> BudgetTooSmallError:

@@ -16,23 +16,25 @@ import torch
 from torch import fx
 
 from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
+from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
+from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
-from tinybp_lightning.runtime.torch.compiled import compile_program
-from tinybp_lightning.runtime.torch.costs import measure_chain, measuring_values
+from tinybp_lightning.runtime.torch.compiled import compile_options, compile_program, options_to_compile
+from tinybp_lightning.runtime.torch.costs import Measurements, measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.engine import Run
 from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
 from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_script
 from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
 from tinybp_lightning.runtime.torch.plan_key import ProgramKey, plan_key, program_key
-from tinybp_lightning.runtime.torch.progress import planning_progress
+from tinybp_lightning.runtime.torch.progress import PlanningProgress, planning_progress
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
 from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
 from tinybp_lightning.schedule.known import plain_peak_bytes
@@ -71,7 +73,8 @@ class GraphProgram:
         self._program: Program | None = None
         self._pinned: frozenset[int] = frozenset()
         self._executor = Executor(config.executor)
-        self._compiled: dict[_Situation, Program] = {}
+        self._compiled: dict[tuple[Autocast, ...], Program] = {}  # gradients that are there change no kernel
+        self._measured: dict[_Situation, Measurements] = {}
         self._pilots: dict[_Situation, Pilot] = {}
         self._keys: dict[_Situation, ProgramKey] = {}
         self._watch: StepWatch | None = None
@@ -103,10 +106,15 @@ class GraphProgram:
             with tracing_turn():
                 pilot = self._new_pilot(values, device, devices, situation)
             if pilot is None:
-                return self._run_unplanned(values)
+                with modes_back():
+                    return self._run_unplanned(values)
             self._pilots[situation] = pilot
         self.pilot = self._pilots[situation]
-        return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
+        is_ready = self._prepare_options(self.pilot, values, device, devices, situation)
+        with modes_back():
+            if not is_ready:
+                return self._run_unplanned(values)
+            return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: a profiler of the user's runs, and blocks can only be measured by one of our own."""
@@ -166,7 +174,7 @@ class GraphProgram:
 
     def _pieces(self, situation: _Situation) -> Program:
         assert self._program is not None, "a situation is met only once the program is cut"
-        return self._compiled.get(situation, self._program)
+        return self._compiled.get(situation.autocast, self._program)
 
     def _values(self, args: Sequence[Any]) -> list[Any]:
         """Dynamo's arguments and the graph's constants, in the order of `Graph.inputs`."""
@@ -184,10 +192,11 @@ class GraphProgram:
                 self._program = self._cut(values)
                 spans = [(piece.span.start, piece.span.stop) for piece in self._program.pieces]
                 self._pinned = blocks_of_modules(self._program.graph, spans, self._kept)
-            if self._executor is Executor.INDUCTOR and situation not in self._compiled:
+            if self._executor is Executor.INDUCTOR and situation.autocast not in self._compiled:
                 progress.stage("compiling", total=len(self._program.pieces))
                 externals = measuring_values(self._program, values)
-                self._compiled[situation] = compile_program(self._program, externals, devices, progress.advance)
+                compiled = compile_program(self._program, externals, devices, progress.advance)
+                self._compiled[situation.autocast] = compiled
                 self._book.num_compiled += 1
             pieces = self._pieces(situation)
             page = None if self._pinned else self._page(pieces, device, situation)
@@ -200,23 +209,64 @@ class GraphProgram:
                 return known
             if not can_trace(device):
                 return None
-            progress.stage("measuring", total=len(pieces.pieces))
-            chain = measure_chain(
-                pieces,
-                values,
-                device=device,
-                devices=devices,
-                autocast=situation.autocast,
-                counts_gradients=budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
-                on_block=progress.advance,
-            )
-            chain = pin_chain(chain, self._pinned)
+            chain = self._measure(values, device, devices, situation, progress)
             progress.stage("planning")
             self._book.planned(Origin.MEASURED)
             if page is None:
                 return make(chain)
             mine = replace(page, origin=Origin.MEASURED, known=None, is_kept=False)
             return make(chain, on_learned=partial(self._book.note, mine))
+
+    def _measure(
+        self,
+        values: Sequence[Any],
+        device: torch.device,
+        devices: Sequence[torch.device],
+        situation: _Situation,
+        progress: PlanningProgress,
+    ) -> Chain:
+        """Return the chain as its planner sees it: what is compiled is measured, once, and the rest estimated."""
+        pieces = self._pieces(situation)
+        progress.stage("measuring", total=len(pieces.pieces))
+        chain = measure_chain(
+            pieces,
+            values,
+            device=device,
+            devices=devices,
+            autocast=situation.autocast,
+            counts_gradients=self._config.budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
+            on_block=progress.advance,
+            known=self._measured.setdefault(situation, {}),
+        )
+        return pin_chain(chain, self._pinned)
+
+    def _prepare_options(
+        self,
+        pilot: Pilot,
+        values: Sequence[Any],
+        device: torch.device,
+        devices: Sequence[torch.device],
+        situation: _Situation,
+    ) -> bool:
+        """Compile the options that the next step goes by, and measure those that were estimated; see `pilot`.
+
+        **Returns:** whether the step can be flown: not where something must be measured, and cannot be now.
+        """
+        program = self._pieces(situation)
+        pilot.refresh()
+        while True:
+            unmeasured = pilot.unmeasured
+            wanted = unmeasured or options_to_compile(program, list(enumerate(pilot.script.options)))
+            if not wanted:
+                return True
+            stop_tracing()
+            with tracing_turn(), planning_progress(self._target) as progress:
+                if unmeasured and not can_trace(device):
+                    return False
+                progress.stage("compiling", total=len(program.pieces))
+                compile_options(program, measuring_values(program, values), devices, wanted, progress.advance)
+                if unmeasured:
+                    pilot.learn_options(self._measure(values, device, devices, situation, progress))
 
     def _page(self, pieces: Program, device: torch.device, situation: _Situation) -> Page:
         """What is known of the program. Not to be asked with pinned blocks: such a chain is not the program's own."""
