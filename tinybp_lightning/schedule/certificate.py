@@ -39,8 +39,10 @@ _TIGHT_BUDGET = 1.5
 """Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
 them only if that one is not `_NEAR`.
 """
+_SLIM_BLOCKS = 72
+"""Beyond this many blocks the capped bound looks at a slim chain first: it can afford more held sets."""
 _CAPPED_BLOCKS = 150
-"""Beyond this many blocks the capped bound looks at a slim chain."""
+"""And beyond this many at the whole chain only if the slim one is too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,18 @@ def certify(
 
 
 def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
-    """Return the bound of `capped`, for a long chain of its slim one if possible; 0 where it would take too long."""
-    if relaxed.num_blocks > _CAPPED_BLOCKS:
-        slimmed = relax(slim(relaxed.chain), budget_bytes=budget_bytes)
-        resolution = affordable(slimmed)
+    """Return the bound of `capped`, or 0 where it would take too long; the better one where two chains can be asked."""
+    chains = [relaxed]
+    if relaxed.num_blocks > _SLIM_BLOCKS:
+        chains.insert(0, relax(slim(relaxed.chain), budget_bytes=budget_bytes))
+    capped_s = 0.0
+    for asked in chains:
+        resolution = affordable(asked)
         if resolution:
-            return capped_bound_s(slimmed, resolution, limit_s=limit_s)
-    resolution = affordable(relaxed)
-    return capped_bound_s(relaxed, resolution, limit_s=limit_s) if resolution else 0.0
+            capped_s = max(capped_s, capped_bound_s(asked, resolution, limit_s=limit_s))
+            if relaxed.num_blocks > _CAPPED_BLOCKS or capped_s >= limit_s * (1 - _TIGHT):
+                break
+    return capped_s
 
 
 def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
