@@ -4,16 +4,18 @@ Prices (`bound`) let a schedule be a mixture: three quarters of it store a bound
 a few boundaries fit, that is far from what can be done. This program instead gives every segment the bytes left, and
 what is held from below (`held`), and counts each storage exactly once. Bytes left are rounded up to slots and what is
 held down, and times down to whole ticks, so the result stays a lower bound. It takes `n^4 / 24` times the number of
-slots and of held sets in steps.
+slots and of held sets in steps; on a chain of equal layers, which share their costs (`layers`), about `n^3 / 6` times
+the blocks of a layer.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinybp_lightning.schedule.held import HeldSets, KeptEnds
+from tinybp_lightning.schedule.held import HeldSets
+from tinybp_lightning.schedule.held_layers import alike, held_layers
+from tinybp_lightning.schedule.layers import Layers
 from tinybp_lightning.schedule.relaxed import RelaxedChain
 
 __all__ = ["Resolution", "affordable", "capped_bound_s"]
@@ -27,13 +29,14 @@ _SAFE = 1e-9
 """Slots and ticks that a quotient may be off by rounding: always in favour of a lower bound."""
 _BUFFER = 2**16
 """Costs that are offered at once: what stays near the processor."""
-_COUNTS = 3
-"""How many ways to count less than a whole boundary are told apart, for one boundary and fork."""
 _UNITS_TRIED = 400
 _WORK = 2.5e9
 """About how many elementary steps a bound may take: two or three seconds."""
+_MOST_WORK = 7e9
+"""And one with the fewest slots: hardly more, since where few fit most costs are infinite."""
+_MAX_BLOCKS = 420
 _SETS = (128, 64, 32, 16, 8, 4, 2)
-_MIN_SLOTS, _ENOUGH_SLOTS, _MAX_SLOTS = 24, 100, 600
+_MIN_SLOTS, _ENOUGH_SLOTS, _MAX_SLOTS = 32, 100, 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,98 +54,117 @@ def affordable(relaxed: RelaxedChain) -> Resolution | None:
 
     Held sets are worth more than slots, beyond a number of slots that tells the budget from the next.
     """
-    if relaxed.num_blocks**4 / 24 * _MIN_SLOTS > _WORK:
+    if relaxed.num_blocks > _MAX_BLOCKS:
         return None
-    coarsest, most = None, max(_SETS) + 1
+    best, most = None, max(_SETS) + 1
     for max_sets in _SETS:
         if max_sets >= most:
             continue  # there are no more: the sets would be the same
         held = HeldSets(relaxed.chain, max_sets=max_sets)
         most = max(held.count(i) for i in range(held.num_blocks))
-        num_slots = min(_MAX_SLOTS, int(_WORK / _num_forks(held)))
+        layers = held_layers(relaxed, held)
+        num_forks = _num_forks(held, layers)
+        num_slots = min(_MAX_SLOTS, int(_WORK / num_forks))
         if num_slots >= _ENOUGH_SLOTS:
             return Resolution(num_slots, max_sets)
-        coarsest = Resolution(num_slots, max_sets)
-    return coarsest if coarsest and coarsest.num_slots >= _MIN_SLOTS else None
+        if not best and _MOST_WORK / num_forks >= _MIN_SLOTS:
+            best = Resolution(max(num_slots, _MIN_SLOTS), max_sets)
+            if layers.end > layers.first:
+                return best
+    return best
 
 
-def _num_forks(held: HeldSets) -> float:
-    """At each boundary and for each of its held sets: every end with every fork before it, from every low."""
+def _num_forks(held: HeldSets, layers: Layers) -> float:
+    """At each boundary and for each of its held sets: every end of its own with every fork before it, from every low.
+
+    The loss is one more end.
+    """
     num_forks = 1.0
     for i in range(held.num_blocks):
         left, passing = held.num_blocks - i + 1, held.num_passing(i)
-        forks = passing * left**3 / 6 + (held.count(i) - passing) * left**2 / 2
-        num_forks += forks * (2 if held.leaves_out(i, min(i + 2, held.num_blocks)) else 1)
+        new = held.num_blocks - layers.first_new(i) + 1
+        # Of `left` ends the last `new` ones have each fork before them.
+        forks = sum((left - k) ** 2 / 2 for k in range(new))
+        found = passing * forks + (held.count(i) - passing) * sum(left - k for k in range(new))
+        num_forks += found * (2 if held.leaves_out(i, min(i + 2, held.num_blocks)) else 1)
     return num_forks
 
 
-def capped_bound_s(relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float) -> float:
+def capped_bound_s(
+    relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float, share_layers: bool = True
+) -> float:
     """Return a lower bound on the seconds of every legal schedule within the budget.
 
     **Arguments:** `limit_s`: about the time of a schedule within the budget; times are counted in whole fractions of
-    it. Bounds far above it, and that of a budget no schedule meets, are infinite.
+    it. Bounds far above it, and that of a budget no schedule meets, are infinite. `share_layers`: whether equal layers
+    are computed once; the bound is the same without, and takes longer.
     """
     held = HeldSets(relaxed.chain, max_sets=resolution.max_sets)
-    return _Capped(relaxed, held, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
+    layers = held_layers(relaxed, held) if share_layers else Layers(0, 0, 1)
+    return _Capped(relaxed, held, layers, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
 
 
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """Least ticks from boundary `i` on, by held set and slots left.
+    """Least ticks from one boundary on, for neighbouring ends, by held set and slots left.
 
-    `segment[a, s, b]`: for the ends `i + a .. i + b`; `sweep[a, s]`: for those from `i + a` to the loss; `s`: a set
-    that blocks are passed with. `kept_segment[s, b]` and `kept_sweep[s]`: of the other sets, for `a = 0`.
+    `segment[e, s, m, a]`: for the ends from the one `a` after the boundary to `e`, `s` a set that blocks are passed
+    with, `m` slots; `kept[e, s, m]`: of the other sets, for `a = 0`. Ends are numbered by their block, the loss last.
     """
 
     segment: _Ticks
-    sweep: _Ticks
-    kept_segment: _Ticks
-    kept_sweep: _Ticks
+    kept: _Ticks
 
-    def due(self, index: int) -> tuple[_Ticks, _Ticks]:
+    def due(self, index: int) -> _Ticks:
         """Return the costs of a set where the next end is the boundary's own block."""
         num_passing = self.segment.shape[1]
-        if index < num_passing:
-            return self.segment[0, index], self.sweep[0, index]
-        return self.kept_segment[index - num_passing], self.kept_sweep[index - num_passing]
+        return self.segment[:, index, :, 0] if index < num_passing else self.kept[:, index - num_passing]
 
 
 class _Capped:
-    """Arrays end in an axis of slots; the last slot has all bytes left, the first what the cheapest backward needs."""
+    """The last slot has all bytes left, the first what the cheapest backward needs.
 
-    def __init__(self, relaxed: RelaxedChain, held: HeldSets, *, num_slots: int, limit_s: float) -> None:
+    Ends in equal layers (`layers`) share their costs with those a layer further on: `_shared`, by place in the layer.
+    What a boundary has alone, ends in the last equal layer and behind it, is given from boundary to boundary.
+    """
+
+    def __init__(
+        self, relaxed: RelaxedChain, held: HeldSets, layers: Layers, *, num_slots: int, limit_s: float
+    ) -> None:
         lowest_bytes = min([held.loss_need_bytes, *held.lowest_need_bytes])
         span_bytes = relaxed.left_bytes - lowest_bytes
         self._relaxed = relaxed
         self._held = held
+        self._layers = layers
         self._tick_s = limit_s / _TICKS
         self._forward = [self._ticks(seconds) for seconds in relaxed.forward_s.tolist()]
         self._unit = _unit_bytes(held, span_bytes, num_slots)
         self._width = max(0, int(span_bytes / self._unit) + 1) + 1
+        # Neighbours in memory: slots where there are more of them than lows, else lows.
+        self._is_short = relaxed.num_blocks < 2 * self._width
         self._buffer = np.empty(_BUFFER, np.int32)
+        self._shared = dict[int, _Costs]()
 
     def bound_s(self) -> float:
         n = self._relaxed.num_blocks
-        after = self._nothing(n)
+        after = self._nothing(n, n)
         first = self._first_slot(self._held.loss_need_bytes)
-        after.sweep[..., first:], after.kept_sweep[..., first:] = 0, 0
+        after.segment[:, :, first:], after.kept[:, :, first:] = 0, 0
         for i in reversed(range(n)):
             after = self._costs(i, after)
-        ticks = int(after.sweep[0, 0, -1])
+        ticks = int(after.segment[-1, 0, -1, 0])
         return ticks * self._tick_s if ticks < _NEVER else float("inf")
 
-    def _nothing(self, i: int) -> _Costs:
-        left, passing = self._relaxed.num_blocks - i, self._held.num_passing(i)
-        kept = self._held.count(i) - passing
-        return _Costs(
-            self._never(max(1, left), passing, left),
-            self._never(left + 1, passing),
-            self._never(kept, left),
-            self._never(kept),
-        )
+    def _nothing(self, i: int, first: int) -> _Costs:
+        n, passing, count = self._relaxed.num_blocks, self._held.num_passing(i), self._held.count(i)
+        return self._never(n - first + 1, n - i + 1, passing, count - passing)
 
-    def _never(self, *shape: int) -> _Ticks:
-        return np.full((*shape, self._width), _NEVER, np.int32)
+    def _never(self, num_ends: int, num_lows: int, num_passing: int, num_kept: int) -> _Costs:
+        if self._is_short:
+            segment = np.full((num_ends, num_passing, num_lows, self._width), _NEVER, np.int32).swapaxes(2, 3)
+        else:
+            segment = np.full((num_ends, num_passing, self._width, num_lows), _NEVER, np.int32)
+        return _Costs(segment, np.full((num_ends, num_kept, self._width), _NEVER, np.int32))
 
     def _ticks(self, seconds: float) -> int:
         return min(max(0, int(seconds / self._tick_s - _SAFE)), _NEVER)
@@ -157,101 +179,127 @@ class _Capped:
         return min(self._width, int(held_bytes / self._unit))
 
     def _later(self, costs: _Ticks, shift: int, ticks: int) -> _Ticks:
-        """What follows, as seen from here: with `shift` slots held, and `ticks` to get there."""
-        return np.minimum(costs[..., : self._width - shift] + np.int32(ticks), np.int32(_NEVER))
+        """What follows, as seen from here: with `shift` slots (axis 1) held, and `ticks` to get there."""
+        return np.minimum(costs[:, : self._width - shift] + np.int32(ticks), np.int32(_NEVER))
 
-    def _costs(self, i: int, after: _Costs) -> _Costs:
-        """The costs from boundary `i`, given those from boundary `i + 1`."""
-        here, forward = self._nothing(i), self._forward[i]
-        left, num_passing = self._relaxed.num_blocks - i, self._held.num_passing(i)
+    def _costs(self, i: int, own_after: _Costs) -> _Costs:
+        """Return the costs that boundary `i` does not share, given those of boundary `i + 1`."""
+        first = self._layers.first_new(i)
+        start, after = max(first, i + 1), self._with_shared(i + 1, max(first, i + 1), own_after)
+        here, forward, num_passing = self._nothing(i, first), self._forward[i], self._held.num_passing(i)
         for index in range(num_passing):
             target, held_bytes = self._held.after_pass(i, index)
             shift = self._shift(held_bytes)
-            here.segment[1:, index, 1:, shift:] = self._later(after.segment[: left - 1, target], shift, forward)
-            here.sweep[1:, index, shift:] = self._later(after.sweep[:, target], shift, forward)
+            here.segment[start - first :, index, shift:, 1:] = self._later(after.segment[:, target], shift, forward)
         for index in range(self._held.count(i)):
-            self._offer_keeps(i, index, after, *here.due(index))
+            self._offer_keeps(i, index, after, here.due(index), first)
         target, held_bytes = self._held.after_store(i)
         shift = self._shift(held_bytes)
         tops = self._later(after.segment[:, target], shift, forward)
-        top_sweeps = self._later(after.sweep[:, target], shift, forward)
-        for fork in range(1, left + 1):
-            ends = tops[fork - 1, fork - 1 :] if fork < left else tops[0, :0]
-            lefts, kept_lefts = here.segment[:fork, :, fork - 1, shift:], here.kept_segment[:, fork - 1, shift:]
-            self._offer_fork(here.segment[:fork], here.sweep[:fork], lefts, ends, top_sweeps[fork - 1])
-            self._offer_fork(here.kept_segment, here.kept_sweep, kept_lefts, ends, top_sweeps[fork - 1])
-            if self._held.leaves_out(i, i + fork):
-                self._offer_kept_holds(i, fork, after, here)
-        return here
+        for fork in range(i + 1, self._relaxed.num_blocks + 1):
+            from_end = max(start, fork)
+            lefts, kept_lefts = self._column(i, here, first, fork)
+            rights = tops[from_end - start :, :, fork - i - 1]
+            self._offer_fork(here.segment[from_end - first :, ..., : fork - i], lefts, rights)
+            self._offer_fork(here.kept[from_end - first :], kept_lefts, rights, slot_axis=-1)
+            if self._held.leaves_out(i, fork):
+                self._offer_kept_holds(i, fork, after, here, first)
+        return self._share(i, here, first)
 
-    def _offer_keeps(self, i: int, index: int, after: _Costs, segment: _Ticks, sweep: _Ticks) -> None:
+    def _with_shared(self, i: int, first: int, own: _Costs) -> _Costs:
+        """The costs of boundary `i` for all ends from `first` on."""
+        first_own = self._layers.first_own(i)
+        if first >= first_own:
+            return _Costs(own.segment[first - first_own :], own.kept[first - first_own :])
+        shared, all_costs = self._shared[self._layers.place(i)], self._nothing(i, first)
+        num_ends, num_lows = first_own - first, first_own - i
+        all_costs.segment[:num_ends, ..., :num_lows] = shared.segment[first - i : num_lows, ..., :num_lows]
+        all_costs.kept[:num_ends] = shared.kept[first - i : num_lows]
+        all_costs.segment[num_ends:], all_costs.kept[num_ends:] = own.segment, own.kept
+        return all_costs
+
+    def _share(self, i: int, here: _Costs, first: int) -> _Costs:
+        """Lay down what others share, and return the rest."""
+        first_own, place = self._layers.first_own(i), self._layers.place(i)
+        if first >= first_own:
+            return here
+        num_ends = first_own - i
+        if place not in self._shared:
+            # The first boundary of its place in the layers has the most ends.
+            most = self._layers.end - self._layers.first - place
+            self._shared[place] = self._never(most, most, here.segment.shape[1], here.kept.shape[1])
+        shared = self._shared[place]
+        shared.segment[first - i : num_ends, ..., :num_ends] = here.segment[: first_own - first, ..., :num_ends]
+        shared.kept[first - i : num_ends] = here.kept[: first_own - first]
+        return _Costs(here.segment[first_own - first :], here.kept[first_own - first :])
+
+    def _column(self, i: int, here: _Costs, first: int, fork: int) -> tuple[_Ticks, _Ticks]:
+        """The costs of all ends below `fork`, final since forks before it have been offered."""
+        if fork - 1 >= first:
+            return here.segment[fork - 1 - first, ..., : fork - i], here.kept[fork - 1 - first]
+        shared = self._shared[self._layers.place(i)]
+        return shared.segment[fork - 1 - i, ..., : fork - i], shared.kept[fork - 1 - i]
+
+    def _offer_keeps(self, i: int, index: int, after: _Costs, due: _Ticks, first_end: int) -> None:
         """Offer to keep block `i`, to the costs of a set for `low = i`."""
         for keep in self._held.keeps(i, index, left_bytes=self._relaxed.left_bytes):
             first, shift = self._first_slot(keep.need_bytes), self._shift(keep.held_bytes)
-            alone = segment[0, first:]
-            np.minimum(alone, np.int32(self._ticks(keep.replay_s + keep.backward_s)), out=alone)
+            if first_end == i:
+                alone = due[0, first:]
+                np.minimum(alone, np.int32(self._ticks(keep.replay_s + keep.backward_s)), out=alone)
             first = max(first, shift)
             if first >= self._width:
                 continue
             kept = self._forward[i] + self._ticks(keep.backward_s)
-            rest, rest_sweep = after.due(keep.target)
-            part = self._later(rest, shift, kept)[:, first - shift :]
-            np.minimum(segment[1:, first:], part, out=segment[1:, first:])
-            part = self._later(rest_sweep, shift, kept)[first - shift :]
-            np.minimum(sweep[first:], part, out=sweep[first:])
+            part = self._later(after.due(keep.target), shift, kept)[:, first - shift :]
+            rest = due[len(due) - len(part) :, first:]
+            np.minimum(rest, part, out=rest)
 
-    def _offer_kept_holds(self, i: int, fork: int, after: _Costs, here: _Costs) -> None:
+    def _offer_kept_holds(self, i: int, fork: int, after: _Costs, here: _Costs, first: int) -> None:
         """Offer to hold boundary `i` with less than all its storages, for ends that are all kept when they are due."""
-        ways = self._held.all_kept(i, i + fork, left_bytes=self._relaxed.left_bytes)
-        num_passing = self._held.num_passing(i)
-        for counted, same in _alike(ways):
-            lefts = self._never(len(same))
-            for row, way in zip(lefts, same, strict=True):
-                row[self._first_slot(way.need_bytes) :] = self._ticks(way.seconds)
+        ways = self._held.all_kept(i, fork, left_bytes=self._relaxed.left_bytes)
+        num_passing, num_ends = self._held.num_passing(i), self._relaxed.num_blocks - max(first, fork) + 1
+        for counted, same in alike(ways):
+            lefts = np.full((self._width, len(same)), _NEVER, np.int32)
+            for column, way in enumerate(same):
+                lefts[self._first_slot(way.need_bytes) :, column] = self._ticks(way.seconds)
             lows, is_due = slice(same[0].low - i, same[-1].low - i + 1), same[0].low == i
             for index in range(self._held.count(i) if is_due else num_passing):
                 target, held_bytes = self._held.after_hold(i, index, counted)
-                shift = self._shift(held_bytes)
-                ends = self._later(after.segment[fork - 1 : fork, target, fork - 1 :], shift, self._forward[i])
-                sweep = self._later(after.sweep[fork - 1, target], shift, self._forward[i])
+                ends = after.segment[-num_ends:, target, :, fork - i - 1]
+                ends = self._later(ends, self._shift(held_bytes), self._forward[i])
                 if index < num_passing:
-                    rows = here.segment[lows, index], here.sweep[lows, index], lefts[:, shift:]
+                    self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
                 else:
-                    own = slice(index - num_passing, index - num_passing + 1)
-                    rows = here.kept_segment[own], here.kept_sweep[own], lefts[:1, shift:]
-                self._offer_fork(*rows, ends.reshape(-1, ends.shape[-1]), sweep)
+                    self._offer_fork(here.kept[-num_ends:, index - num_passing], lefts[:, 0], ends, slot_axis=-1)
 
-    def _offer_fork(self, segment: _Ticks, sweep: _Ticks, lefts: _Ticks, ends: _Ticks, end_sweep: _Ticks) -> None:
-        """Offer to serve the lower ends at `lefts`, one for each row, after what follows has served the others.
+    def _offer_fork(self, costs: _Ticks, lefts: _Ticks, ends: _Ticks, *, slot_axis: int = -2) -> None:
+        """Offer to serve the lower ends at `lefts`, one for each column, after what follows has served the others.
 
-        `ends`: its costs for the further ends, the last ones of `segment`; `end_sweep`: to the loss.
+        `ends`: its costs, for all ends of `costs`, with fewer slots by what is held. With few slots left they are
+        mostly infinite: those are passed over. `slot_axis`: of `costs` and `lefts`.
         """
-        num_ends, width = ends.shape
-        if not width:
+        possible = np.flatnonzero((ends < _NEVER).any(axis=0))
+        if not lefts.size or not len(possible):
             return
-        swept = sweep[..., -width:]
-        np.minimum(swept, lefts + end_sweep, out=swept)
-        if not num_ends or not len(lefts):
-            return
-        offered = segment[..., -num_ends:, -width:]
-        step = max(1, len(self._buffer) // offered[0].size)
-        for k in range(0, len(lefts), step):
+        width = ends.shape[1] - int(possible[0])
+        slots = (..., slice(-width, None), *(slice(None),) * (-1 - slot_axis))
+        lefts, offered = lefts[slots], costs[slots]
+        shape = [len(ends), *(1,) * lefts.ndim]
+        shape[slot_axis] = width
+        rights = ends[:, -width:].reshape(shape)
+        step = max(1, len(self._buffer) // lefts.size)
+        for k in range(0, len(rights), step):
             part = offered[k : k + step]
             if part.size > len(self._buffer):
                 self._buffer = np.empty(part.size, np.int32)
-            through = self._buffer[: part.size].reshape(part.shape)
-            np.add(lefts[k : k + step, ..., None, :], ends, out=through)
+            through = self._buffer[: part.size]
+            if self._is_short and slot_axis == -2:
+                through = through.reshape(*part.shape[:-2], part.shape[-1], width).swapaxes(-1, -2)
+            else:
+                through = through.reshape(part.shape)
+            np.add(lefts, rights[k : k + step], out=through)
             np.minimum(part, through, out=part)
-
-
-def _alike(ways: list[KeptEnds]) -> list[tuple[frozenset[int], list[KeptEnds]]]:
-    """Group neighbours that count the same, with ascending lows; beyond some groups what all the rest count."""
-    groups = [(counted, list(same)[::-1]) for counted, same in groupby(ways, key=lambda way: way.counted)]
-    rest = groups[_COUNTS - 1 :]
-    if len(rest) < 2:
-        return groups
-    counted = frozenset[int].intersection(*(counted for counted, _ in rest))
-    return [*groups[: _COUNTS - 1], (counted, [way for _, same in reversed(rest) for way in same])]
 
 
 def _unit_bytes(held: HeldSets, span_bytes: float, num_slots: int) -> float:

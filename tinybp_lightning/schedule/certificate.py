@@ -14,8 +14,9 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward, Schedule
 from tinybp_lightning.schedule.bound import PricedChain
 from tinybp_lightning.schedule.capped import affordable, capped_bound_s
-from tinybp_lightning.schedule.relaxed import relax
+from tinybp_lightning.schedule.relaxed import RelaxedChain, relax
 from tinybp_lightning.schedule.simulate import Timeline
+from tinybp_lightning.schedule.slim import slim
 
 __all__ = ["Certificate", "certify", "fastest_possible_s"]
 
@@ -29,8 +30,19 @@ _WORK = 1e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
 _STRIDES = 50
 _LONG_BLOCKS = 400
-"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search."""
+"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search. The capped bound is
+asked only where bytes are tight, with few slots.
+"""
 _LOOSE = 0.02
+_NEAR = 0.03
+_TIGHT_BUDGET = 1.5
+"""Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
+them only if that one is not `_NEAR`.
+"""
+_SLIM_BLOCKS = 72
+"""Beyond this many blocks the capped bound looks at a slim chain first: it can afford more held sets."""
+_CAPPED_BLOCKS = 150
+"""And beyond this many at the whole chain only if the slim one is too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +50,9 @@ class Certificate:
     """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
 
     `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
-    and with all prices 0 the time of a step that recomputes nothing. `capped_bound_s` is that of `capped`, or 0 where
-    it was not asked. `searched_bound_s` is the least time of all schedules where `exact` searched them, or 0.
+    and with all prices 0 the time of a step that recomputes nothing. `capped_bound_s` is that of `capped`, for a long
+    chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all schedules
+    where `exact` searched them, or 0.
     """
 
     budget_bytes: int
@@ -69,6 +82,11 @@ def certify(
     if timeline.total_s <= plain_s * (1 + _CLOSE):
         return Certificate(budget_bytes, plain_s, 0.0, (0.0,) * (num_blocks + 2))
     relaxed = relax(chain, budget_bytes=budget_bytes)
+    capped_s = 0.0
+    if num_blocks > _LONG_BLOCKS and timeline.total_s > _TIGHT_BUDGET * plain_s:
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
+        if capped_s >= timeline.total_s * (1 - _NEAR):
+            return Certificate(budget_bytes, plain_s, capped_s, (0.0,) * (num_blocks + 2))
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
     priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
     if num_blocks > _LONG_BLOCKS:
@@ -78,11 +96,24 @@ def certify(
         priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
     if priced_s < plain_s:
         priced_s, prices = plain_s, np.zeros(num_blocks + 2)
-    capped_s = 0.0
-    if priced_s < timeline.total_s * (1 - _TIGHT):
-        resolution = affordable(relaxed)
-        capped_s = capped_bound_s(relaxed, resolution, limit_s=timeline.total_s) if resolution else 0.0
+    if num_blocks <= _LONG_BLOCKS and priced_s < timeline.total_s * (1 - _TIGHT):
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
     return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
+
+
+def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
+    """Return the bound of `capped`, or 0 where it would take too long; the better one where two chains can be asked."""
+    chains = [relaxed]
+    if relaxed.num_blocks > _SLIM_BLOCKS:
+        chains.insert(0, relax(slim(relaxed.chain), budget_bytes=budget_bytes))
+    capped_s = 0.0
+    for asked in chains:
+        resolution = affordable(asked)
+        if resolution:
+            capped_s = max(capped_s, capped_bound_s(asked, resolution, limit_s=limit_s))
+            if relaxed.num_blocks > _CAPPED_BLOCKS or capped_s >= limit_s * (1 - _TIGHT):
+                break
+    return capped_s
 
 
 def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:

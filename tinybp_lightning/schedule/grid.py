@@ -1,20 +1,37 @@
 """How coarse may the table be, and where may a plan store? The dynamic program's grids of bytes and of boundaries."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
-from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.tables import Tables
-from tinybp_lightning.schedule.tree import IntervalTree
 
-__all__ = ["Grid", "slot_bytes", "storable_boundaries"]
+__all__ = ["Grid", "Tree", "slot_bytes", "storable_boundaries"]
 
-_Tree = IntervalTree | HelperTree
 _UNITS_TRIED = 2000
 _MAX_WINDOW = 4
+
+
+class Tree(Protocol):
+    """A filled table: the least seconds for every number of slots, and a schedule for each."""
+
+    @property
+    def num_slots(self) -> int:
+        """The most slots it is filled for."""
+        ...
+
+    @property
+    def seconds(self) -> NDArray[np.float32] | NDArray[np.float64]:
+        """The least seconds of a whole step for 0, 1, 2, … slots."""
+        ...
+
+    def schedule(self, slots: int) -> Schedule:
+        """Return the fastest schedule for `slots`."""
+        ...
 
 
 class Grid:
@@ -23,19 +40,19 @@ class Grid:
     **Arguments:** `fill`: makes the table for a number of slots. `step`: try schedules for every so many slots only.
     """
 
-    def __init__(self, fill: Callable[[int], _Tree], *, unit_bytes: int, num_slots: int, step: int = 1) -> None:
+    def __init__(self, fill: Callable[[int], Tree], *, unit_bytes: int, num_slots: int, step: int = 1) -> None:
         self._step = step
         self._fill = fill
         self.unit_bytes = unit_bytes
         self.span_bytes = unit_bytes * num_slots
         self._max_slots = num_slots
-        self._tree: _Tree | None = None
+        self._tree: Tree | None = None
 
     def spans(self, left_bytes: int) -> bool:
         """Whether the table goes on past the margin above `left_bytes`."""
         return self._wanted(left_bytes) <= self._max_slots
 
-    def tree(self, left_bytes: int) -> _Tree:
+    def tree(self, left_bytes: int) -> Tree:
         """Return the table, filled at least up to the margin above `left_bytes`, or to its end."""
         num_slots = min(self._max_slots, self._wanted(left_bytes))
         if self._tree is None or num_slots > self._tree.num_slots:
@@ -61,14 +78,22 @@ class Grid:
         return left_bytes // self.unit_bytes + margin
 
 
-def slot_bytes(tables: Tables, *, wanted_bytes: int) -> int:
-    """Return a slot size of `wanted_bytes` to a quarter more, one that the sizes in the chain are close to whole in."""
+def slot_bytes(tables: Tables, *, wanted_bytes: int, whole_bytes: int = 0) -> int:
+    """Return a slot size of `wanted_bytes` to a quarter more, one that the sizes in the chain are close to whole in.
+
+    **Arguments:** `whole_bytes`: a size that has to be just below whole, if such a slot size is there; 0 for none.
+    """
     if wanted_bytes <= 1:
         return 1
     held = [keep.held_bytes for state in tables.states for keep in state.keeps]
     held += [int(state.split_held_bytes[0]) for state in tables.states if len(state.split_held_bytes)]
     sizes, counts = np.unique(np.array(held, np.int64), return_counts=True)
     units = np.unique(np.linspace(wanted_bytes, wanted_bytes + wanted_bytes // 4, _UNITS_TRIED).astype(np.int64))
+    if whole_bytes:
+        numbers = np.arange(max(1, whole_bytes // int(units[-1])), whole_bytes // int(units[0]) + 2)
+        whole = -(-whole_bytes // numbers)
+        near = whole[(units[0] <= whole) & (whole <= units[-1])]
+        units = near if len(near) else units
     error = (2 * sizes + units[:, None]) // (2 * units[:, None]) - sizes / units[:, None]
     return int(units[(np.abs(error) * counts).sum(axis=1).argmin()])
 

@@ -177,16 +177,22 @@ class HelperTree:
             return []
         # Ends are numbered by their last block: the parts are `low .. q-1` and `q .. end`.
         q = np.arange(low + 1, last + 1)
-        lefts = self._segments[node.state][self._rows(node.state, np.full_like(q, low), q - 1), node.left]
-        if node.end is None:
-            rights = self._sweeps[target][q - state.boundary - 1, slots]
-        else:
-            rights = self._segments[target][self._rows(target, q, np.full_like(q, node.end)), slots]
+        lefts, rights = self._lefts_s(node, low, q), self._rights_s(target, q, node.end, slots)
         total_s = lefts + rights
         k = int(total_s.argmin())
         right = Node(target, node.end, slots, int(q[k]))
         left = Node(node.state, int(q[k]) - 1, node.left, low)
         return [(state.forward_s + float(total_s[k]), SplitAt(state.boundary + 1, right, left))]
+
+    def _lefts_s(self, node: Node, low: int, forks: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The least times of `low .. q-1` from a node, for many `q`."""
+        return self._segments[node.state][self._rows(node.state, np.full_like(forks, low), forks - 1), node.left]
+
+    def _rights_s(self, target: int, forks: NDArray[np.int64], end: int | None, slots: int) -> NDArray[np.float32]:
+        """The least times of `q .. end` from a state, for many `q`."""
+        if end is None:
+            return self._sweeps[target][forks - self.tables.states[target].boundary, slots]
+        return self._segments[target][self._rows(target, forks, np.full_like(forks, end)), slots]
 
     def _rows(self, index: int, lows: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """The packed rows of segments `low .. end`."""

@@ -245,7 +245,7 @@ class Planner:
 
     @cached_property
     def _helped(self) -> Grid | None:
-        """One more table for a chain that is not long, of schedules with helpers."""
+        """One more table, of schedules with helpers, for a chain that is short or made of equal layers."""
         return helped_grid(self._chain, tree_bytes=self._floor.smallest_bytes, largest_bytes=self.largest_bytes)
 
     @cached_property
