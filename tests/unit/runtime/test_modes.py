@@ -115,6 +115,19 @@ def test_without_the_tracer_there_are_module_steps(monkeypatch: pytest.MonkeyPat
     assert targets(replayed)[0].module_steps is not None
 
 
+def test_a_limit_that_the_users_own_compilation_reaches_is_not_ours() -> None:
+    models = [tbp.hcb(nn.Sequential(nn.Linear(WIDTH, width)), activation_budget="1GiB") for width in range(1, 13)]
+    for model in models:
+        step(model)
+    with torch._dynamo.config.patch(recompile_limit=8):  # pyright: ignore[reportUnknownMemberType] - as above
+        # Sequentials share code: after twelve of them the limit is reached at once, if that is counted together.
+        compile_it: Any = torch.compile  # torch annotates it in part
+        compile_it(nn.Sequential(nn.Linear(WIDTH, 20)), backend="eager")(X)
+    later = tbp.hcb(nn.Sequential(nn.Linear(WIDTH, 21)), activation_budget="1GiB")
+    step(later)
+    assert len(targets(later)[0].programs) == 1
+
+
 class GivesBack(nn.Module):
     """Has a parameter and computes nothing."""
 

@@ -18,6 +18,7 @@ Private API: `torch._dynamo.config`, `eval_frame._stance`, `exc`, `comptime`,
 # Dynamo is private and barely annotated; it is reached from here only.
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ __all__ = ["CannotTraceError", "Tracer"]
 _MANY = 4096
 # What is put in place while a forward may be traced is there for all threads: two must not undo each other's.
 _ONE_AT_A_TIME = threading.RLock()
+_NUMBERS = itertools.count()
 
 
 class CannotTraceError(CaptureError):
@@ -68,7 +70,7 @@ class Tracer:
 
         self._forward = forward
         with torch._dynamo.config.patch(disable=False):  # otherwise it would be the forward itself
-            self._compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+            self._compiled = torch.compile(_own_frame(forward), backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
@@ -79,6 +81,21 @@ class Tracer:
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
+
+
+def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `forward` in a function whose code is shared with nothing else.
+
+    Dynamo counts recompilations by code object, and wraps what it does not trace itself (`nn.Sequential.forward`) into
+    one function for all (pytorch issue 124269). Past its limit, which a `torch.compile` of the user's may reach after
+    some models under a budget, it gives that code up for good, and every model's next trace would fail.
+    """
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    traced.__code__ = traced.__code__.replace(co_name=f"traced_{next(_NUMBERS)}")
+    return traced
 
 
 @contextlib.contextmanager
