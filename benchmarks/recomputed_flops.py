@@ -1,0 +1,258 @@
+"""Does any peer recompute fewer FLOPs at its peak than a plan at that peak? `python -m benchmarks.recomputed_flops`.
+
+Recipes are trained on the CPU in each peer's way, then under a budget of the peer's measured peak. FLOPs of matrix
+products, convolutions and attention are counted by torch's `FlopCounterMode` while one settled step runs, and peaks are
+measured from allocator events in another; what a way counts beyond plain training is recomputed. Torch's budgeted
+partitioner (`activation_memory_budget`) runs its graphs in eager mode, so that they can be counted. Plans are made for
+the least seconds, not FLOPs: on a CPU a norm may take as long as a convolution, and a peer that repeats nothing but
+norms counts no FLOPs at all. Such rows are marked, and the exit code is then 1, as it is where a plan is over its
+peer's peak. The simulator's own comparison, in seconds, is `benchmarks.peers_in_simulator`.
+"""
+
+# torch annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false, reportPrivateUsage=false
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch._functorch.config
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.listener import Listener
+from recipes.config import CompareConfig, ModelName, compose_config
+from recipes.data import Batch, make_batches
+from recipes.measure import package_version, record_memory
+from recipes.models import Workload, build_workload
+from recipes.modes import Mode
+from recipes.peers import apply_mode
+from tinybp_lightning.errors import BudgetTooSmallError
+
+__all__ = ["Row", "app", "compare", "markdown_table"]
+
+_TODAY = datetime.now().astimezone().date().isoformat()
+_DEVICE = torch.device("cpu")
+_NUM_WARMUP = 2
+# A plan is traced and repaired for at most five steps, after the first.
+_MAX_STEPS = 10
+_SHARES = (0.7, 0.5, 0.3, 0.1)
+_CHECKPOINTS = (Mode.checkpoint, Mode.selective)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What one step of one way of training takes."""
+
+    peak_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One peer, and the plan under a budget of its peak. `plan_flops` is `None` where no plan is that small.
+
+    FLOPs are those beyond plain training's `plain_flops`; peaks are bytes of activations.
+    """
+
+    model: str
+    peer: str
+    plain_peak_bytes: int
+    plain_flops: int
+    peer_peak_bytes: int
+    peer_flops: int
+    plan_peak_bytes: int | None
+    plan_flops: int | None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the plan keeps to the peer's peak and recomputes no more; so where the peer is below any plan."""
+        if self.plan_peak_bytes is None or self.plan_flops is None:
+            return True
+        return self.plan_peak_bytes <= self.peer_peak_bytes and self.plan_flops <= self.peer_flops
+
+
+class _Counting:
+    """Torch's partitioner under a budget, its graphs run in eager mode and counted."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.flops = 0
+        # Typed as any: torch annotates none of these.
+        backend: Any = aot_autograd(
+            fw_compiler=self._compile,
+            bw_compiler=self._compile,
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        workload.model.compile(backend=backend, dynamic=False)
+
+    def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        run_graph: Any = boxed_nop(graph, list(inputs))
+
+        def run(arguments: list[Any]) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                outputs = run_graph(arguments)
+            self.flops += counter.get_total_flops()
+            return outputs
+
+        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess] - torch's way to mark it
+        return run
+
+
+def _build(config: CompareConfig) -> Workload:
+    return build_workload(config.model, config.shape, seed=config.seed, device=_DEVICE)
+
+
+def _cost(
+    workload: Workload,
+    batches: Sequence[Batch],
+    *,
+    counting: _Counting | None = None,
+    listener: Listener | None = None,
+) -> _Cost:
+    """Train some steps, until the plan that `listener` hears of is settled, and take what one step costs."""
+
+    def step(batch: Batch) -> None:
+        workload.model.zero_grad(set_to_none=True)
+        workload.loss(batch).backward()
+
+    for number, batch in enumerate(batches[:_MAX_STEPS], start=1):
+        step(batch)
+        told = [] if listener is None else listener.profiles
+        is_settled = listener is None or (bool(told) and told[-1].measured_peak_bytes is None)
+        if number >= _NUM_WARMUP and is_settled:
+            break
+    if counting is None:
+        with FlopCounterMode(display=False) as counter:
+            step(batches[-2])
+        flops = counter.get_total_flops()
+    else:
+        counting.flops = 0
+        step(batches[-2])
+        flops = counting.flops
+    workload.model.zero_grad(set_to_none=True)
+
+    def measured_step() -> None:
+        workload.loss(batches[-1]).backward()
+
+    peak = record_memory(measured_step, workload.model).memory.activation_peak_bytes
+    workload.model.zero_grad(set_to_none=True)
+    return _Cost(peak, flops)
+
+
+def _peers(config: CompareConfig, batches: Sequence[Batch], console: Console) -> list[tuple[str, _Cost]]:
+    """Return what each peer costs; one that cannot train the model is named on `console` and left out."""
+    found: list[tuple[str, _Cost]] = []
+    for mode in _CHECKPOINTS:
+        workload = _build(config)
+        apply_mode(mode, workload, budget="100%", naive_peak_bytes=0)
+        found.append((mode.value, _cost(workload, batches)))
+    for share in _SHARES:
+        torch.compiler.reset()
+        with torch._functorch.config.patch(activation_memory_budget=share):
+            workload = _build(config)
+            name = f"partitioner {share:.0%}"
+            try:
+                found.append((name, _cost(workload, batches, counting=_Counting(workload))))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                console.print(f"{config.model.name.value}: {name} does not train it: {reason}", soft_wrap=True)
+    torch.compiler.reset()
+    return found
+
+
+def compare(model: str, size: str, console: Console) -> list[Row]:
+    """Return a row for each peer on the recipe `model` at `size`.
+
+    **Raises:** whatever building, compiling or training raises.
+    """
+    config = compose_config([f"model={model}", f"size={size}", "device=cpu"])
+    batches = make_batches(config.model.name, config.shape, num_batches=_MAX_STEPS + 2, seed=config.seed)
+    plain = _cost(_build(config), batches)
+    rows: list[Row] = []
+    for name, peer in track(_peers(config, batches, console), description=model, transient=True):
+        workload, listener = _build(config), Listener()
+        apply_mode(
+            Mode.hcb_eager,
+            workload,
+            budget=f"{peer.peak_bytes}B",
+            naive_peak_bytes=plain.peak_bytes,
+            observers=[listener],
+        )
+        try:
+            mine = _cost(workload, batches, listener=listener)
+        except BudgetTooSmallError:
+            mine = None
+        rows.append(
+            Row(
+                model=model,
+                peer=name,
+                plain_peak_bytes=plain.peak_bytes,
+                plain_flops=plain.flops,
+                peer_peak_bytes=peer.peak_bytes,
+                peer_flops=peer.flops - plain.flops,
+                plan_peak_bytes=mine and mine.peak_bytes,
+                plan_flops=mine and mine.flops - plain.flops,
+            )
+        )
+    return rows
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table; `!` marks what is not as it should be."""
+    head = "| model | peer | peak, MiB | of plain | recomputed, MFLOP | plan's peak, MiB | plan's, MFLOP |\n"
+    lines = [head + "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for r in rows:
+        plan = ("below the smallest plan", "")
+        if r.plan_peak_bytes is not None and r.plan_flops is not None:
+            plan = (f"{r.plan_peak_bytes / 2**20:.2f}", f"{r.plan_flops / 1e6:.1f}{'' if r.is_good else ' !'}")
+        lines.append(
+            f"| {r.model} | {r.peer} | {r.peer_peak_bytes / 2**20:.2f} | "
+            f"{r.peer_peak_bytes / r.plain_peak_bytes:.1%} | {r.peer_flops / 1e6:.1f} | {plan[0]} | {plan[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[
+        list[ModelName] | None, typer.Option(help="Recipe to train; repeat it. All when left out.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="The recipes' size: tiny or small.")] = "small",
+    export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
+        f"results/{_TODAY}_recomputed_flops.json"
+    ),
+) -> None:
+    """Compare what peers and plans recompute at equal peaks, measured."""
+    torch.set_num_threads(1)
+    console = Console()
+    rows: list[Row] = []
+    for name in model or list(ModelName):
+        rows += compare(name.value, size, console)
+        where = {"date": _TODAY, "size": size, "torch": package_version("torch"), "rows": [asdict(r) for r in rows]}
+        export.parent.mkdir(parents=True, exist_ok=True)
+        # After every model: one that is stopped by hand leaves what it measured.
+        export.write_text(json.dumps(where, indent=1) + "\n")
+        title = f"# Recomputed FLOPs at equal peaks, {_TODAY}\n\nSize `{size}`, torch {package_version('torch')}.\n\n"
+        export.with_suffix(".md").write_text(title + markdown_table(rows))
+    console.print(markdown_table(rows), soft_wrap=True)
+    for suffix in (".json", ".md"):
+        console.print(f"wrote {export.with_suffix(suffix)}", soft_wrap=True)
+    if not all(row.is_good for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
