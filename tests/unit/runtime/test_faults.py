@@ -1,5 +1,6 @@
 """A step that is interrupted anywhere leaves the model usable, and two threads train two models at once."""
 
+import contextlib
 import copy
 import gc
 import random
@@ -18,6 +19,8 @@ import tinybp_lightning as tbp
 from tests.unit.runtime import layered
 from tests.unit.runtime.layered import Broken, Net
 from tests.unit.runtime.training import Outcome, Residual, assert_same, outcome_of, train
+from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.torch import program, targets
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 WIDTH = 16
@@ -120,6 +123,21 @@ def test_interrupted_anywhere(kind: type[Net]) -> None:
     settle_pending()
     tbp.restore(model)
     assert all("forward" not in vars(m) and m._compiled_call_impl is None for m in model.modules())
+
+
+def test_a_thread_whose_turn_it_was_not_does_not_measure_when_the_other_has_just_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between its question and its first trace the other may have begun its next."""
+    config = tbp.HCBConfig(activation_budget="2MiB", plan_cache=False)
+    model = tbp.hcb(Net(Block() for _ in range(5)), config=config)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(program, "tracing_turn", lambda: contextlib.nullcontext(False))
+        with pytest.warns(HCBWarning, match="not planned in this step"):
+            square_loss(model).backward()
+    assert not targets(model)[0].reports
+    square_loss(model).backward()
+    assert targets(model)[0].reports
 
 
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")

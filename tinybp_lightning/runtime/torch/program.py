@@ -103,8 +103,8 @@ class GraphProgram:
         situation = _Situation(autocast, any(p.grad is not None for p in parameters))
         if situation not in self._pilots:
             stop_tracing()
-            with tracing_turn():
-                pilot = self._new_pilot(values, device, devices, situation)
+            with tracing_turn() as is_mine:
+                pilot = self._new_pilot(values, device, devices, situation, may_trace=is_mine)
             if pilot is None:
                 with modes_back():
                     return self._run_unplanned(values)
@@ -182,9 +182,19 @@ class GraphProgram:
         return [next(arguments) if constant is _ARGUMENT else constant for constant in self._constants]
 
     def _new_pilot(
-        self, values: Sequence[Any], device: torch.device, devices: Sequence[torch.device], situation: _Situation
+        self,
+        values: Sequence[Any],
+        device: torch.device,
+        devices: Sequence[torch.device],
+        situation: _Situation,
+        *,
+        may_trace: bool,
     ) -> Pilot | None:
-        """Return who decides what is flown; `None` where nothing is known and nothing can be measured now."""
+        """Return who decides what is flown; `None` where nothing is known and nothing can be measured now.
+
+        **Arguments:** `may_trace`: whether this thread has the turn. Another that has it may give it back, and take it
+        again while this one measures.
+        """
         budget = self._config.budget
         with planning_progress(self._target) as progress:
             if self._program is None:
@@ -207,7 +217,7 @@ class GraphProgram:
             known = None if page is None else self._known_pilot(make, page, room)
             if known is not None:
                 return known
-            if not can_trace(device):
+            if not (may_trace and can_trace(device)):
                 return None
             chain = self._measure(values, device, devices, situation, progress)
             progress.stage("planning")
@@ -260,8 +270,8 @@ class GraphProgram:
             if not wanted:
                 return True
             stop_tracing()
-            with tracing_turn(), planning_progress(self._target) as progress:
-                if unmeasured and not can_trace(device):
+            with tracing_turn() as is_mine, planning_progress(self._target) as progress:
+                if unmeasured and not (is_mine and can_trace(device)):
                     return False
                 progress.stage("compiling", total=len(program.pieces))
                 compile_options(program, measuring_values(program, values), devices, wanted, progress.advance)

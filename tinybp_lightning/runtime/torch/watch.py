@@ -63,8 +63,10 @@ class StepWatch:
         self._num_others = 0
         if wants_trace:
             _untrace_ended_threads()
-        with tracing_turn():
-            self._trace: AllocatorTrace | None = open_trace(device) if wants_trace and can_trace(device) else None
+        with tracing_turn() as is_mine:
+            # Not where another thread had the turn: it may take it again between the question and the trace.
+            may_trace = wants_trace and is_mine and can_trace(device)
+            self._trace: AllocatorTrace | None = open_trace(device) if may_trace else None
         if self._trace is not None:
             atexit.unregister(stop_tracing)
             atexit.register(stop_tracing)  # a profiler left on crashes the process when it ends
