@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.apart import run_apart
 from benchmarks.executed_table import Flown, Row, Stopped, TooSmall, cells_of, is_good, markdown_table
+from benchmarks.recipe_options import Models, Size
 from recipes.config import ModelName
 
 __all__ = ["BUDGETS", "app"]
@@ -89,10 +90,8 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command()
 def main(
-    model: Annotated[
-        list[ModelName] | None, typer.Option(help="Recipe to train; repeat it. All when left out.")
-    ] = None,
-    size: Annotated[str, typer.Option(help="The recipes' size: tiny or small.")] = "small",
+    model: Models = None,
+    size: Size = "small",
     budget: Annotated[
         list[str] | None,
         typer.Option(help="Share of plain training's peak, 60%, or min; repeat it. 70, 50, 30, 15% and min."),

@@ -31,6 +31,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.listener import Listener
+from benchmarks.recipe_options import Models, Size
 from recipes.config import CompareConfig, ModelName, compose_config
 from recipes.data import Batch, make_batches
 from recipes.measure import package_version, record_memory
@@ -119,7 +120,10 @@ def _cost(
     counting: _Counting | None = None,
     listener: Listener | None = None,
 ) -> _Cost:
-    """Train some steps, until the plan that `listener` hears of is settled, and take what one step costs."""
+    """Train some steps, until the plan that `listener` hears of is settled, and take what one step costs.
+
+    **Raises:** `RuntimeError` where it does not settle.
+    """
 
     def step(batch: Batch) -> None:
         workload.model.zero_grad(set_to_none=True)
@@ -131,6 +135,8 @@ def _cost(
         is_settled = listener is None or (bool(told) and told[-1].measured_peak_bytes is None)
         if number >= _NUM_WARMUP and is_settled:
             break
+    else:
+        raise RuntimeError(f"the plan has not settled after {_MAX_STEPS} steps.")
     if counting is None:
         with FlopCounterMode(display=False) as counter:
             step(batches[-2])
@@ -227,10 +233,8 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command()
 def main(
-    model: Annotated[
-        list[ModelName] | None, typer.Option(help="Recipe to train; repeat it. All when left out.")
-    ] = None,
-    size: Annotated[str, typer.Option(help="The recipes' size: tiny or small.")] = "small",
+    model: Models = None,
+    size: Size = "small",
     export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
         f"results/{_TODAY}_recomputed_flops.json"
     ),

@@ -5,7 +5,7 @@ it nearly fills the budget share the seconds that one more byte would save. Ever
 supergradient by `(plan - value) / |supergradient|^2`. Bad prices make the bound loose, never wrong.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from tinybp_lightning.schedule.relaxed import RelaxedChain, relax
 from tinybp_lightning.schedule.simulate import Timeline
 from tinybp_lightning.schedule.slim import slim
 
-__all__ = ["Certificate", "certify", "fastest_possible_s"]
+__all__ = ["Certificate", "certify", "fastest_possible_s", "unpriced"]
 
 _Floats = NDArray[np.float64]
 _CLOSE = 1e-4
@@ -67,6 +67,11 @@ class Certificate:
         return max(self.priced_bound_s, self.capped_bound_s, self.searched_bound_s)
 
 
+def unpriced(chain: Chain, *, budget_bytes: int) -> Certificate:
+    """Return what is known of any budget without a search for prices: a step that recomputes nothing is no slower."""
+    return Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+
+
 def certify(
     chain: Chain, schedule: Schedule, timeline: Timeline, *, budget_bytes: int, seconds_per_byte: float = 0.0
 ) -> Certificate:
@@ -80,13 +85,13 @@ def certify(
     num_blocks = len(chain.blocks)
     plain_s = fastest_possible_s(chain)
     if timeline.total_s <= plain_s * (1 + _CLOSE):
-        return Certificate(budget_bytes, plain_s, 0.0, (0.0,) * (num_blocks + 2))
+        return unpriced(chain, budget_bytes=budget_bytes)
     relaxed = relax(chain, budget_bytes=budget_bytes)
     capped_s = 0.0
     if num_blocks > _LONG_BLOCKS and timeline.total_s > _TIGHT_BUDGET * plain_s:
         capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
         if capped_s >= timeline.total_s * (1 - _NEAR):
-            return Certificate(budget_bytes, plain_s, capped_s, (0.0,) * (num_blocks + 2))
+            return replace(unpriced(chain, budget_bytes=budget_bytes), capped_bound_s=capped_s)
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
     priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
     if num_blocks > _LONG_BLOCKS:

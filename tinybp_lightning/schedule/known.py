@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.certificate import Certificate, fastest_possible_s
+from tinybp_lightning.schedule.certificate import Certificate, unpriced
 from tinybp_lightning.schedule.plan import Plan
 from tinybp_lightning.schedule.simulate import simulate
 
@@ -55,7 +55,7 @@ def known_plan(
     """
     budget_bytes = room_bytes
     if certificate is None:
-        certificate = Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+        certificate = unpriced(chain, budget_bytes=budget_bytes)
     else:
         budget_bytes -= max(0, assumed_workspace_bytes - chain.workspace_bytes)
         certificate = replace(certificate, budget_bytes=budget_bytes)

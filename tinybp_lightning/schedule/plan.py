@@ -10,7 +10,7 @@ table is sorted by time: walking it down from the margin, the first schedule tha
 short that all schedules are searched, the plan is the optimum, which never rises with the budget either.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.arguments import check_budget, check_chain
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
-from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s
+from tinybp_lightning.schedule.certificate import Certificate, certify, fastest_possible_s, unpriced
 from tinybp_lightning.schedule.exact import faster_schedule, is_searchable
 from tinybp_lightning.schedule.floor import Floor, Thrifty
 from tinybp_lightning.schedule.grid import Grid, slot_bytes, storable_boundaries
@@ -131,9 +131,8 @@ class Planner:
         """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
         best = self._best(budget_bytes)
         if is_searchable(self._chain):
-            return self._plan_of(
-                best, budget_bytes, self._no_certificate(budget_bytes, searched_s=best.timeline.total_s)
-            )
+            certificate = unpriced(self._chain, budget_bytes=budget_bytes)
+            return self._plan_of(best, budget_bytes, replace(certificate, searched_bound_s=best.timeline.total_s))
         # What a byte is worth about here: it starts the search for the certificate's prices.
         less_bytes = max(self.smallest_bytes, budget_bytes - budget_bytes // 16)
         slower_s = self._best(less_bytes).timeline.total_s - best.timeline.total_s
@@ -153,7 +152,7 @@ class Planner:
     def smallest_plan(self) -> Plan:
         """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
         budget_bytes = self.smallest_bytes
-        return self._plan_of(self._best(budget_bytes), budget_bytes, self._no_certificate(budget_bytes))
+        return self._plan_of(self._best(budget_bytes), budget_bytes, unpriced(self._chain, budget_bytes=budget_bytes))
 
     def _best(self, budget_bytes: int) -> "_Candidate":
         check_budget(budget_bytes, may_be_negative=True)
@@ -173,10 +172,6 @@ class Planner:
         """Return a faster candidate than `best` if any schedule at all is faster."""
         faster = faster_schedule(self._chain, budget_bytes=budget_bytes, known_s=best.timeline.total_s)
         return best if faster is None else self._candidate(faster)
-
-    def _no_certificate(self, budget_bytes: int, *, searched_s: float = 0.0) -> Certificate:
-        """Return what is known without a search for prices."""
-        return Certificate(budget_bytes, self._plain_s, 0.0, (0.0,) * (len(self._chain.blocks) + 2), searched_s)
 
     def _plan_of(self, best: "_Candidate", budget_bytes: int, certificate: Certificate) -> Plan:
         return Plan(

@@ -40,14 +40,14 @@ def slim(chain: Chain) -> Chain:
     )
 
 
-def _follows(chain: Chain, b: int, small_bytes: int) -> bool:
+def _follows(chain: Chain, b: int, least_bytes: int) -> bool:
     """Whether block `b` follows the one before it, and to keep it holds no more than the boundary before it does."""
     here, after = set(chain.boundaries[b].storages), set(chain.boundaries[b + 1].storages)
     if not b or not after or not after <= here:
         return False
     options = chain.blocks[b].options
     return any(
-        o.saved_bytes < small_bytes and {s for s in o.storages if chain.storage_bytes[s]} <= here for o in options
+        o.saved_bytes < least_bytes and {s for s in o.storages if chain.storage_bytes[s]} <= here for o in options
     )
 
 

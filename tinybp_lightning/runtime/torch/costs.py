@@ -320,10 +320,13 @@ class _Probe:
             mark("replay")
             return _NOTHING
 
-        def replay() -> None:
+        def empty() -> None:
             for slot in slots:
                 if isinstance(slot, Slot):
-                    slot.value = None  # a replay starts with empty slots, and what the last one filled would be counted
+                    slot.value = None
+
+        def replay() -> None:
+            empty()  # as a replay finds them: what the last one filled would be counted
             with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
                 try:
                     self._step().first(self._state())
@@ -332,9 +335,7 @@ class _Probe:
 
         mark("replay")
         spent = clock.time_repeatable(replay)
-        for slot in slots:
-            if isinstance(slot, Slot):
-                slot.value = None
+        empty()
         return spent
 
     def _save_and_backward(self, mark: Callable[[str], None], clock: Clock) -> "_BackwardRun":

@@ -120,7 +120,7 @@ class Pilot:
         self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
-        self._wants_all_options = False
+        self.wants_all_options = False  # no plan is known to fit: one may, once they are measured
         self._on_learned = on_learned
         self._known = known
         if known is not None:
@@ -156,7 +156,7 @@ class Pilot:
 
         All that are estimated, where no plan is known to fit; none for the first step, which measured options serve.
         """
-        if self._wants_all_options:
+        if self.wants_all_options:
             return estimated_options(self._chain)
         if self._phase is _Phase.CALIBRATE:
             return frozenset()
@@ -167,7 +167,7 @@ class Pilot:
 
         **Raises:** `BudgetTooSmallError` where no plan fits, all options measured.
         """
-        self._wants_all_options = False
+        self.wants_all_options = False
         self._chain = with_measured(self._chain, measured)
         if self._phase is _Phase.CALIBRATE:
             self._flight = self._smallest()
@@ -335,7 +335,7 @@ class Pilot:
             if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
                 return self._flight_of(keep_all(self._chain), budget_bytes, "calibration")
             if estimated_options(self._chain):
-                self._wants_all_options = True
+                self.wants_all_options = True
             else:
                 self._plan(budget_bytes)
         return self._flight_of(schedule, budget_bytes, "calibration")
@@ -378,7 +378,7 @@ class Pilot:
             return prefer_measured(self._planner().plan(budget_bytes=budget_bytes), self._chain)
         except BudgetTooSmallError as error:
             if estimated_options(self._chain):
-                self._wants_all_options = True  # one may need less than estimated: it is not flown before that is known
+                self.wants_all_options = True  # one may need less than estimated: it is not flown before that is known
                 return self._planner().smallest_plan()
             raise self._in_users_words(error, budget_bytes) from error
 

@@ -35,6 +35,7 @@ from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, 
 from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
 from tinybp_lightning.runtime.torch.plan_key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.progress import PlanningProgress, planning_progress
+from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep
 from tinybp_lightning.runtime.torch.watch import StepWatch, stop_tracing
 from tinybp_lightning.schedule.known import plain_peak_bytes
@@ -76,6 +77,7 @@ class GraphProgram:
         self._compiled: dict[tuple[Autocast, ...], Program] = {}  # gradients that are there change no kernel
         self._measured: dict[_Situation, Measurements] = {}
         self._pilots: dict[_Situation, Pilot] = {}
+        self._prepared: dict[_Situation, Script] = {}  # whose options were seen to be there: not asked in every step
         self._keys: dict[_Situation, ProgramKey] = {}
         self._watch: StepWatch | None = None
         self._constants = _constants(module)
@@ -101,20 +103,18 @@ class GraphProgram:
         autocast = autocast_now(device_type_of(devices))
         parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
         situation = _Situation(autocast, any(p.grad is not None for p in parameters))
-        if situation not in self._pilots:
+        pilot = self._pilots.get(situation)
+        if pilot is None:
             stop_tracing()
             with tracing_turn() as is_mine:
                 pilot = self._new_pilot(values, device, devices, situation, may_trace=is_mine)
-            if pilot is None:
-                with modes_back():
-                    return self._run_unplanned(values)
-            self._pilots[situation] = pilot
-        self.pilot = self._pilots[situation]
-        is_ready = self._prepare_options(self.pilot, values, device, devices, situation)
+        if pilot is not None:
+            self.pilot = self._pilots[situation] = pilot
+        is_ready = pilot is not None and self._prepare_options(pilot, values, device, devices, situation)
         with modes_back():
-            if not is_ready:
+            if pilot is None or not is_ready:
                 return self._run_unplanned(values)
-            return self._run(self.pilot, self._pieces(situation), values, parameters, devices, autocast)
+            return self._run(pilot, self._pieces(situation), values, parameters, devices, autocast)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: a profiler of the user's runs, and blocks can only be measured by one of our own."""
@@ -264,11 +264,12 @@ class GraphProgram:
         """
         program = self._pieces(situation)
         pilot.refresh()
-        while True:
+        while pilot.wants_all_options or pilot.script is not self._prepared.get(situation):
             unmeasured = pilot.unmeasured
             wanted = unmeasured or options_to_compile(program, list(enumerate(pilot.script.options)))
             if not wanted:
-                return True
+                self._prepared[situation] = pilot.script
+                break
             stop_tracing()
             with tracing_turn() as is_mine, planning_progress(self._target) as progress:
                 if unmeasured and not (is_mine and can_trace(device)):
@@ -277,6 +278,7 @@ class GraphProgram:
                 compile_options(program, measuring_values(program, values), devices, wanted, progress.advance)
                 if unmeasured:
                     pilot.learn_options(self._measure(values, device, devices, situation, progress))
+        return True
 
     def _page(self, pieces: Program, device: torch.device, situation: _Situation) -> Page:
         """What is known of the program. Not to be asked with pinned blocks: such a chain is not the program's own."""
