@@ -7,10 +7,11 @@ more step is measured from allocator events, by `recipes.measure`, which shares 
 """
 
 import contextlib
+import functools
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
@@ -24,12 +25,11 @@ from benchmarks.conformance_training import NUM_STEPS, Snapshot, Training, diffe
 from benchmarks.listener import Listener
 from benchmarks.zoo import Architecture, Blocks
 from recipes.budget import budget_bytes
-from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import module_steps, program
-from tinybp_lightning.runtime.torch.compiled import options_to_compile
 from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.session import targets
 from tinybp_lightning.schedule.actions import Backward
@@ -172,22 +172,31 @@ class _NotingRun(Run):
 
 
 class _KeepingRun(Run):
-    """An engine run by the options noted that keeps what every block saves, whatever the plan says."""
+    """An engine run that keeps what every block saves, whatever the plan says."""
 
     def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
-        num_blocks = len(script.kept)
-        options = _FLOWN.popleft() if _FLOWN else script.options
-        super().__init__(Script((True,) * num_blocks, options, frozenset(), ((),) * num_blocks), *args, **kwargs)
+        super().__init__(_keeping_script(script.options), *args, **kwargs)
+        if _FLOWN:
+            _FLOWN.popleft()
 
 
-def _flown_options(made: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """Return what the reference must compile for its next run, by the options noted, whatever its own plan takes."""
-    return options_to_compile(made, list(enumerate(_FLOWN[0])) if _FLOWN else options)
+@functools.cache
+def _keeping_script(options: tuple[OptionId, ...]) -> Script:
+    num_blocks = len(options)
+    return Script((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
+
+
+class _KeepingPilot(Pilot):
+    """A pilot whose next step goes by the options noted: they are compiled before it, as a plan's are."""
+
+    @property
+    def script(self) -> Script:
+        return _keeping_script(_FLOWN[0] if _FLOWN else super().script.options)
 
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(program, "options_to_compile", _flown_options):
+    with _running(_KeepingRun), patch.object(program, "Pilot", _KeepingPilot):
         yield
 
 
