@@ -20,6 +20,7 @@ from tinybp_lightning.graph.frontier import FrontierProfile, Life, frontier_prof
 from tinybp_lightning.graph.ids import NodeId, ValueId
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.graph.modules import common_module
+from tinybp_lightning.graph.products import cut_behind_products
 from tinybp_lightning.graph.structure import block_signature
 from tinybp_lightning.graph.valleys import fill_long_stretches, layer_cuts, narrow_valleys, returned_midway, space_out
 
@@ -63,6 +64,7 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
             narrow = sorted({*narrow_valleys(profile), *layer_cuts(graph, profile)})
             cuts = merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
             cuts = split_heavy_blocks(graph, profile, cuts)
+            cuts = cut_behind_products(graph, profile, cuts)
         case Granularity.COARSE:
             layers = layer_cuts(graph, profile)
             stretches = fill_long_stretches(profile, layers)

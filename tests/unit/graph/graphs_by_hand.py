@@ -38,12 +38,17 @@ class GraphBuilder:
         module: str = "",
         saved: Sequence[StorageId] = (),
         save_output: bool = False,
+        flops: int = 0,
     ) -> ValueId:
         """Make one new storage."""
         made = self.value(size, self.storage(size))
         kept = (*saved, self.storage_of(made)) if save_output else tuple(saved)
-        self.node(op, reads, [made], module=module, saved=kept)
+        self.node(op, reads, [made], module=module, saved=kept, flops=flops)
         return made
+
+    def reading(self, op: str, *reads: ValueId, size: int = 10, flops: int = 0) -> ValueId:
+        """Make one new storage by an op that saves what it reads."""
+        return self.op(op, reads, size, saved=[self.storage_of(v) for v in reads], flops=flops)
 
     def view(self, op: str, of: ValueId, size: int, *, module: str = "") -> ValueId:
         """Make one more value on the storage of `of`."""
@@ -86,6 +91,7 @@ class GraphBuilder:
         module: str = "",
         writes: Sequence[StorageId] = (),
         saved: Sequence[StorageId] = (),
+        flops: int = 0,
     ) -> None:
         index = NodeId(len(self.nodes))
         self.nodes.append(
@@ -98,7 +104,7 @@ class GraphBuilder:
                 tuple(makes),
                 tuple(writes),
                 tuple(saved),
-                flops=0,
+                flops=flops,
                 is_random=False,
                 is_collective=False,
             )

@@ -36,6 +36,7 @@ class Layer:
     ) -> None:
         self.name = f"layer {index}"
         self.is_random = is_random
+        self.is_out_of_place = False
         self._index = index
         self._run = run
         self._log = log

@@ -214,7 +214,7 @@ def test_a_boundary_changed_in_place_is_an_error() -> None:
 class Fickle:
     """A step that does something else when it runs again."""
 
-    name, is_random = "fickle", False
+    name, is_random, is_out_of_place = "fickle", False, False
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], again: Callable[[torch.Tensor], Any]) -> None:
         self._run, self._again = run, again

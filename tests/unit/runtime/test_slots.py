@@ -69,6 +69,37 @@ def test_an_input_changed_since_is_no_alias() -> None:
     assert book.dropped_bytes([]) == 16
 
 
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[1:, ::2]], ids=["itself", "t", "part"])
+@pytest.mark.parametrize("is_held", [True, False], ids=["held", "first-let-go"])
+def test_what_is_saved_again_is_filled_with_what_was_saved_first(
+    view: Callable[[torch.Tensor], torch.Tensor], *, is_held: bool
+) -> None:
+    made = torch.randn(4, 6)
+    book = SlotBook(0, frozenset(), (), is_out_of_place=True)
+    slots = [book.pack(made[:, 1:]), book.pack(view(made))]
+    assert book.num_replayed == 1
+    if not is_held:
+        del slots[0]
+    with pytest.raises(StopReplay), book.filling(stops_early=True) as pack:
+        pack(made.clone()[:, 1:])
+    assert isinstance(slots[-1], Slot)
+    assert slots[-1].value is not None
+    assert torch.equal(slots[-1].value, view(made))
+
+
+def test_what_may_have_changed_since_is_not_what_was_saved_first() -> None:
+    made = torch.randn(4, 6)
+    unknown = book_of()
+    tracked = SlotBook(0, frozenset(), (), is_out_of_place=True)
+    unknown.pack(made)
+    tracked.pack(made)
+    unknown.pack(made)
+    assert unknown.num_replayed == 2
+    made.add_(1.0)
+    tracked.pack(made)
+    assert tracked.num_replayed == 2
+
+
 def test_only_slots_that_autograd_holds_are_filled() -> None:
     book = book_of()
     first, second = book.pack(torch.ones(1)), book.pack(torch.ones(2))

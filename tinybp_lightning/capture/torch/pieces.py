@@ -7,6 +7,7 @@ input nobody else holds is freed at its last use inside the piece, as in plain e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
@@ -16,9 +17,9 @@ from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
-from tinybp_lightning.graph.ir import Graph, Node
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
-__all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template"]
+__all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template", "reorder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Piece:
     returns the values that the piece makes. They differ in what autograd is given to save.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
     `volatile`: positions in the externals it reads that some block of the forward changes in place (running
-    statistics); `written`: those that this one does. `is_compiled`: `calls` are no longer the user's own kernels.
+    statistics); `written`: those that this one does. `is_out_of_place`: no op of it changes an activation in place.
+    `is_compiled`: `calls` are no longer the user's own kernels.
     """
 
     calls: tuple[Callable[[list[Any]], Sequence[Any]], ...]
@@ -50,6 +52,7 @@ class Piece:
     volatile: tuple[int, ...]
     written: tuple[int, ...]
     is_random: bool
+    is_out_of_place: bool
     span: BlockSpan
     is_compiled: bool = False
 
@@ -115,6 +118,18 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
     return Program(graph, pieces, boundaries, tuple(outputs), template, _differentiated(graph))
 
 
+def reorder(module: fx.GraphModule, graph: Graph) -> Graph:
+    """Bring the calls of `module` into the order of `graph`, a record of it with its nodes in another legal order.
+
+    **Returns:** `graph`.
+    """
+    calls = {n.name: n for n in module.graph.nodes if is_op(n)}
+    for before, after in pairwise(calls[node.name] for node in graph.nodes):
+        before.append(after)
+    module.recompile()
+    return graph
+
+
 def fill_template(template: Any, values: Sequence[Any]) -> Any:
     """Return the original output structure with `values` in their places."""
     if isinstance(template, _Slot):
@@ -173,6 +188,9 @@ def _piece(
         volatile=tuple(sorted(read & volatile)),
         written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
         is_random=any(node.is_random for node in nodes),
+        is_out_of_place=not any(
+            graph.storages[s].kind is StorageKind.ACTIVATION for node in nodes for s in node.writes
+        ),
         span=span,
     )
 

@@ -95,6 +95,14 @@ class CheckedBook(SlotBook):
             if slot is not None and slot.value is not None:
                 self._note(slot.position, slot.value)
 
+    def fill_again(self, position: int, t: torch.Tensor) -> None:
+        """Fill the slots of what was saved again, which the replay need not get to."""
+        super().fill_again(position, t)
+        for alias in self._again.get(position, ()):
+            slot = alias.slot()
+            if slot is not None and slot.value is not None:
+                self._note(slot.position, slot.value)
+
     def check(self, position: int, t: torch.Tensor) -> None:
         """Raise `ReplayError` for another form, and take the hash."""
         super().check(position, t)

@@ -307,7 +307,7 @@ class _Probe:
     def _replay(self, mark: Callable[[str], None], clock: Clock) -> Spent:
         slots: list[Any] = []
         state = self._state()
-        book = SlotBook(0, self._externals.storages, state)
+        book = SlotBook(0, self._externals.storages, state, is_out_of_place=self._piece.is_out_of_place)
 
         def pack(t: torch.Tensor) -> Any:
             slots.append(book.pack(t))

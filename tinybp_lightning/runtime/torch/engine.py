@@ -132,7 +132,9 @@ class Run:
             with closing_regions():
                 out = step.first(state)
         else:
-            book = self._book(index, self._externals.storages, state, name=step.name)
+            book = self._book(
+                index, self._externals.storages, state, name=step.name, is_out_of_place=step.is_out_of_place
+            )
             self._books[index] = book
             pack = book.pack if self._held is None else self._holding(book)
             with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack), closing_regions():

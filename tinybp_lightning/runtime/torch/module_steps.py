@@ -123,6 +123,7 @@ class _ModuleStep:
         self.name = name
         self._externals = externals
         self.is_random = True
+        self.is_out_of_place = False  # nobody has looked
         self._devices = devices
         self._module = module
         self._impl = impl

@@ -17,13 +17,14 @@ from torch import fx
 
 from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
 from tinybp_lightning.capture.torch.modes import modes_back
-from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template, reorder
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.graph.products import delay_cheap_ops
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.compiled import compile_options, compile_program, options_to_compile
@@ -169,8 +170,9 @@ class GraphProgram:
     def _cut(self, values: Sequence[Any]) -> Program:
         graph = record_graph(self._module, values, name=self._target)
         # A compiled block wants to be large, so that there is something to fuse; an eager one small.
-        granularity = Granularity.COARSE if self._executor is Executor.INDUCTOR else Granularity.FINE
-        return cut_program(self._module, graph, granularity=granularity)
+        if self._executor is Executor.INDUCTOR:
+            return cut_program(self._module, graph, granularity=Granularity.COARSE)
+        return cut_program(self._module, reorder(self._module, delay_cheap_ops(graph)), granularity=Granularity.FINE)
 
     def _pieces(self, situation: _Situation) -> Program:
         assert self._program is not None, "a situation is met only once the program is cut"

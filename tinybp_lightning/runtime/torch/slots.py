@@ -3,6 +3,12 @@
 Every saved tensor is one of three things. A *reference*: it aliases an external (a parameter, the batch), which is
 alive anyway, and is kept as it is. An *alias*: it aliases a leaf of the boundary before the block, and is a view to be
 rebuilt. Or it must be *replayed*. Only slots that autograd still holds are filled: the book keeps weak references.
+
+Note [Saved again]
+    Several ops may save one tensor: the three products that read what one norm made. The replay need not get to the
+    later ones, which repeats all products but the last: what they save is filled as a view of what the first one saved.
+    That holds as long as nothing changes the tensor in place between the two, and a change may hide from the version
+    counter (`x.data.add_`). So it is done for blocks whose ops are known to change no activation.
 """
 
 import contextlib
@@ -108,10 +114,10 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class _Alias:
-    """A view of leaf `leaf` of the boundary before the block."""
+    """A view of number `source` of the leaves of the boundary before the block, or of its saved tensors."""
 
     slot: "weakref.ref[Slot]"
-    leaf: int
+    source: int
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
@@ -121,11 +127,18 @@ class _Alias:
 class SlotBook:
     """One block's saved tensors, in the order in which autograd saved them.
 
-    **Arguments:** `block`, `name`: its number, and what messages call it; `state`: the leaves that it starts from.
+    **Arguments:** `block`, `name`: its number, and what messages call it; `state`: the leaves that it starts from;
+    `is_out_of_place`: whether its ops change no activation. See Note [Saved again].
     """
 
     def __init__(
-        self, block: int, external_storages: frozenset[int], state: Sequence[Any], *, name: str | None = None
+        self,
+        block: int,
+        external_storages: frozenset[int],
+        state: Sequence[Any],
+        *,
+        name: str | None = None,
+        is_out_of_place: bool = False,
     ) -> None:
         self._block = block
         self._name = str(block) if name is None else name
@@ -137,6 +150,9 @@ class SlotBook:
         self._forms: list[_Form] = []
         self._slots: list[weakref.ref[Slot] | None] = []
         self._aliases: list[_Alias] = []
+        self._is_out_of_place = is_out_of_place
+        self._saved_first: dict[int, tuple[int, int, int]] = {}  # by storage: position, offset in bytes, version
+        self._again: dict[int, list[_Alias]] = {}  # by the position that is filled with them
         # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
         self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
         self.num_replayed = 0
@@ -152,14 +168,18 @@ class SlotBook:
         slot = Slot(self._block, position)
         self._slots.append(weakref.ref(slot))
         source = self._inputs.get(storage_key(t)) if plain else None
+        first = self._saved_first.get(storage_key(t)) if plain else None
         if source is not None and source[2] == t._version:
-            offset = _offset_bytes(t) - _offset_bytes(source[1])
-            self._aliases.append(_Alias(weakref.ref(slot), source[0], t.dtype, t.shape, t.stride(), offset))
+            self._aliases.append(_alias(slot, source[0], t, _offset_bytes(source[1])))
+        elif first is not None and first[2] == t._version:
+            self._again.setdefault(first[0], []).append(_alias(slot, first[0], t, first[1]))
         else:
             self.num_replayed = position + 1
             if plain:
                 storage = t.untyped_storage()
                 self._dropped[storage_key(t)] = (StorageWeakRef(storage), storage.nbytes())
+                if self._is_out_of_place:
+                    self._saved_first[storage_key(t)] = (position, _offset_bytes(t), t._version)
         return slot
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
@@ -176,7 +196,14 @@ class SlotBook:
         for alias in self._aliases:
             slot = alias.slot()
             if slot is not None:
-                slot.fill(_view_of(state[alias.leaf], alias))
+                slot.fill(_view_of(state[alias.source], alias))
+
+    def fill_again(self, position: int, t: torch.Tensor) -> None:
+        """Fill the slots of what was saved again as views of `t`, which the replay saves at `position`."""
+        for alias in self._again.get(position, ()):
+            slot = alias.slot()
+            if slot is not None:
+                slot.fill(_view_of(t, alias))
 
     @contextlib.contextmanager
     def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
@@ -191,6 +218,7 @@ class SlotBook:
             slot = reference() if reference is not None else None
             if slot is not None:
                 slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
+            self.fill_again(position, t)
             if stops_early and self._filled == self.num_replayed and not fills_after_saving():
                 raise StopReplay
             return None
@@ -226,6 +254,10 @@ class SlotBook:
 
 def _place() -> str:
     return running_op() or "compiled code"
+
+
+def _alias(slot: Slot, source: int, t: torch.Tensor, source_offset_bytes: int) -> _Alias:
+    return _Alias(weakref.ref(slot), source, t.dtype, t.shape, t.stride(), _offset_bytes(t) - source_offset_bytes)
 
 
 def _view_of(leaf: torch.Tensor, alias: _Alias) -> torch.Tensor:

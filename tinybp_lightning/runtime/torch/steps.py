@@ -30,6 +30,11 @@ class Step(Protocol):
         """Whether it draws random numbers, so that its generator state must be kept; asked again after `first`."""
         ...
 
+    @property
+    def is_out_of_place(self) -> bool:
+        """Whether its ops are known to change no activation, so that what is saved twice is the same both times."""
+        ...
+
     def first(self, state: list[Any]) -> list[Any]:
         """Run for the first time: take the leaves of boundary i (emptied), return those of boundary i + 1."""
         ...
@@ -124,6 +129,11 @@ class GraphStep:
     def is_random(self) -> bool:
         """Whether some op of it draws random numbers."""
         return self._piece.is_random
+
+    @property
+    def is_out_of_place(self) -> bool:
+        """Whether no op of it changes an activation."""
+        return self._piece.is_out_of_place
 
     def first(self, state: list[Any]) -> list[Any]:
         """Run for the first time, on the caller's own values."""

@@ -1,0 +1,94 @@
+"""Where memory suffices for the results of all products, none is repeated; and an op that was moved changes no bit."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.flop_counter import FlopCounterMode
+
+import tinybp_lightning as tbp
+from tests.unit.runtime.training import assert_all_same, train
+
+WIDTH, ROWS = 384, 128  # wide, so that a product takes far longer than what is made of its result
+X = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+class Gated(nn.Module):
+    """The feed-forward part of a Llama layer: a norm of many saved tensors, and a gate beside the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 512), nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.norm(x))
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Branches(nn.Module):
+    """Three products read one tensor, and their gradients are summed there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.norm(x))
+        return x + self.out(F.gelu(self.q(y)) * F.silu(self.k(y)) * F.gelu(self.v(y)))
+
+
+class Convolutions(nn.Module):
+    """The residual block of a U-Net: two convolutions in one stretch that is nowhere narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 48) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(48, 48, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.silu(norm(y)))
+        return x + y
+
+
+def net_of(kind: Callable[[], nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(kind() for _ in range(6)))
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    x = X.view(-1, 48, 8, 8) if isinstance(model[0], Convolutions) else X  # type: ignore[index]
+    return model(x).square().mean()
+
+
+def flops_of_a_step(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model).backward()
+    return counter.get_total_flops()
+
+
+# Little more than inputs and results of the products take, and the largest block's backward.
+@pytest.mark.parametrize(("kind", "budget"), [(Gated, "65%"), (Branches, "57%")])
+@pytest.mark.parametrize("checks", [False, True])
+def test_no_product_is_repeated(kind: Callable[[], nn.Module], budget: str, *, checks: bool) -> None:
+    plain = net_of(kind)
+    ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget, check=checks)
+    assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
+    report = tbp.explain(ours).plans[-1]
+    assert report.predicted_recompute_s > 0
+    assert flops_of_a_step(ours) == flops_of_a_step(plain)
+
+
+@pytest.mark.parametrize("kind", [Gated, Branches, Convolutions])
+@pytest.mark.parametrize("budget", ["55%", "25%"])
+def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Module], budget: str) -> None:
+    plain = net_of(kind)
+    ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget)
+    assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
+    assert flops_of_a_step(ours) > flops_of_a_step(plain) or budget == "55%"
