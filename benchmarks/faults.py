@@ -92,6 +92,10 @@ class _FaultyStep:
     def is_random(self) -> bool:
         return self._step.is_random
 
+    @property
+    def is_out_of_place(self) -> bool:
+        return self._step.is_out_of_place
+
     def first(self, state: list[Any]) -> list[Any]:
         self._faults.strike(Place.FORWARD)
         return self._step.first(state)

@@ -3,16 +3,18 @@
 Recipes are trained on the CPU in each peer's way, then under a budget of the peer's measured peak. FLOPs of matrix
 products, convolutions and attention are counted by torch's `FlopCounterMode` while one settled step runs, and peaks are
 measured from allocator events in another; what a way counts beyond plain training is recomputed. Torch's budgeted
-partitioner (`activation_memory_budget`) runs its graphs in eager mode, so that they can be counted. Plans are made for
-the least seconds, not FLOPs: on a CPU a norm may take as long as a convolution, and a peer that repeats nothing but
-norms counts no FLOPs at all. Such rows are marked, and the exit code is then 1, as it is where a plan is over its
-peer's peak. The simulator's own comparison, in seconds, is `benchmarks.peers_in_simulator`.
+partitioner (`activation_memory_budget`) runs its graphs in eager mode, so that they can be counted; they are not timed,
+for nobody would train that way. Plans are made for the least seconds, not FLOPs: on a CPU a norm may take as long as a
+convolution, and a peer that repeats nothing but norms counts no FLOPs at all. Rows with more FLOPs than the peer's are
+marked, and the exit code is then 1, as it is where a plan is over its peer's peak. Seconds are the quickest of a few
+steps, and decide nothing. The simulator's own comparison, in seconds, is `benchmarks.peers_in_simulator`.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false, reportPrivateUsage=false
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -45,6 +47,7 @@ __all__ = ["Row", "app", "compare", "markdown_table"]
 _TODAY = datetime.now().astimezone().date().isoformat()
 _DEVICE = torch.device("cpu")
 _NUM_WARMUP = 2
+_NUM_TIMED = 7
 # A plan is traced and repaired for at most five steps, after the first.
 _MAX_STEPS = 10
 _SHARES = (0.7, 0.5, 0.3, 0.1)
@@ -53,17 +56,18 @@ _CHECKPOINTS = (Mode.checkpoint, Mode.selective)
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """What one step of one way of training takes."""
+    """What one step of one way of training takes; `step_s` is `None` where it was not timed."""
 
     peak_bytes: int
     flops: int
+    step_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One peer, and the plan under a budget of its peak. `plan_flops` is `None` where no plan is that small.
 
-    FLOPs are those beyond plain training's `plain_flops`; peaks are bytes of activations.
+    FLOPs are those beyond plain training's `plain_flops`; peaks are bytes of activations; seconds are a step's.
     """
 
     model: str
@@ -74,6 +78,9 @@ class Row:
     peer_flops: int
     plan_peak_bytes: int | None
     plan_flops: int | None
+    plain_step_s: float | None
+    peer_step_s: float | None
+    plan_step_s: float | None
 
     @property
     def is_good(self) -> bool:
@@ -137,7 +144,9 @@ def _cost(
             break
     else:
         raise RuntimeError(f"the plan has not settled after {_MAX_STEPS} steps.")
+    step_s = None
     if counting is None:
+        step_s = min(_seconds(lambda: step(batches[-2])) for _ in range(_NUM_TIMED))
         with FlopCounterMode(display=False) as counter:
             step(batches[-2])
         flops = counter.get_total_flops()
@@ -152,7 +161,13 @@ def _cost(
 
     peak = record_memory(measured_step, workload.model).memory.activation_peak_bytes
     workload.model.zero_grad(set_to_none=True)
-    return _Cost(peak, flops)
+    return _Cost(peak, flops, step_s)
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    begin_s = time.perf_counter()
+    step()
+    return time.perf_counter() - begin_s
 
 
 def _peers(config: CompareConfig, batches: Sequence[Batch], console: Console) -> list[tuple[str, _Cost]]:
@@ -208,6 +223,9 @@ def compare(model: str, size: str, console: Console) -> list[Row]:
                 peer_flops=peer.flops - plain.flops,
                 plan_peak_bytes=mine and mine.peak_bytes,
                 plan_flops=mine and mine.flops - plain.flops,
+                plain_step_s=plain.step_s,
+                peer_step_s=peer.step_s,
+                plan_step_s=mine and mine.step_s,
             )
         )
     return rows
@@ -215,17 +233,24 @@ def compare(model: str, size: str, console: Console) -> list[Row]:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table; `!` marks what is not as it should be."""
-    head = "| model | peer | peak, MiB | of plain | recomputed, MFLOP | plan's peak, MiB | plan's, MFLOP |\n"
-    lines = [head + "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    head = "| model | peer | peak, MiB | of plain | recomputed, MFLOP | step, plain = 1 |"
+    head += " plan's peak, MiB | plan's MFLOP | plan's step |\n"
+    lines = [head + "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for r in rows:
         plan = ("below the smallest plan", "")
         if r.plan_peak_bytes is not None and r.plan_flops is not None:
             plan = (f"{r.plan_peak_bytes / 2**20:.2f}", f"{r.plan_flops / 1e6:.1f}{'' if r.is_good else ' !'}")
+        steps = _times(r.peer_step_s, r.plain_step_s), _times(r.plan_step_s, r.plain_step_s)
         lines.append(
             f"| {r.model} | {r.peer} | {r.peer_peak_bytes / 2**20:.2f} | "
-            f"{r.peer_peak_bytes / r.plain_peak_bytes:.1%} | {r.peer_flops / 1e6:.1f} | {plan[0]} | {plan[1]} |"
+            f"{r.peer_peak_bytes / r.plain_peak_bytes:.1%} | {r.peer_flops / 1e6:.1f} | "
+            f"{steps[0]} | {plan[0]} | {plan[1]} | {steps[1]} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _times(step_s: float | None, plain_s: float | None) -> str:
+    return "" if step_s is None or plain_s is None else f"{step_s / plain_s:.3f}"
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

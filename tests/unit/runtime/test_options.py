@@ -150,6 +150,22 @@ def test_kinds_that_a_step_spends_its_time_in_have_all_options_measured_unless_a
         assert (kind in kinds) == (mine_s >= 0.1 * total_s)
 
 
+def test_of_one_structure_compiled_apart_each_is_measured() -> None:
+    """Blocks of one signature may differ in constants and strides: what was measured of one says nothing of the other."""
+    chain = _chain(saved=0.5, slower=1.1, is_estimated=True)
+    layer = max(chain.blocks, key=lambda b: sum(b.signature == other.signature for other in chain.blocks))
+    equal = [i for i, b in enumerate(chain.blocks) if b.signature == layer.signature]
+    blocks = list(chain.blocks)
+    blocks[equal[0]] = replace(layer, options=tuple(replace(o, is_estimated=False) for o in layer.options))
+    chain = replace(chain, blocks=tuple(blocks))
+    kept = keep_all(chain)
+    actions = (
+        replace(a, option=OptionId(1)) if isinstance(a, (Backward, ForwardSave)) and a.block in equal else a
+        for a in kept.actions
+    )
+    assert {b for b, _ in options_to_measure(chain, replace(kept, actions=tuple(actions)))} & set(equal[1:])
+
+
 def test_what_another_process_measured_is_kept_beside_what_is_estimated_here() -> None:
     known = _chain(saved=0.3, slower=3.0, is_estimated=False)
     found = with_measured(known, _chain(saved=0.3, slower=1.0, is_estimated=True))

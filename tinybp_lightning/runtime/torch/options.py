@@ -95,9 +95,11 @@ def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int,
     num_forwards = sum(isinstance(a, (Forward, ForwardSave)) for a in schedule.actions)
     if num_forwards == len(chain.blocks) and not any(taken.values()):
         return frozenset()
-    kinds: dict[str, list[int]] = {}
+    # Blocks of one structure may be compiled apart, for other constants or strides: some are measured and some are not.
+    kinds: dict[tuple[str, tuple[bool, ...]], list[int]] = {}
     for b, block in enumerate(chain.blocks):
-        kinds.setdefault(block.signature, []).append(b)
+        are_estimated = tuple(option.is_estimated for option in block.options)
+        kinds.setdefault((block.signature, are_estimated), []).append(b)
     seconds = {kind: sum(_plain_s(chain.blocks[b]) for b in blocks) for kind, blocks in kinds.items()}
     wanted: set[tuple[int, int]] = set()
     for kind, blocks in kinds.items():

@@ -161,25 +161,25 @@ class SlotBook:
         """First sweep: take a saved tensor, return what autograd holds instead."""
         position = len(self._slots)
         self._forms.append(_Form(t.shape, t.dtype, t.device))
-        plain = has_storage(t)
-        if plain and storage_key(t) in self._external:
+        key = storage_key(t) if has_storage(t) else None
+        if key is not None and key in self._external:
             self._slots.append(None)
             return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
         slot = Slot(self._block, position)
         self._slots.append(weakref.ref(slot))
-        source = self._inputs.get(storage_key(t)) if plain else None
-        first = self._saved_first.get(storage_key(t)) if plain else None
+        source = None if key is None else self._inputs.get(key)
+        first = None if key is None else self._saved_first.get(key)
         if source is not None and source[2] == t._version:
             self._aliases.append(_alias(slot, source[0], t, _offset_bytes(source[1])))
         elif first is not None and first[2] == t._version:
             self._again.setdefault(first[0], []).append(_alias(slot, first[0], t, first[1]))
         else:
             self.num_replayed = position + 1
-            if plain:
+            if key is not None:
                 storage = t.untyped_storage()
-                self._dropped[storage_key(t)] = (StorageWeakRef(storage), storage.nbytes())
+                self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
                 if self._is_out_of_place:
-                    self._saved_first[storage_key(t)] = (position, _offset_bytes(t), t._version)
+                    self._saved_first[key] = (position, _offset_bytes(t), t._version)
         return slot
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:

@@ -4,6 +4,7 @@ A boundary's state is a flat list of leaves. *Externals* (parameters, buffers, t
 the caller holds them for the whole step, so they are passed by reference and cost nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,14 +98,17 @@ def _interior(t: torch.Tensor) -> torch.Tensor:
 
 def copies(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Return graph leaves with the same values, strides and wish for a gradient; what shared memory still does."""
+    counts = Counter(storage_key(t) for t in tensors.values() if has_storage(t))
     storages: dict[int, torch.UntypedStorage] = {}
-    return {i: _copy(t, storages).requires_grad_(t.requires_grad) for i, t in tensors.items()}
+    return {i: _copy(t, counts, storages).requires_grad_(t.requires_grad) for i, t in tensors.items()}
 
 
-def _copy(t: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+def _copy(t: torch.Tensor, counts: Mapping[int, int], storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
     if not has_storage(t) or t.is_conj() or t.is_neg():
         return t.detach().clone()
     key = storage_key(t)
+    if counts[key] == 1 and t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes:
+        return t.detach().clone()  # a tenth of what the general way costs: a norm has three buffers
     if key not in storages:
         storages[key] = t.untyped_storage().clone()
     whole = torch.empty(0, dtype=t.dtype, device=t.device)
