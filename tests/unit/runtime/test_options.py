@@ -151,7 +151,7 @@ def test_kinds_that_a_step_spends_its_time_in_have_all_options_measured_unless_a
 
 
 def test_of_one_structure_compiled_apart_each_is_measured() -> None:
-    """Blocks of one signature may differ in constants and strides: what was measured of one says nothing of the other."""
+    """Blocks of one signature may differ in constants and strides: measuring one says nothing of the other."""
     chain = _chain(saved=0.5, slower=1.1, is_estimated=True)
     layer = max(chain.blocks, key=lambda b: sum(b.signature == other.signature for other in chain.blocks))
     equal = [i for i, b in enumerate(chain.blocks) if b.signature == layer.signature]

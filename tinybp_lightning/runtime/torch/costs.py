@@ -8,41 +8,26 @@ that is not compiled yet cannot be run: it is estimated from its forecast and th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from tinybp_lightning.capture.torch.allocator import Segment, open_trace
-from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece, Program
-from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.capture.torch.pieces import MADE, STATE, Piece, Program
 from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.assemble import BlockCosts, BlockSizes, chain_of
-from tinybp_lightning.runtime.torch.clock import Clock, Spent
+from tinybp_lightning.runtime.torch.assemble import BlockCosts, chain_of
+from tinybp_lightning.runtime.torch.clock import Spent
 from tinybp_lightning.runtime.torch.compiled import forecast_of, is_compiled
 from tinybp_lightning.runtime.torch.forecast import Forecast
-from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
-from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
+from tinybp_lightning.runtime.torch.probe import Layout, Probe, Probed, Seed
+from tinybp_lightning.runtime.torch.steps import Externals
 
 __all__ = ["Measurements", "measure_chain", "measuring_values"]
 
-_NOTHING = Spent(0.0, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """One option of a unique block: its bytes, and the seconds of running it each way, of device and host."""
-
-    sizes: BlockSizes
-    forward: Spent
-    replay: Spent
-    backward: Spent
-    is_estimated: bool = False
-
-
-Measurements = dict[tuple[Any, ...], dict[int, _Measured]]
+Measurements = dict[tuple[Any, ...], dict[int, Probed]]
 """The options measured so far of each unique block, by number."""
 
 
@@ -94,15 +79,36 @@ def _walk(
     on_block: Callable[[int, int], None],
     known: Measurements,
 ) -> tuple[list[tuple[BlockCosts, ...]], list[list[bool]]]:
+    """Measure every block; again, where the blocks behind it were seen to hand it gradients of another layout."""
     seeds = _seeds(program)
-    measured: list[tuple[_Measured, ...]] = []
+    measured, wants = _pass(program, seeds, externals, device, autocast, on_block, known)
+    laid_out = _laid_out(program, seeds, measured)
+    if laid_out != seeds:
+        measured, wants = _pass(program, laid_out, externals, device, autocast, _no_progress, known)
+    return _costs(measured), wants
+
+
+def _no_progress(_: int, __: int) -> None:
+    """The blocks have been counted once."""
+
+
+def _pass(
+    program: Program,
+    seeds: Sequence[tuple[Seed, ...]],
+    externals: Externals,
+    device: torch.device,
+    autocast: Sequence[Autocast],
+    on_block: Callable[[int, int], None],
+    known: Measurements,
+) -> tuple[list[tuple[Probed, ...]], list[list[bool]]]:
+    measured: list[tuple[Probed, ...]] = []
     leaves: list[Any] = []
     wants: list[list[bool]] = [[]]
     for done, piece in enumerate(program.pieces):
         with autocast_as(autocast), torch.enable_grad():
             key = piece.span.signature, seeds[done], piece.calls if piece.is_compiled else ()
             probes = [
-                _Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
+                Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
                 for option in range(len(piece.calls))
             ]
             options = known.setdefault(key, {})
@@ -114,23 +120,49 @@ def _walk(
         wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
         leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
         on_block(done + 1, len(program.pieces))
-    return _costs(measured), wants
+    return measured, wants
 
 
-def _seeds(program: Program) -> list[tuple[int, ...]]:
+def _seeds(program: Program) -> list[tuple[Seed, ...]]:
     """Return what of each piece's values gets a gradient: what later pieces read, and where backward starts."""
     wanted = set(program.differentiated)
-    seeds: list[tuple[int, ...]] = []
+    seeds: list[tuple[Seed, ...]] = []
     for piece, before, after in reversed(
         list(zip(program.pieces, program.boundaries, program.boundaries[1:], strict=False))
     ):
         made = [(s.index, v) for s, v in zip(piece.state, after, strict=True) if s.origin == MADE]
-        seeds.append(tuple(index for index, v in made if v in wanted))
+        seeds.append(tuple(Seed(index) for index, v in made if v in wanted))
         wanted.update(before[s.index] for s in piece.reads if s.origin == STATE)
     return seeds[::-1]
 
 
-def _with_estimates(piece: Piece, measured: Mapping[int, _Measured]) -> tuple[_Measured, ...]:
+def _laid_out(
+    program: Program, seeds: Sequence[tuple[Seed, ...]], measured: Sequence[tuple[Probed, ...]]
+) -> list[tuple[Seed, ...]]:
+    """Return `seeds` with the layouts of the gradients that later pieces were seen to make.
+
+    Of values that one piece alone reads: what several contribute to is summed into a tensor of its own.
+    """
+    found: dict[ValueId, list[Layout | None]] = {v: [None] for v in program.differentiated}
+    for piece, before, (first, *_) in zip(program.pieces, program.boundaries, measured, strict=False):
+        layouts = dict(first.layouts)
+        for k, s in enumerate(piece.reads):
+            if s.origin == STATE:
+                found.setdefault(before[s.index], []).append(layouts.get(k))
+    laid_out: list[tuple[Seed, ...]] = []
+    for piece, after, mine in zip(program.pieces, program.boundaries[1:], seeds, strict=True):
+        made = {s.index: v for s, v in zip(piece.state, after, strict=True) if s.origin == MADE}
+        layouts = [found.get(made[seed.index], []) for seed in mine]
+        laid_out.append(
+            tuple(
+                replace(seed, layout=only[0]) if len(only) == 1 else seed
+                for seed, only in zip(mine, layouts, strict=True)
+            )
+        )
+    return laid_out
+
+
+def _with_estimates(piece: Piece, measured: Mapping[int, Probed]) -> tuple[Probed, ...]:
     """Return each option of a block: measured, or estimated and as wrong as the measured one estimated best was."""
     estimates = {
         o: _estimated(measured[0], forecast, piece)
@@ -145,7 +177,7 @@ def _with_estimates(piece: Piece, measured: Mapping[int, _Measured]) -> tuple[_M
     # It repeats the whole forward at most.
     slowest = Spent(backward.device_s + forward.device_s, backward.host_s + forward.host_s)
 
-    def corrected(e: _Measured) -> _Measured:
+    def corrected(e: Probed) -> Probed:
         peak_bytes = max(0, e.sizes.backward_peak_bytes + more_bytes)
         spent = Spent(max(0.0, e.backward.device_s + more_device_s), max(0.0, e.backward.host_s + more_host_s))
         sizes = replace(e.sizes, backward_peak_bytes=peak_bytes)
@@ -154,7 +186,7 @@ def _with_estimates(piece: Piece, measured: Mapping[int, _Measured]) -> tuple[_M
     return tuple(measured[o] if o in measured else corrected(estimates[o]) for o in range(len(piece.calls)))
 
 
-def _estimated(first: _Measured, forecast: Forecast, piece: Piece) -> _Measured:
+def _estimated(first: Probed, forecast: Forecast, piece: Piece) -> Probed:
     """Estimate an option against the measured option 0.
 
     What option 0 saves beyond it, backward makes again and has alive at once: an option of two halves may need less,
@@ -177,7 +209,7 @@ def _estimated(first: _Measured, forecast: Forecast, piece: Piece) -> _Measured:
     return replace(first, sizes=sizes, backward=backward, is_estimated=True)
 
 
-def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, ...]]:
+def _costs(measured: Sequence[tuple[Probed, ...]]) -> list[tuple[BlockCosts, ...]]:
     """Every option of every block in the seconds of whichever is slower over the whole step, device or host."""
     device_s = sum(first.forward.device_s + first.backward.device_s for first, *_ in measured)
     host_s = sum(first.forward.host_s + first.backward.host_s for first, *_ in measured)
@@ -185,7 +217,7 @@ def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, 
     def seconds(spent: Spent) -> float:
         return spent.device_s if device_s >= host_s else spent.host_s
 
-    def costs(m: _Measured) -> BlockCosts:
+    def costs(m: Probed) -> BlockCosts:
         return BlockCosts(
             sizes=m.sizes,
             forward_s=seconds(m.forward),
@@ -195,199 +227,3 @@ def _costs(measured: Sequence[tuple[_Measured, ...]]) -> list[tuple[BlockCosts, 
         )
 
     return [tuple(costs(m) for m in options) for options in measured]
-
-
-class _Seed(torch.autograd.Function):
-    """Ends a block's graph: its backward makes the output gradients inside the engine, as a next block would."""
-
-    @staticmethod
-    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.likes = [(t.shape, t.dtype, t.device, t.is_floating_point() or t.is_complex()) for t in outputs]
-        return outputs[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        return tuple(torch.zeros(s, dtype=d, device=v) if ok else None for s, d, v, ok in ctx.likes)
-
-
-class _Probe:
-    """Runs one option of a block in every way the engine may, and reads the clock and the allocator."""
-
-    def __init__(
-        self,
-        piece: Piece,
-        option: int,
-        externals: Externals,
-        leaves: list[Any],
-        wants: list[bool],
-        seeds: tuple[int, ...],
-        device: torch.device,
-    ) -> None:
-        self._piece = piece
-        self._option = option
-        self._externals = externals
-        self._leaves = leaves
-        self._wants = wants
-        self._seeds = seeds
-        self._device = device
-
-    def _state(self) -> list[Any]:
-        return fresh_leaves(self._leaves, self._wants)
-
-    def _step(self) -> GraphStep:
-        return GraphStep(self._piece, self._externals, self._option)
-
-    def run_dropping(self) -> list[Any]:
-        """Run forward, keep nothing but the outputs."""
-        with torch.autograd.graph.saved_tensors_hooks(forget, never_unpacked):
-            return self._step().first(self._state())
-
-    def measure(self) -> _Measured:
-        """Measure the block. See the module docstring for how."""
-        saved, reads, made = self._saved_set()
-        clock = Clock(self._device)
-        self._save_and_backward(lambda _: None, clock)  # kernels are picked, backward compiled
-        warm = self._save_and_backward(lambda _: None, clock).backward
-        trace = open_trace(self._device)
-        try:
-            trace.mark("forward")
-            forward = clock.time_repeatable(self.run_dropping)
-            trace.mark("between")
-            replay = self._replay(trace.mark, clock)
-            trace.mark("between")
-            run = self._save_and_backward(trace.mark, clock)
-            trace.leave_out(run.parameter_gradients)
-            parts = {s.label: s for s in _joined(trace.close())}
-        except BaseException:
-            trace.abandon()
-            raise
-        save, back = parts["save"], parts["backward"]
-        sizes = BlockSizes(
-            forward_peak_bytes=_peak(parts["forward"]),
-            saved_bytes=saved,
-            saved_reads=reads,
-            saved_made=made,
-            save_peak_bytes=max(_peak(save), saved),
-            replay_peak_bytes=max(min(_peak(parts["replay"]), max(_peak(save), saved)), saved),
-            backward_peak_bytes=max(0, back.peak_bytes - back.start_bytes - run.seeded_bytes),
-            input_gradients=run.input_gradients,
-        )
-        return _Measured(sizes, forward, replay, run.backward.at_most(warm))
-
-    def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Return private saved bytes, and which reads and results of the block its saved tensors alias."""
-        held: list[torch.Tensor] = []
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            held.append(t.detach())
-            return t.detach()
-
-        state = self._state()
-        inputs = {s.index: state[s.index] for s in self._piece.reads if s.origin == STATE}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = self._step().first(state)
-        keys = {storage_key(t): t.untyped_storage().nbytes() for t in held if has_storage(t)}
-        for key in self._externals.storages:
-            keys.pop(key, None)
-        reads = tuple(
-            k
-            for k, s in enumerate(self._piece.reads)
-            if s.origin == STATE and isinstance(t := inputs[s.index], torch.Tensor) and storage_key(t) in keys
-        )
-        made = {
-            s.index: t
-            for s, t in zip(self._piece.state, out, strict=True)
-            if s.origin == MADE and isinstance(t, torch.Tensor)
-        }
-        made_saved = tuple(k for k, t in sorted(made.items()) if storage_key(t) in keys)
-        for t in [*(inputs.values()), *made.values()]:
-            keys.pop(storage_key(t), None)
-        return sum(keys.values()), reads, made_saved
-
-    def _replay(self, mark: Callable[[str], None], clock: Clock) -> Spent:
-        slots: list[Any] = []
-        state = self._state()
-        book = SlotBook(0, self._externals.storages, state, is_out_of_place=self._piece.is_out_of_place)
-
-        def pack(t: torch.Tensor) -> Any:
-            slots.append(book.pack(t))
-            return slots[-1]
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked):
-            self._step().first(state)
-        book.close()
-        if book.num_replayed == 0:
-            mark("replay")
-            return _NOTHING
-
-        def empty() -> None:
-            for slot in slots:
-                if isinstance(slot, Slot):
-                    slot.value = None
-
-        def replay() -> None:
-            empty()  # as a replay finds them: what the last one filled would be counted
-            with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
-                try:
-                    self._step().first(self._state())
-                except StopReplay:
-                    return
-
-        mark("replay")
-        spent = clock.time_repeatable(replay)
-        empty()
-        return spent
-
-    def _save_and_backward(self, mark: Callable[[str], None], clock: Clock) -> "_BackwardRun":
-        state = self._state()
-        reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
-        reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
-        inputs = [t for _, t in reads]
-        parameters = [self._externals.values[s.index] for s in self._piece.reads if s.origin == EXTERNAL]
-        parameters = list({id(p): p for p in parameters if isinstance(p, torch.Tensor) and p.requires_grad}.values())
-        mark("save")
-        out = self._step().first(state)
-        made = [t for s, t in zip(self._piece.state, out, strict=True) if s.origin == MADE and s.index in self._seeds]
-        made = [t for t in made if isinstance(t, torch.Tensor) and t.requires_grad]
-        if not made:
-            mark("backward")
-            return _BackwardRun(_NOTHING, 0, (), ())
-        seeded_bytes = sum(t.numel() * t.element_size() for t in made)
-        loss = cast("torch.Tensor", _Seed.apply(*made))
-        del out, made
-        grads: list[torch.Tensor | None] = []
-        mark("backward")
-        spent = clock.time(lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)))
-        numbers: dict[int, int] = {}
-        mine = tuple(
-            (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
-            for (k, _), g in zip(reads, grads, strict=False)
-            if g is not None
-        )
-        return _BackwardRun(spent, seeded_bytes, mine, tuple(g for g in grads[len(inputs) :] if g is not None))
-
-
-@dataclass(frozen=True, slots=True)
-class _BackwardRun:
-    """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
-
-    backward: Spent
-    seeded_bytes: int
-    input_gradients: tuple[tuple[int, int, int], ...]
-    parameter_gradients: tuple[torch.Tensor, ...]
-
-
-def _peak(segment: Segment) -> int:
-    return max(0, segment.peak_bytes - segment.start_bytes)
-
-
-def _joined(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours of one label (a mark set by `leave_out` splits a segment)."""
-    joined: list[Segment] = []
-    for s in segments:
-        if joined and joined[-1].label == s.label:
-            last = joined.pop()
-            joined.append(Segment(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes))
-        else:
-            joined.append(s)
-    return joined
