@@ -2,9 +2,10 @@
 
 A cut should be narrow, because a stored boundary costs its frontier's bytes. Both granularities start from the narrow
 places of `valleys.py`. `Granularity.FINE` takes all of them, joins blocks that make next to nothing to a neighbour and
-splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.COARSE` takes one for
-each repeated module, the narrowest where modules say nothing, and those of results that are read on. Which boundaries
-a plan *stores* is the planner's decision.
+splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.PRODUCTS` adds cuts
+behind matrix products and convolutions (`products.py`): for budgets that leave room for their results, which are wide.
+`Granularity.COARSE` takes one for each repeated module, the narrowest where modules say nothing, and those of results
+that are read on. Which boundaries a plan *stores* is the planner's decision.
 """
 
 from bisect import bisect_left
@@ -28,8 +29,9 @@ __all__ = ["BlockSpan", "Granularity", "choose_cuts", "cut_blocks"]
 
 
 class Granularity(Enum):
-    """How many blocks: every narrow place (`FINE`), or about one for each repeated module (`COARSE`)."""
+    """How many blocks: cut behind products too, at every narrow place, or about one for each repeated module."""
 
+    PRODUCTS = "products"
     FINE = "fine"
     COARSE = "coarse"
 
@@ -60,11 +62,12 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
     profile = frontier_profile(graph)
     num_nodes = len(graph.nodes)
     match granularity:
-        case Granularity.FINE:
+        case Granularity.FINE | Granularity.PRODUCTS:
             narrow = sorted({*narrow_valleys(profile), *layer_cuts(graph, profile)})
             cuts = merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
             cuts = split_heavy_blocks(graph, profile, cuts)
-            cuts = cut_behind_products(graph, profile, cuts)
+            if granularity is Granularity.PRODUCTS:
+                cuts = cut_behind_products(graph, profile, cuts)
         case Granularity.COARSE:
             layers = layer_cuts(graph, profile)
             stretches = fill_long_stretches(profile, layers)

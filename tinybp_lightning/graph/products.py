@@ -6,6 +6,9 @@ saved behind it. So blocks are cut behind their products. The result is part of 
 nothing beside a saved set: the op that reads it (a norm, an activation function) saves it. Selective checkpointing
 always keeps the results of products; here it is the planner's choice.
 
+Results of products are wide, though: near the smallest budget there is no room for them, and narrow blocks of more ops
+need less. So this is for budgets with room (`has_room_for_products`).
+
 A cut helps only where what is saved behind it can be made from it. In `act(gate(x)) * up(x)` the activation function
 runs before the second product, and what it makes is saved behind it. It can as well run when its result is asked for:
 `delay_cheap_ops` puts it there, and no bit changes. See Note [Order of gradients].
@@ -26,21 +29,44 @@ from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 from tinybp_lightning.graph.valleys import MIN_OPS
 
-__all__ = ["cut_behind_products", "delay_cheap_ops"]
+__all__ = ["cut_behind_products", "delay_cheap_ops", "has_room_for_products", "saved_bytes"]
+
+_ROOM = 0.4
+"""Of what autograd saves. In transformers, ResNets and U-Nets inputs and results of products are half to two thirds."""
 
 # A product of fewer operations than this share of the usual one (a time embedding's) is not worth a block.
 _LIGHT_SHARE = 1 / 64
+# Plans of longer chains are made on coarser tables, and would lose more than finer blocks gain.
+_MAX_BLOCKS = 100
 
 
 def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
     """Return `cuts` and those behind products that a replay of their block would repeat.
 
     A cut that stands just behind such a place, and is no narrower, is moved there: a block has `MIN_OPS` ops at least.
+    Where more than `_MAX_BLOCKS` blocks would result, cuts are moved and none is added.
 
     **Arguments:** `cuts`: increasing, allowed positions.
 
     **Returns:** increasing positions; `cuts` itself where no product is known.
     """
+    finer = _cut(graph, profile, cuts, may_add=True)
+    return finer if len(finer) < _MAX_BLOCKS else _cut(graph, profile, cuts, may_add=False)
+
+
+def saved_bytes(graph: Graph) -> int:
+    """Return the bytes of all activations that plain training saves."""
+    saved = {s for node in graph.nodes for s in node.saved if _is_activation(graph, s)}
+    return sum(graph.storages[s].size_bytes for s in saved)
+
+
+def has_room_for_products(share: float) -> bool:
+    """Return whether a budget of this share of what plain training saves is one to cut behind products for."""
+    return share >= _ROOM
+
+
+def _cut(graph: Graph, profile: FrontierProfile, cuts: Sequence[int], *, may_add: bool) -> tuple[int, ...]:
+
     products = [node.id for node in graph.nodes if _is_product(graph, node)]
     if not products:
         return tuple(cuts)
@@ -61,6 +87,8 @@ def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
                 continue
             is_close = end - place < MIN_OPS
             if is_close and (end == last or profile.local_bytes[end] < profile.local_bytes[place]):
+                continue
+            if not (is_close or may_add):
                 continue
             found.append(place)
             is_moved = is_close

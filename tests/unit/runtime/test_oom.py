@@ -20,8 +20,8 @@ from tinybp_lightning.capture.torch.allocator import can_trace
 from tinybp_lightning.capture.torch.private import is_profiling
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.runtime.torch import targets
-from tinybp_lightning.runtime.torch.costs import _Probe
 from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.probe import Probe
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 WIDTH = 16
@@ -282,15 +282,15 @@ def test_an_error_while_a_block_is_measured_leaves_no_trace_on(
     budget_bytes = int(0.7 * peak_bytes(residual_net(5), square_loss))
     model, recorder = residual_net(5), Recorder()
     tbp.hcb(model, activation_budget=budget_bytes, observers=[recorder])
-    original, left = _Probe._replay, [error]
+    original, left = Probe._replay, [error]
 
-    def replay(self: _Probe, *args: Any) -> Any:
+    def replay(self: Probe, *args: Any) -> Any:
         if left:
             assert is_profiling(), "the error would come outside of a trace: the test shows nothing"
             raise left.pop()
         return original(self, *args)
 
-    monkeypatch.setattr(_Probe, "_replay", replay)
+    monkeypatch.setattr(Probe, "_replay", replay)
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             rescued_step(model)

@@ -24,7 +24,7 @@ from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts import Granularity
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.graph.products import delay_cheap_ops
+from tinybp_lightning.graph.products import delay_cheap_ops, has_room_for_products, saved_bytes
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.compiled import compile_options, compile_program, options_to_compile
@@ -167,12 +167,22 @@ class GraphProgram:
         watch.forward_ended(outputs, ended)
         return fill_template(program.template, outputs)
 
-    def _cut(self, values: Sequence[Any]) -> Program:
+    def _cut(self, values: Sequence[Any], room: Room) -> Program:
         graph = record_graph(self._module, values, name=self._target)
         # A compiled block wants to be large, so that there is something to fuse; an eager one small.
         if self._executor is Executor.INDUCTOR:
             return cut_program(self._module, graph, granularity=Granularity.COARSE)
-        return cut_program(self._module, reorder(self._module, delay_cheap_ops(graph)), granularity=Granularity.FINE)
+        if not has_room_for_products(self._share(room, saved_bytes(graph))):
+            return cut_program(self._module, graph, granularity=Granularity.FINE)
+        graph = reorder(self._module, delay_cheap_ops(graph))
+        return cut_program(self._module, graph, granularity=Granularity.PRODUCTS)
+
+    def _share(self, room: Room, plain_bytes: int) -> float:
+        """Return about which share of plain training's activations the budget is."""
+        budget = self._config.budget
+        if budget.kind is BudgetKind.ACTIVATION and budget.fraction is not None:
+            return budget.fraction
+        return room(plain_bytes) / max(1, plain_bytes)
 
     def _pieces(self, situation: _Situation) -> Program:
         assert self._program is not None, "a situation is met only once the program is cut"
@@ -198,10 +208,12 @@ class GraphProgram:
         again while this one measures.
         """
         budget = self._config.budget
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        room = Room(self._config, device, tensors, self._memory)
         with planning_progress(self._target) as progress:
             if self._program is None:
                 progress.stage("tracing")
-                self._program = self._cut(values)
+                self._program = self._cut(values, room)
                 spans = [(piece.span.start, piece.span.stop) for piece in self._program.pieces]
                 self._pinned = blocks_of_modules(self._program.graph, spans, self._kept)
             if self._executor is Executor.INDUCTOR and situation.autocast not in self._compiled:
@@ -212,8 +224,6 @@ class GraphProgram:
                 self._book.num_compiled += 1
             pieces = self._pieces(situation)
             page = None if self._pinned else self._page(pieces, device, situation)
-            tensors = [v for v in values if isinstance(v, torch.Tensor)]
-            room = Room(self._config, device, tensors, self._memory)
             make = partial(Pilot, self._target, budget=budget, room=room, device=device, observers=self._observers)
             progress.stage("planning")
             known = None if page is None else self._known_pilot(make, page, room)
