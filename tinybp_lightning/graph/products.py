@@ -66,7 +66,7 @@ def has_room_for_products(share: float) -> bool:
 
 
 def _cut(graph: Graph, profile: FrontierProfile, cuts: Sequence[int], *, may_add: bool) -> tuple[int, ...]:
-
+    """Return `cuts` with those close behind a product moved to it, and with others added if that may be."""
     products = [node.id for node in graph.nodes if _is_product(graph, node)]
     if not products:
         return tuple(cuts)
