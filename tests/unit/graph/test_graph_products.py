@@ -8,7 +8,7 @@ import pytest
 from tests.unit.graph.graphs_by_hand import GraphBuilder, transformer_graph
 from tinybp_lightning.graph import Graph, ValueId, verify_graph
 from tinybp_lightning.graph.frontier import frontier_profile
-from tinybp_lightning.graph.products import cut_behind_products, delay_cheap_ops
+from tinybp_lightning.graph.products import cut_behind_products, delay_cheap_ops, saved_bytes
 
 MANY = 1000
 
@@ -83,6 +83,29 @@ def test_a_narrower_cut_just_behind_a_product_stays() -> None:
     x = build.reading("pool", x, size=5)
     x = build.op("norm", [build.reading("norm", x)], 10)
     assert cuts_of(build.build(x), 2) == (2,)
+
+
+@pytest.mark.parametrize(("num_layers", "is_cut_finer"), [(20, True), (60, False)])
+def test_a_long_chain_gets_no_more_blocks_but_its_cuts_are_moved(num_layers: int, *, is_cut_finer: bool) -> None:
+    build = GraphBuilder()
+    x = build.input(10)
+    for _ in range(num_layers):
+        x = build.reading("conv", build.reading("norm", x), flops=MANY)
+        x = build.reading("conv", build.reading("norm", x), flops=MANY)
+        x = build.reading("silu", x)
+    graph = build.build(build.reading("norm", build.reading("norm", x)))
+    behind_layers = [5 * layer + 4 for layer in range(num_layers)]
+    found = cuts_of(graph, *behind_layers)
+    assert {cut - 1 for cut in behind_layers} <= set(found)
+    assert not {*behind_layers} & set(found)
+    assert len(found) == (2 if is_cut_finer else 1) * num_layers
+
+
+def test_what_is_saved_is_counted_once_and_without_parameters() -> None:
+    build = GraphBuilder()
+    x = build.reading("norm", build.input(7))
+    x = build.reading("mul", build.reading("linear", x, build.parameter(100)), x)
+    assert saved_bytes(build.build(x)) == 20
 
 
 def gated(build: GraphBuilder, x: ValueId, act: Callable[[ValueId], ValueId], up_reads: ValueId | None = None) -> Graph:

@@ -92,3 +92,11 @@ def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Mod
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget)
     assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
     assert flops_of_a_step(ours) > flops_of_a_step(plain) or budget == "55%"
+
+
+def test_without_room_for_the_results_of_products_blocks_stay_as_they_are() -> None:
+    loose, tight = (tbp.hcb(net_of(Branches), activation_budget=budget) for budget in ("57%", "34%"))
+    for model in (loose, tight):
+        loss_of(model).backward()
+    of_loose, of_tight = ([b.name for b in tbp.explain(m).plans[-1].chain.blocks] for m in (loose, tight))
+    assert of_loose != of_tight
