@@ -16,7 +16,7 @@ from tinybp_lightning.schedule.bound import PricedChain
 from tinybp_lightning.schedule.capped import affordable, capped_bound_s
 from tinybp_lightning.schedule.relaxed import RelaxedChain, relax
 from tinybp_lightning.schedule.simulate import Timeline
-from tinybp_lightning.schedule.slim import slim
+from tinybp_lightning.schedule.slim import slim, slim_spans
 
 __all__ = ["Certificate", "certify", "fastest_possible_s", "unpriced"]
 
@@ -30,10 +30,11 @@ _WORK = 1e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
 _STRIDES = 50
 _LONG_BLOCKS = 400
-"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search. The capped bound is
-asked only where bytes are tight, with few slots.
+"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search, and prices are those
+of the slim chain. The capped bound is asked only where bytes are tight, with few slots.
 """
 _LOOSE = 0.02
+_LOWER = 0.9
 _NEAR = 0.03
 _TIGHT_BUDGET = 1.5
 """Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
@@ -50,9 +51,10 @@ class Certificate:
     """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
 
     `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
-    and with all prices 0 the time of a step that recomputes nothing. `capped_bound_s` is that of `capped`, for a long
-    chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all schedules
-    where `exact` searched them, or 0.
+    and with all prices 0 the time of a step that recomputes nothing. For a long chain it is the bound of its slim one,
+    each block of which has the prices of all that it stands for (`slim_spans`). `capped_bound_s` is that of `capped`,
+    for a long chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all
+    schedules where `exact` searched them, or 0.
     """
 
     budget_bytes: int
@@ -93,10 +95,11 @@ def certify(
         if capped_s >= timeline.total_s * (1 - _NEAR):
             return replace(unpriced(chain, budget_bytes=budget_bytes), capped_bound_s=capped_s)
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
-    priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
     if num_blocks > _LONG_BLOCKS:
-        priced_s, prices = _try_scales(priced_chain, first, timeline.total_s)
+        priced_s, scale = _try_scales(chain, budget_bytes, first, timeline.total_s)
+        prices = scale * first
     else:
+        priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
         num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
         priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
     if priced_s < plain_s:
@@ -141,14 +144,19 @@ def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: i
     return float(best_s), best
 
 
-def _try_scales(chain: PricedChain, first: _Floats, target_s: float) -> tuple[float, _Floats]:
-    """Return the better of two scales of the first prices, the second only where the first is loose."""
-    value_s = chain.value_s(first)
+def _try_scales(chain: Chain, budget_bytes: int, first: _Floats, target_s: float) -> tuple[float, float]:
+    """Return the slim chain's bound at the better of two scales of the first prices, and the scale.
+
+    The second is asked only where the first is loose.
+    """
+    spans = slim_spans(chain)
+    priced_chain = PricedChain(relax(slim(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES))
+    summed = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
+    value_s = priced_chain.value_s(summed)
     if value_s >= target_s * (1 - _LOOSE):
-        return value_s, first
-    lower = 0.9 * first
-    lower_s = chain.value_s(lower)
-    return (lower_s, lower) if lower_s > value_s else (value_s, first)
+        return value_s, 1.0
+    lower_s = priced_chain.value_s(_LOWER * summed)
+    return (lower_s, _LOWER) if lower_s > value_s else (value_s, 1.0)
 
 
 def fastest_possible_s(chain: Chain) -> float:

@@ -22,22 +22,27 @@ from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.schedule.groups import small_bytes, without_small
 
-__all__ = ["slim"]
+__all__ = ["slim", "slim_spans"]
 
 
 def slim(chain: Chain) -> Chain:
     """Return the slim chain of `chain`; a lower bound on the seconds of its schedules is one for `chain`."""
     light = without_small(chain)
-    least_bytes = small_bytes(chain)
-    starts = [b for b in range(len(light.blocks)) if not _follows(light, b, least_bytes)]
-    spans = list(zip(starts, [*starts[1:], len(light.blocks)], strict=True))
+    spans = slim_spans(chain)
     inner = {s for boundary in light.boundaries for s in boundary.storages}
-    inner -= {s for start in [*starts, len(light.blocks)] for s in light.boundaries[start].storages}
+    inner -= {s for place in [0, *(end for _, end in spans)] for s in light.boundaries[place].storages}
     return replace(
         light,
         blocks=tuple(_block(light, first, end, inner) for first, end in spans),
         boundaries=(light.boundaries[0], *(_boundary(light, *span) for span in spans)),
     )
+
+
+def slim_spans(chain: Chain) -> list[tuple[int, int]]:
+    """Return which blocks of `chain`, `first` to `end` (exclusive), each block of its slim chain stands for."""
+    light, least_bytes = without_small(chain), small_bytes(chain)
+    starts = [b for b in range(len(light.blocks)) if not _follows(light, b, least_bytes)]
+    return list(zip(starts, [*starts[1:], len(light.blocks)], strict=True))
 
 
 def _follows(chain: Chain, b: int, least_bytes: int) -> bool:

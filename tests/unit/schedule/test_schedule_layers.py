@@ -1,5 +1,6 @@
 """Long chains: blocks merged to plan, slim chains to bound, equal layers computed once, and what comes of it."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ from benchmarks.chains import load_chain
 from benchmarks.chains.shapes import repeated
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
-from tinybp_lightning.schedule import Planner, keep_all, simulate, verify_schedule
+from tinybp_lightning.schedule import Planner, certificate, certify, keep_all, simulate, verify_schedule
 from tinybp_lightning.schedule.capped import Resolution, capped_bound_s
+from tinybp_lightning.schedule.certificate import fastest_possible_s
+from tinybp_lightning.schedule.exact import is_searchable
 from tinybp_lightning.schedule.grid import slot_bytes
 from tinybp_lightning.schedule.groups import group_starts, neediest_bytes, without_small
 from tinybp_lightning.schedule.held import HeldSets
@@ -183,6 +186,27 @@ def test_bound_of_the_slim_chain_is_under_the_integer_program(seed: int) -> None
 def test_slim_chains_of_the_test_above_are_slimmer() -> None:
     slimmer = [len(slim(c).blocks) < len(c.blocks) for c in (_with_norms(random.Random(s), 4) for s in range(40))]
     assert sum(slimmer) > 25
+
+
+def test_prices_of_the_slim_chain_bound_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a chain of hundreds of blocks; of these few the optimum is known."""
+    monkeypatch.setattr(certificate, "_LONG_BLOCKS", 1)
+    monkeypatch.setattr(certificate, "_TIGHT_BUDGET", math.inf)
+    num_tight = 0
+    for seed in range(40):
+        chain = _with_norms(random.Random(seed), 4)
+        planner = Planner(chain)
+        assert is_searchable(chain)
+        for share in (0.25, 0.5, 0.75):
+            budget_bytes = int(planner.smallest_bytes * (1 - share) + planner.largest_bytes * share)
+            best = planner.plan(budget_bytes=budget_bytes)
+            worth_s = (best.total_s - fastest_possible_s(chain)) / max(1, planner.largest_bytes - budget_bytes)
+            timeline = simulate(chain, best.schedule)
+            found = certify(chain, best.schedule, timeline, budget_bytes=budget_bytes, seconds_per_byte=worth_s)
+            assert found.priced_bound_s <= best.total_s * (1 + 1e-9)
+            assert len(found.prices) == len(chain.blocks) + 2
+            num_tight += found.priced_bound_s > fastest_possible_s(chain) * (1 + 1e-6)
+    assert num_tight > 10
 
 
 def test_slim_chain_bounds_a_real_network_as_well_as_the_chain_itself() -> None:
