@@ -21,7 +21,7 @@ from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.valleys import MIN_OPS
 
-__all__ = ["merge_light_blocks", "split_heavy_blocks"]
+__all__ = ["made_at", "merge_light_blocks", "split_heavy_blocks"]
 
 # A block that makes less than this share of what the usual block makes is light: statistics of a norm are one value in
 # a row, masks one byte for a pair of positions, and neither comes near it.
@@ -45,7 +45,7 @@ def merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[in
     **Arguments:** `cuts`: increasing positions.
     """
     made_bytes = [0] * len(graph.nodes)
-    for storage, position in _made_at(graph).items():
+    for storage, position in made_at(graph).items():
         made_bytes[position] += graph.storages[storage].size_bytes
     total = [0, *accumulate(made_bytes)]
     last = len(graph.nodes) - 1
@@ -70,7 +70,7 @@ def split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[in
 
     **Returns:** increasing positions, `cuts` among them; `cuts` itself where no node says what it saves.
     """
-    made = _made_at(graph)
+    made = made_at(graph)
     found = list(cuts)
     spans = [(before + 1, after + 1) for before, after in pairwise([-1, *cuts, len(graph.nodes) - 1])]
     heap = [(-_total_bytes(_saved_in(graph, made, start, stop)), start, stop) for start, stop in spans]
@@ -86,7 +86,7 @@ def split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[in
     return tuple(sorted(found))
 
 
-def _made_at(graph: Graph) -> dict[StorageId, int]:
+def made_at(graph: Graph) -> dict[StorageId, int]:
     """Return the node that makes each activation storage; private ones, which no value names, are left out."""
     made: dict[StorageId, int] = {}
     for position, node in enumerate(graph.nodes):

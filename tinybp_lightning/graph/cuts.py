@@ -1,6 +1,6 @@
 """Where is a graph cut into blocks, and what goes in and out of each block?
 
-A cut should be narrow, because a stored boundary costs its frontier's bytes. Both granularities start from the narrow
+A cut should be narrow, because a stored boundary costs its frontier's bytes. All granularities start from the narrow
 places of `valleys.py`. `Granularity.FINE` takes all of them, joins blocks that make next to nothing to a neighbour and
 splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.PRODUCTS` adds cuts
 behind matrix products and convolutions (`products.py`): for budgets that leave room for their results, which are wide.

@@ -24,6 +24,7 @@ from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 
+from tinybp_lightning.graph.balance import made_at
 from tinybp_lightning.graph.frontier import FrontierProfile
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
@@ -104,7 +105,7 @@ def delay_cheap_ops(graph: Graph) -> Graph:
     and storages keep their ids.
     """
     order = list(graph.nodes)
-    made = _makers(graph)
+    made = made_at(graph)
     for node in reversed(graph.nodes):
         if not _may_be_delayed(graph, node, made):
             continue
@@ -148,20 +149,9 @@ def _touches(graph: Graph, other: Node, node: Node) -> bool:
     return any(graph.values[v].storage in storages for v in other.reads)
 
 
-def _makers(graph: Graph) -> dict[StorageId, int]:
-    """Return the node that makes each activation storage; private ones, which no value names, are left out."""
-    made: dict[StorageId, int] = {}
-    for node in graph.nodes:
-        for value in node.makes:
-            storage = graph.values[value].storage
-            if storage is not None and _is_activation(graph, storage):
-                made.setdefault(storage, node.id)
-    return made
-
-
 def _first_saves(graph: Graph) -> list[tuple[int, int]]:
     """Return for each activation storage that is saved which node makes it, and which is the first to save it."""
-    made = _makers(graph)
+    made = made_at(graph)
     saves: dict[StorageId, int] = {}
     for node in graph.nodes:
         for storage in node.saved:
