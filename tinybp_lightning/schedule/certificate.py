@@ -18,13 +18,16 @@ from tinybp_lightning.schedule.relaxed import RelaxedChain, relax
 from tinybp_lightning.schedule.simulate import Timeline
 from tinybp_lightning.schedule.slim import slim, slim_spans
 
-__all__ = ["Certificate", "certify", "fastest_possible_s", "unpriced"]
+__all__ = ["Certificate", "certify", "fastest_possible_s", "is_long", "is_tight", "unpriced"]
 
 _Floats = NDArray[np.float64]
 _CLOSE = 1e-4
 """A bound this near the plan, relative to it, is not improved further."""
 _TIGHT = 0.005
-"""A bound this near needs no second one."""
+"""A bound this near needs no second one,"""
+_TIGHT_LONG = 0.015
+_MANY_BLOCKS = 48
+"""nor one this near on a chain of more blocks, where the second can take ten seconds."""
 _NEARLY_FULL = 0.97
 _WORK = 1e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
@@ -68,10 +71,25 @@ class Certificate:
         """The best of the three bounds."""
         return max(self.priced_bound_s, self.capped_bound_s, self.searched_bound_s)
 
+    def least_s(self, budget_bytes: int) -> float:
+        """Return a bound for a budget that is no larger: the prices prove one there too, higher by what they cost."""
+        assert budget_bytes <= self.budget_bytes, "prices say nothing of a larger budget, which has more options"
+        return self.priced_bound_s + sum(self.prices) * (self.budget_bytes - budget_bytes)
+
 
 def unpriced(chain: Chain, *, budget_bytes: int) -> Certificate:
     """Return what is known of any budget without a search for prices: a step that recomputes nothing is no slower."""
     return Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+
+
+def is_long(chain: Chain) -> bool:
+    """Whether a chain is so long that its bounds and its tables take seconds each."""
+    return len(chain.blocks) > _LONG_BLOCKS
+
+
+def is_tight(chain: Chain, total_s: float) -> bool:
+    """Whether a plan takes so long that good prices are hard to find: bytes are short."""
+    return total_s > _TIGHT_BUDGET * fastest_possible_s(chain)
 
 
 def certify(
@@ -90,12 +108,12 @@ def certify(
         return unpriced(chain, budget_bytes=budget_bytes)
     relaxed = relax(chain, budget_bytes=budget_bytes)
     capped_s = 0.0
-    if num_blocks > _LONG_BLOCKS and timeline.total_s > _TIGHT_BUDGET * plain_s:
+    if is_long(chain) and is_tight(chain, timeline.total_s):
         capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
         if capped_s >= timeline.total_s * (1 - _NEAR):
             return replace(unpriced(chain, budget_bytes=budget_bytes), capped_bound_s=capped_s)
     first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
-    if num_blocks > _LONG_BLOCKS:
+    if is_long(chain):
         priced_s, scale = _try_scales(chain, budget_bytes, first, timeline.total_s)
         prices = scale * first
     else:
@@ -104,7 +122,8 @@ def certify(
         priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
     if priced_s < plain_s:
         priced_s, prices = plain_s, np.zeros(num_blocks + 2)
-    if num_blocks <= _LONG_BLOCKS and priced_s < timeline.total_s * (1 - _TIGHT):
+    near = _TIGHT if num_blocks <= _MANY_BLOCKS else _TIGHT_LONG
+    if not is_long(chain) and priced_s < timeline.total_s * (1 - near):
         capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
     return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
 

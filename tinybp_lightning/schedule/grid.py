@@ -14,6 +14,8 @@ __all__ = ["Grid", "Tree", "slot_bytes", "storable_boundaries"]
 
 _UNITS_TRIED = 2000
 _MAX_WINDOW = 4
+_SLOPE_SHARE = 8
+"""What a byte is worth is taken over this part of a budget."""
 
 
 class Tree(Protocol):
@@ -67,6 +69,15 @@ class Grid:
         rises = np.concatenate([[True], seconds[1:] < seconds[:-1]])
         starts = np.flatnonzero(np.isfinite(seconds) & rises)
         return [(int(slots[k]), float(seconds[k])) for k in reversed(starts)]
+
+    def seconds_per_byte(self, left_bytes: int) -> float:
+        """Return about how many seconds one more byte than `left_bytes` saves; 0 where fewer bytes have no schedule."""
+        last = min(left_bytes // self.unit_bytes, self.tree(left_bytes).num_slots)
+        seconds = self.tree(left_bytes).seconds[: last + 1]
+        first = max(int(np.isfinite(seconds).argmax()), last - last // _SLOPE_SHARE)
+        if first == last or not np.isfinite(seconds[last]):
+            return 0.0
+        return float(seconds[first] - seconds[last]) / ((last - first) * self.unit_bytes)
 
     def schedule(self, slots: int) -> Schedule:
         """Return the table's schedule for `slots`, which `steps` named."""

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
 
-__all__ = ["RelaxedChain", "RelaxedOption", "relax"]
+__all__ = ["RelaxedChain", "RelaxedOption", "relax", "relaxed_options"]
 
 _Floats = NDArray[np.float64]
 
@@ -96,12 +96,13 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
         passed_bytes=np.hstack([zero, np.cumsum(passed, axis=1)]),
         loss_bytes=float(first[-1, -1] + passed[-1, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=_fitting_options(chain, end_of, left_bytes),
+        options=relaxed_options(chain, left_bytes=left_bytes),
     )
 
 
-def _fitting_options(chain: Chain, end_of: list[int], left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
-    """The options of every block whose saved set and backward fit into the budget by themselves."""
+def relaxed_options(chain: Chain, *, left_bytes: int | None = None) -> tuple[tuple[RelaxedOption, ...], ...]:
+    """Return the options of every block; with `left_bytes` those whose saved set and backward fit by themselves."""
+    end_of, _ = _ends(chain)
     found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
     for b in reversed(range(len(chain.blocks))):
         block = chain.blocks[b]
@@ -112,7 +113,7 @@ def _fitting_options(chain: Chain, end_of: list[int], left_bytes: int) -> tuple[
             counted_bytes = sum(chain.storage_bytes[s] for s in option.storages if end_of[s] == b)
             weight_bytes = option.saved_bytes + counted_bytes
             held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
-            if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
+            if left_bytes is None or held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
                 backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
                 options.append(RelaxedOption(weight_bytes, backward_bytes, option.backward_s, option.replay_s))
         found.append(tuple(options))

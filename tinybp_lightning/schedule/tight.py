@@ -17,7 +17,7 @@ from tinybp_lightning.schedule.layers import Layers, find_layers, move_signature
 from tinybp_lightning.schedule.merged import Merged, merge
 from tinybp_lightning.schedule.tables import Tables
 
-__all__ = ["helped_grid", "tight_schedules"]
+__all__ = ["helped_grid", "helped_span_bytes", "tight_schedules"]
 
 _SHORT_BLOCKS = 16
 _SHORT_SLOTS = 512
@@ -33,6 +33,8 @@ _MERGED_CELLS = 1e8
 _LEAST_SLOTS = 48
 _HELPED_SPAN = 1.5
 """The table spans budgets up to so many times the smallest tree's."""
+_WIDEST_UNIT = 1.25
+"""Its slots are up to so many times as large as wanted (`slot_bytes`)."""
 
 
 def helped_grid(chain: Chain, *, tree_bytes: int, largest_bytes: int) -> Grid | None:
@@ -50,6 +52,14 @@ def helped_grid(chain: Chain, *, tree_bytes: int, largest_bytes: int) -> Grid | 
     num_slots = int(np.clip(_HELPED_CELLS / helper_rows(tables), 64, _HELPED_SLOTS))
     unit_bytes = slot_bytes(tables, wanted_bytes=int(_HELPED_SPAN * tree_bytes) // num_slots)
     return _grid(tables, unit_bytes=unit_bytes, num_slots=num_slots)
+
+
+def helped_span_bytes(chain: Chain, *, tree_bytes: int) -> int | None:
+    """Return up to which bytes, workspace left out, helpers are looked for; `None` on a short chain: at any.
+
+    **Arguments:** `tree_bytes`: what the smallest interval tree needs.
+    """
+    return None if len(chain.blocks) <= _SHORT_BLOCKS else int(_WIDEST_UNIT * _HELPED_SPAN * tree_bytes)
 
 
 def tight_schedules(grid: Grid) -> list[Schedule]:
