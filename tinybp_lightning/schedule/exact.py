@@ -30,7 +30,7 @@ from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, F
 
 __all__ = ["faster_schedule", "is_searchable"]
 
-_MAX_BLOCKS = 10
+_MAX_BLOCKS = 8
 _MAX_SETS = 20
 """Bits of the mask of saved sets: the options of all blocks together."""
 _MAX_STORAGES = 62

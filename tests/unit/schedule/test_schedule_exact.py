@@ -68,6 +68,6 @@ def test_time_never_rises_with_the_budget(seed: int) -> None:
 
 
 def test_only_very_short_chains_are_searched() -> None:
-    assert is_searchable(uniform_chain(10))
-    assert not is_searchable(uniform_chain(11))
+    assert is_searchable(uniform_chain(8))
+    assert not is_searchable(uniform_chain(9))
     assert not is_searchable(random_chain(random.Random(4), 6, max_options=9))
