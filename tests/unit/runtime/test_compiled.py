@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx_inner as inner_compile
 
 import tinybp_lightning as tbp
 from tests.unit.capture.graphs import trace_graph
@@ -27,9 +29,9 @@ def _counted(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., Any] 
     """Have blocks compiled by `compile_graph`, and return a list of them that grows."""
     compiles: list[fx.GraphModule] = []
 
-    def counted(module: fx.GraphModule, arguments: list[torch.Tensor]) -> Callable[..., Any]:
+    def counted(module: fx.GraphModule, arguments: list[torch.Tensor], **settings: Any) -> Callable[..., Any]:
         compiles.append(module)
-        return compile_graph(module, arguments)
+        return compile_graph(module, arguments, **settings)
 
     monkeypatch.setattr(compiled_blocks, "compile_fx", counted)
     return compiles
@@ -81,7 +83,7 @@ def test_each_option_saves_less_and_computes_the_same() -> None:
 def test_equal_blocks_are_compiled_once_whatever_the_tracer_called_their_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiles = _counted(monkeypatch, lambda module, _: module.forward)
+    compiles = _counted(monkeypatch, lambda module, _, **__: module.forward)
     num_compiles: list[int] = []
     for depth in (4, 8):
         found = trace_graph(residual_net(depth, width=WIDTH, dropout=0.0), X)
@@ -179,3 +181,30 @@ def test_a_micro_batch_with_gradients_from_before_compiles_nothing_anew(monkeypa
         num_compiles.append(len(compiles))
     assert all(p.grad is not None for p in model.parameters())
     assert num_compiles[1:] == [num_compiles[0]] * 3
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_deterministic_algorithms_leave_no_kernel_to_be_timed(
+    monkeypatch: pytest.MonkeyPatch, is_deterministic: bool
+) -> None:
+    timed: list[bool] = []
+
+    def noting(*arguments: Any, **settings: Any) -> Callable[..., Any]:
+        def note(module: fx.GraphModule, inputs: Any, **others: Any) -> Callable[..., Any]:
+            timed.append(inductor_config.triton.autotune_pointwise)
+            return inner_compile(module, inputs, **others)
+
+        return compile_fx(*arguments, inner_compile=note, **settings)
+
+    monkeypatch.setattr(compiled_blocks, "compile_fx", noting)
+    model = _net()
+    tbp.hcb(model, activation_budget="50%", executor="inductor")
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        train(model, lambda net: net(X).square().mean(), steps=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # Forward and backward of each kind of block.
+    assert len(timed) >= 4
+    assert set(timed) == {not is_deterministic}

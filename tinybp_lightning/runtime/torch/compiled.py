@@ -6,6 +6,12 @@ further options, which save less and repeat ops inside their backward (`partitio
 pays many times in every step. It is compiled when a plan takes it (`compile_options`); until then there is a forecast
 of what it saves and repeats.
 
+# Note [Kernels that are timed]
+On CUDA a pointwise kernel is launched in the shape that was fastest when it was timed, and it is timed anew whenever
+code that has the same kernel is loaded, for all who use it. The last bits of what it computes can depend on the shape.
+No code is loaded within a step, so a replay computes what its forward did; but two trainings, or two runs of one, can
+part. Where the user asks for deterministic algorithms, of which that is the purpose, no kernel is timed.
+
 Private API: `torch._inductor.compile_fx.compile_fx` on a torch-level graph (torch 2.11 to 2.14).
 """
 
@@ -190,7 +196,9 @@ def _parameters(piece: Piece, arguments: Sequence[Any]) -> frozenset[int]:
 
 def _compiled(module: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
     compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
-    return compile_graph(_unboxed(module), list(arguments))
+    # See Note [Kernels that are timed].
+    settings = {"triton.autotune_pointwise": False} if torch.are_deterministic_algorithms_enabled() else None
+    return compile_graph(_unboxed(module), list(arguments), config_patches=settings)
 
 
 def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
