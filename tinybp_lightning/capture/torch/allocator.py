@@ -38,7 +38,7 @@ from tinybp_lightning.capture.torch.private import (
 )
 from tinybp_lightning.capture.torch.turn import Turn
 
-__all__ = ["AllocatorTrace", "Segment", "can_trace", "open_trace", "tracing_turn"]
+__all__ = ["AllocatorTrace", "LostTraceError", "Segment", "can_trace", "open_trace", "tracing_turn"]
 
 profiler: Any = torch_profiler  # its stub hides the functions that start and stop it
 _MARK_BYTES = 739  # a size that no tensor is likely to have
@@ -47,6 +47,10 @@ _NO_SCOPES = {RecordScope.LITE_INTERPRETER}  # an empty set would mean all
 _MAX_CUDA_EVENTS = 2_000_000  # past this the allocator's history would overwrite its own beginning
 # Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+class LostTraceError(Exception):
+    """What was recorded is not all there: someone else restarted or cleared the allocator's history meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,8 @@ class _CpuTrace:
                 events.append((fields.ptr, fields.alloc_size))
             elif fields.ptr in alive:
                 events.append((fields.ptr, -alive.pop(fields.ptr)))
-        assert len(marks) == len(self._marks), f"{len(marks)} of {len(self._marks)} marks were found"
+        if len(marks) < len(self._marks):
+            raise LostTraceError(f"the profiler has {len(marks)} of {len(self._marks)} marks")
         return events, marks
 
 
@@ -293,5 +298,6 @@ class _CudaTrace:
                 marks.append(len(events))
             elif marks:
                 events.append(event)
-        assert len(marks) == len(self._labels), "the allocator's history lost a mark"
+        if len(marks) < len(self._labels):
+            raise LostTraceError(f"the allocator's history has {len(marks)} of {len(self._labels)} marks")
         return events, marks

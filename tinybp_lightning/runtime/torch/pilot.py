@@ -204,6 +204,8 @@ class Pilot:
         )
         if watch.measured is not None and not watch.is_disturbed:
             self._learn(watch.measured)
+        elif watch.is_lost:
+            pass  # the next step is measured
         elif self._known is not None:
             self._phase = _Phase.STEADY  # it was measured when it was made
             self._fly(self._flight)

@@ -12,6 +12,7 @@ Note [Stopping a trace]
 import atexit
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,17 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from tinybp_lightning.capture.torch.allocator import AllocatorTrace, Segment, can_trace, open_trace, tracing_turn
+from tinybp_lightning.capture.torch.allocator import (
+    AllocatorTrace,
+    LostTraceError,
+    Segment,
+    can_trace,
+    open_trace,
+    tracing_turn,
+)
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
+from tinybp_lightning.errors import HCBWarning
 
 __all__ = ["Measured", "StepWatch", "settle_pending", "stop_listening", "stop_tracing"]
 
@@ -45,6 +54,7 @@ class StepWatch:
     """Follows one forward and the first backward through it; traces it if wanted, unless something else traces.
 
     `is_disturbed`: another target's step began before this one's ended, so what was measured belongs to both.
+    `is_lost`: it was traced, and someone else's profiler took what was recorded away: the next step can be measured.
     """
 
     num_started = 0
@@ -75,6 +85,7 @@ class StepWatch:
         self.measured: Measured | None = None
         self.step_s = 0.0
         self.ended = False
+        self.is_lost = False
         self._mark("forward")
 
     def _mark(self, label: str) -> None:
@@ -121,12 +132,16 @@ class StepWatch:
         if self in _TRACING:
             _TRACING.remove(self)
         if trace is not None:
-            parts: dict[str, Segment] = {}
-            for s in trace.close():
-                parts.setdefault(s.label, s)
-            tail, back = parts["tail"], parts["backward"]
-            peak = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
-            self.measured = Measured(peak, tail.start_bytes, tail.peak_bytes, back.start_bytes)
+            try:
+                self.measured = _measured(trace.close())
+            except LostTraceError as error:
+                self.is_lost = True
+                warnings.warn(
+                    f"A step could not be measured: {error}; did a memory profiler start or stop within it? The next "
+                    "step is measured instead.",
+                    HCBWarning,
+                    stacklevel=2,
+                )
         self._tell()
 
     def _tell(self) -> None:
@@ -157,6 +172,15 @@ class StepWatch:
         self.ended = True
         if self in _PENDING:
             _PENDING.remove(self)
+
+
+def _measured(segments: Sequence[Segment]) -> Measured:
+    parts: dict[str, Segment] = {}
+    for s in segments:
+        parts.setdefault(s.label, s)
+    tail, back = parts["tail"], parts["backward"]
+    peak = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
+    return Measured(peak, tail.start_bytes, tail.peak_bytes, back.start_bytes)
 
 
 _PENDING: list[StepWatch] = []
