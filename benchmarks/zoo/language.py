@@ -196,7 +196,7 @@ LANGUAGE = (
     Architecture("gpt_neox", _causal("GPTNeoX", **_ENCODER, hidden_dropout=0.1, attention_dropout=0.1)),
     Architecture("mamba", _causal("Mamba", batch_size=4, length=32, hidden_size=32, num_hidden_layers=3, state_size=8)),
     Architecture(
-        "rwkv", _causal("Rwkv", batch_size=8, length=32, hidden_size=64, attention_hidden_size=64, num_hidden_layers=4)
+        "rwkv", _causal("Rwkv", batch_size=8, length=16, hidden_size=64, attention_hidden_size=64, num_hidden_layers=4)
     ),
     Architecture("bert", _masked("Bert", **_ENCODER), is_fast=True),
     Architecture("albert", _masked("Albert", embedding_size=32, **_ENCODER)),
