@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks.chains import load_chain
 from benchmarks.chains.shapes import dense_chain, random_dag_chain, repeated, uniform_chain
+from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph import BlockId, BoundaryId, Chain
 from tinybp_lightning.schedule import Planner, Schedule, keep_all, simulate
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Store
@@ -128,11 +129,13 @@ def _measure(name: str, num_layers: int) -> list[Point]:
     points: list[Point] = []
     started_s = time.process_time()
     planner = Planner(chain)
-    budgets = {f"{percent}%": plain_bytes * percent // 100 for percent in PERCENTS} | {"min": planner.smallest_bytes}
-    for budget, budget_bytes in budgets.items():
-        if budget_bytes < planner.smallest_bytes:
+    for percent in (*PERCENTS, None):
+        budget = "min" if percent is None else f"{percent}%"
+        budget_bytes = planner.smallest_bytes if percent is None else plain_bytes * percent // 100
+        try:
+            found = planner.plan(budget_bytes=budget_bytes)
+        except BudgetTooSmallError:
             continue
-        found = planner.plan(budget_bytes=budget_bytes)
         plain_s = found.total_s - found.recompute_s
         cpu_s, started_s = time.process_time() - started_s, time.process_time()
         share = budget_bytes / plain_bytes
