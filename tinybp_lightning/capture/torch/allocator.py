@@ -198,7 +198,7 @@ class _CpuTrace:
                 events.append((fields.ptr, fields.alloc_size))
             elif fields.ptr in alive:
                 events.append((fields.ptr, -alive.pop(fields.ptr)))
-        if len(marks) < len(self._marks):
+        if len(marks) != len(self._marks):
             raise LostTraceError(f"the profiler has {len(marks)} of {len(self._marks)} marks")
         return events, marks
 
@@ -298,6 +298,6 @@ class _CudaTrace:
                 marks.append(len(events))
             elif marks:
                 events.append(event)
-        if len(marks) < len(self._labels):
+        if len(marks) != len(self._labels):
             raise LostTraceError(f"the allocator's history has {len(marks)} of {len(self._labels)} marks")
         return events, marks
