@@ -46,6 +46,27 @@ class Branches(nn.Module):
         return x + self.out(F.gelu(self.q(y)) * F.silu(self.k(y)) * F.gelu(self.v(y)))
 
 
+class Embedded(nn.Module):
+    """A convolution beside the projection of an embedding, as in a U-Net with time, and a shortcut that is convolved.
+
+    The norm of the main branch runs before the convolution of the shortcut, and changes its statistics.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(48) for _ in range(4))
+        self.first, self.second, self.shortcut = (nn.Conv2d(48, 48, 3, padding=1) for _ in range(3))
+        self.embedding = nn.Parameter(torch.ones(1, 8))
+        self.projection = nn.Linear(8, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(F.silu(self.norms[0](x)))
+        y = y + self.projection(F.silu(self.embedding))[:, :, None, None]
+        y = self.norms[2](self.second(F.silu(self.norms[1](y))))
+        y += self.norms[3](self.shortcut(x))
+        return F.relu(y)
+
+
 class Convolutions(nn.Module):
     """The residual block of a U-Net: two convolutions in one stretch that is nowhere narrow."""
 
@@ -67,7 +88,7 @@ def net_of(kind: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
-    x = X.view(-1, 48, 8, 8) if isinstance(model[0], Convolutions) else X  # type: ignore[index]
+    x = X.view(-1, 48, 8, 8) if isinstance(model[0], (Convolutions, Embedded)) else X  # type: ignore[index]
     return model(x).square().mean()
 
 
@@ -77,7 +98,7 @@ def flops_of_a_step(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", [Gated, Branches])
+@pytest.mark.parametrize("kind", [Gated, Branches, Embedded])
 @pytest.mark.parametrize("checks", [False, True])
 def test_no_replay_repeats_a_product(
     kind: Callable[[], nn.Module], *, checks: bool, monkeypatch: pytest.MonkeyPatch
@@ -97,7 +118,7 @@ def test_no_replay_repeats_a_product(
     assert recorder.profiles[-1].replayed_blocks > 6
 
 
-@pytest.mark.parametrize("kind", [Gated, Branches, Convolutions])
+@pytest.mark.parametrize("kind", [Gated, Branches, Convolutions, Embedded])
 @pytest.mark.parametrize("budget", ["55%", "25%"])
 def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Module], budget: str) -> None:
     plain = net_of(kind)

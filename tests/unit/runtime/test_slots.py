@@ -1,5 +1,6 @@
 """What a block saved comes back as it was: by reference, as a view of its input, or from a replay."""
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.capture.torch.spare import SpareOp, kept_by
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.runtime.torch.slots import Reference, Slot, SlotBook, StopReplay
 
@@ -137,6 +139,68 @@ def test_the_replay_stops_at_the_last_one_that_needs_it() -> None:
     with book.filling(stops_early=True) as pack, pytest.raises(StopReplay):
         pack(torch.ones(2))
     assert all(isinstance(slot, Slot) for slot in slots)
+
+
+def save_and_replay(
+    book: SlotBook, first: list[torch.Tensor], spare: list[torch.Tensor], last: torch.Tensor, *, is_silent: bool = False
+) -> tuple[list[object], list[str]]:
+    """Save `first`, `spare` within a spare op, and `last`; empty the slots, and replay: what they hold, what ran."""
+    ran: list[str] = []
+
+    def block(op: SpareOp, pack: Callable[[torch.Tensor], object]) -> list[object]:
+        packed = [pack(t) for t in first]
+
+        def save() -> str:
+            for t in spare:
+                packed.append(pack(t))
+                ran.append("saved")
+            ran.append("computed")
+            return "result"
+
+        op.function = save
+        ran.append(f"gave {op()}")
+        return [*packed, pack(last)]
+
+    op = SpareOp(lambda: None, 0, is_silent=is_silent)
+    with kept_by(book.note_spare):
+        slots = block(op, book.pack)
+    assert ran == [*["saved"] * len(spare), "computed", "gave result"]
+    book.close()
+    ran.clear()
+    book.fill_aliases(first[:1])
+    with book.filling(stops_early=True) as pack, contextlib.suppress(StopReplay):
+        block(op, pack)
+    return [slot.value if isinstance(slot, Slot) else slot for slot in slots], ran
+
+
+def test_a_spare_op_is_stopped_once_it_has_saved() -> None:
+    made, last = torch.ones(2), torch.ones(3)
+    values, ran = save_and_replay(book_of(), [], [made, torch.zeros(2)], last)
+    assert ran == ["saved", "gave None"]
+    assert all(isinstance(v, torch.Tensor) for v in values)
+
+
+def test_a_spare_op_that_saves_nothing_new_is_not_begun() -> None:
+    leaf, weight = torch.randn(3), torch.randn(4)
+    book = SlotBook(0, frozenset([storage_key(weight)]), [leaf])
+    values, ran = save_and_replay(book, [leaf], [leaf, weight], torch.ones(3))
+    assert ran == ["gave None"]
+    assert isinstance(values[1], torch.Tensor)
+    assert torch.equal(values[1], leaf)
+
+
+def test_a_spare_op_that_was_to_save_nothing_but_did_is_run() -> None:
+    _, ran = save_and_replay(book_of(), [], [torch.ones(2)], torch.ones(3), is_silent=True)
+    assert ran == ["saved", "computed", "gave result"]
+
+
+def test_a_replay_for_the_results_runs_spare_ops() -> None:
+    book = book_of()
+    op = SpareOp(lambda: "result", 0, is_silent=False)
+    with kept_by(book.note_spare):
+        op()
+    with book.filling(stops_early=False):
+        assert op() == "result"
 
 
 @pytest.mark.parametrize("num_saved", [0, 1, 3])

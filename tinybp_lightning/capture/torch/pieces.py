@@ -15,6 +15,7 @@ from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] 
 
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
+from tinybp_lightning.capture.torch.spare import call_through_keeper, worthwhile_spare_ops
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
@@ -38,7 +39,8 @@ class Piece:
     """One block as a callable.
 
     `calls` has one entry for each option. Each takes one list (boxed): the values named by `reads`, in that order; it
-    returns the values that the piece makes. They differ in what autograd is given to save.
+    returns the values that the piece makes. They differ in what autograd is given to save. `module` is the same code,
+    without `SpareOp`s.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
     `volatile`: positions in the externals it reads that some block of the forward changes in place (running
     statistics); `written`: those that this one does. `is_out_of_place`: no op of it changes an activation in place.
@@ -167,21 +169,21 @@ def _piece(
     used = {i for node in nodes for i in node_of[node.makes[0]].all_input_nodes}
     reads = [v for v in reads if node_of[v] in used]
     made = [v for v in after if v in made_here]
-    graph_out = fx.Graph()
-    graph_out.set_codegen(_BoxedCodeGen())
-    env: dict[fx.Node, fx.Node] = {node_of[v]: graph_out.placeholder(f"x{k}") for k, v in enumerate(reads)}
-    for node in nodes:
-        source = node_of[node.makes[0]]
-        env[source] = graph_out.node_copy(source, lambda n: env[n])
-    graph_out.output(tuple(env[node_of[v]] for v in made))
-    body = fx.GraphModule(module, graph_out)
+    calls = [node_of[node.makes[0]] for node in nodes]
+    arguments, results = [node_of[v] for v in reads], [node_of[v] for v in made]
+    body, _ = _code(module, arguments, calls, results)
+    run = body
+    spare = worthwhile_spare_ops(graph, span.start, span.stop)
+    if spare:
+        run, copied = _code(module, arguments, calls, results)
+        call_through_keeper(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in spare.items()})
     position = {v: i for i, v in enumerate(before)}
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
     read = {s.index for s in sources if s.origin == EXTERNAL}
     has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
-        calls=(_leaving_transforms(body.forward) if has_transforms else body.forward,),
+        calls=(_leaving_transforms(run.forward) if has_transforms else run.forward,),
         module=body,
         reads=sources,
         state=state,
@@ -193,6 +195,19 @@ def _piece(
         ),
         span=span,
     )
+
+
+def _code(
+    module: fx.GraphModule, arguments: Sequence[fx.Node], calls: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Return boxed code for some nodes of `module`, and which node there is the copy of which one."""
+    graph = fx.Graph()
+    graph.set_codegen(_BoxedCodeGen())
+    copies = {n: graph.placeholder(f"x{k}") for k, n in enumerate(arguments)}
+    for n in calls:
+        copies[n] = graph.node_copy(n, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in results))
+    return fx.GraphModule(module, graph), copies
 
 
 def _leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:

@@ -23,6 +23,7 @@ __all__ = [
     "cuda_history",
     "cuda_history_is_on",
     "graph_task_id",
+    "has_gradient_hooks",
     "hold_cuda",
     "is_profiling",
     "leaving_transforms",
@@ -100,6 +101,11 @@ def set_call_impl(module: nn.Module, impl: Callable[..., Any] | None) -> None:
 def accumulation_hooks(parameter: nn.Parameter) -> list[Any]:
     """Return the hooks that run after a gradient has been accumulated into `parameter`."""
     return list((parameter._post_accumulate_grad_hooks or {}).values())
+
+
+def has_gradient_hooks(t: torch.Tensor) -> bool:
+    """Return whether somebody waits for the gradient of `t`: before or after it is accumulated."""
+    return bool(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None))
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:

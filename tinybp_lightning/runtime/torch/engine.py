@@ -30,6 +30,7 @@ from typing import Any, assert_never, cast
 import torch
 
 from tinybp_lightning.capture.torch.private import graph_task_id
+from tinybp_lightning.capture.torch.spare import kept_by
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.graph.ids import BlockId, BoundaryId
 from tinybp_lightning.runtime.torch.ambient import (
@@ -129,7 +130,7 @@ class Run:
         if step.is_random:
             self._random[index] = self._random_state()
         if self.script.kept[index]:
-            with closing_regions():
+            with closing_regions(), kept_by(None):
                 out = step.first(state)
         else:
             book = self._book(
@@ -137,7 +138,8 @@ class Run:
             )
             self._books[index] = book
             pack = book.pack if self._held is None else self._holding(book)
-            with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack), closing_regions():
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+            with hooks, closing_regions(), kept_by(book.note_spare):
                 out = step.first(state)
             book.close()
         if not step.is_random and self._random.pop(index, None) is not None:
@@ -258,15 +260,16 @@ class Run:
         out: list[Any] | None = None
         with (
             contextlib.suppress(StopReplay),
+            self._as_first_run(block),
             book.filling(stops_early=stops_early) as pack,
             torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked),
-            self._as_first_run(block),
         ):
             out = self._steps[block].again(state)
         state.clear()
         book.check_values()
         if out is not None:
             book.check_complete(self._steps[block].name)
+        if out is not None and not stops_early:
             self._cursor = (block + 1, [_detached(t) for t in out])
 
     def _read(self, block: BlockId) -> list[Any]:
@@ -285,7 +288,7 @@ class Run:
         if block in self._random:
             set_random_state(self._random[block])
         # Gradients stay on even where nothing is saved: without them other kernels would be picked.
-        with torch.enable_grad(), autocast_as(self._autocast), closing_regions():
+        with torch.enable_grad(), autocast_as(self._autocast), closing_regions(), kept_by(None):
             yield
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from tinybp_lightning.capture.torch.allocator import Segment, open_trace
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.capture.torch.spare import kept_by
 from tinybp_lightning.runtime.torch.assemble import BlockSizes
 from tinybp_lightning.runtime.torch.clock import Clock, Spent
 from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
@@ -188,7 +189,7 @@ class Probe:
             slots.append(book.pack(t))
             return slots[-1]
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked):
+        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked), kept_by(book.note_spare):
             self._step().first(state)
         book.close()
         if book.num_replayed == 0:

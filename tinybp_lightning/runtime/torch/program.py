@@ -18,13 +18,15 @@ from torch import fx
 from tinybp_lightning.capture.torch.allocator import can_trace, tracing_turn
 from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template, reorder
+from tinybp_lightning.capture.torch.private import has_gradient_hooks
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.graph.delays import delay_ops
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.graph.products import delay_cheap_ops, has_room_for_products, saved_bytes
+from tinybp_lightning.graph.products import has_room_for_products, saved_bytes
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.compiled import compile_options, compile_program, options_to_compile
@@ -174,7 +176,12 @@ class GraphProgram:
             return cut_program(self._module, graph, granularity=Granularity.COARSE)
         if not has_room_for_products(self._share(room, saved_bytes(graph))):
             return cut_program(self._module, graph, granularity=Granularity.FINE)
-        graph = reorder(self._module, delay_cheap_ops(graph))
+        hooked = [
+            v
+            for v, value in zip(graph.inputs, values, strict=True)
+            if isinstance(value, torch.Tensor) and has_gradient_hooks(value)
+        ]
+        graph = reorder(self._module, delay_ops(graph, hooked=hooked))
         return cut_program(self._module, graph, granularity=Granularity.PRODUCTS)
 
     def _share(self, room: Room, plain_bytes: int) -> float:

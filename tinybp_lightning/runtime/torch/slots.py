@@ -9,6 +9,11 @@ Note [Saved again]
     later ones, which repeats all products but the last: what they save is filled as a view of what the first one saved.
     That holds as long as nothing changes the tensor in place between the two, and a change may hide from the version
     counter (`x.data.add_`). So it is done for blocks whose ops are known to change no activation.
+
+Note [Spare ops]
+    A block's code marks the ops whose results no saved tensor is made of, by its record. The first run notes which
+    positions each of them saved. A replay that stops early runs it until the last of these is filled, or not at all.
+    Where one that should save nothing did save, in a dtype that the record did not see, all are run.
 """
 
 import contextlib
@@ -21,6 +26,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tinybp_lightning.capture.torch.private import storage_key
+from tinybp_lightning.capture.torch.spare import kept_by
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.runtime.torch.ambient import closing_regions
 from tinybp_lightning.runtime.torch.places import fills_after_saving, running_op
@@ -47,6 +53,10 @@ def never_unpacked(_: Any) -> torch.Tensor:
 
 class StopReplay(Exception):  # noqa: N818 - control flow, never an error
     """The last saved tensor of the block has been filled; its outputs are not wanted."""
+
+
+class StopOp(Exception):  # noqa: N818 - control flow, never an error
+    """The last saved tensor of a spare op has been filled; its result is not wanted."""
 
 
 class Slot:
@@ -155,6 +165,10 @@ class SlotBook:
         self._again: dict[int, list[_Alias]] = {}  # by the position that is filled with them
         # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
         self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._spare: dict[int, range] = {}  # by number: the positions that the op saved
+        self._needed: set[int] = set()  # positions that a replay must fill, and nothing else does
+        self._may_leave_out = True
+        self._stop_op_at = -1
         self.num_replayed = 0
 
     def pack(self, t: torch.Tensor) -> Slot | Reference:
@@ -175,12 +189,40 @@ class SlotBook:
             self._again.setdefault(first[0], []).append(_alias(slot, first[0], t, first[1]))
         else:
             self.num_replayed = position + 1
+            self._needed.add(position)
             if key is not None:
                 storage = t.untyped_storage()
                 self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
                 if self._is_out_of_place:
                     self._saved_first[key] = (position, _offset_bytes(t), t._version)
         return slot
+
+    def note_spare(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
+        """First sweep: run a spare op, and note what it saves. See Note [Spare ops]."""
+        start = len(self._slots)
+        result = run()
+        positions = range(start, len(self._slots))
+        self._spare[number] = positions
+        if is_silent and not self._needed.isdisjoint(positions):
+            self._may_leave_out = False
+        return result
+
+    def _run_spare(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
+        """Replay: run a spare op as far as its last saved tensor that is needed."""
+        if not self._may_leave_out:
+            return run()
+        positions = self._spare[number]
+        needed = [p for p in positions if p in self._needed]
+        if needed:
+            self._stop_op_at = needed[-1] + 1
+            try:
+                return run()
+            except StopOp:
+                pass
+            finally:
+                self._stop_op_at = -1
+        self._filled = positions.stop
+        return None
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
         """Return the bytes of the storages that the block saved and did not make its `outputs` of."""
@@ -219,11 +261,12 @@ class SlotBook:
             if slot is not None:
                 slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
             self.fill_again(position, t)
-            if stops_early and self._filled == self.num_replayed and not fills_after_saving():
-                raise StopReplay
+            if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
+                raise StopReplay if self._filled == self.num_replayed else StopOp
             return None
 
-        with closing_regions():
+        leaving_out = kept_by(self._run_spare) if stops_early else contextlib.nullcontext()
+        with closing_regions(), leaving_out:
             yield pack
 
     def check_complete(self, name: str) -> None:

@@ -1,0 +1,102 @@
+"""How does a replay leave out what it does not need? Ops found to be spare (`graph.spare`) are run by a `Keeper`.
+
+In the code of a block such an op is a submodule. Whoever replays the block decides how far it is run: its saving comes
+before its computing, so it is stopped in between, or not begun where nothing it saves is wanted. Its result is `None`
+then, and is seen by spare ops only. Where no keeper is at work, it runs as any op.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
+from typing import Any, Protocol, cast
+
+from torch import fx, nn
+
+from tinybp_lightning.graph.ids import NodeId, StorageId
+from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.graph.spare import saves_activation, spare_ops
+
+__all__ = ["Keeper", "SpareOp", "call_through_keeper", "kept_by", "worthwhile_spare_ops"]
+
+
+class Keeper(Protocol):
+    """Runs the spare ops of one block."""
+
+    def __call__(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
+        """Run spare op `number` as far as it is needed; `is_silent`: by its record it saves no activation."""
+        ...
+
+
+_now = threading.local()
+
+
+@contextlib.contextmanager
+def kept_by(keeper: Keeper | None) -> Generator[None]:
+    """Have `keeper` run the spare ops of the block that the body runs, in this thread; `None`: as any op."""
+    before = getattr(_now, "keeper", None)
+    _now.keeper = keeper
+    try:
+        yield
+    finally:
+        _now.keeper = before
+
+
+class SpareOp(nn.Module):
+    """A call of a torch function that a replay may leave out; `number` tells it from others of its block."""
+
+    def __init__(self, function: Callable[..., Any], number: int, *, is_silent: bool) -> None:
+        super().__init__()
+        self.function = function
+        self._number = number
+        self._is_silent = is_silent
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it, or have the keeper do so."""
+        keeper: Keeper | None = getattr(_now, "keeper", None)
+        if keeper is None:
+            return self.function(*args, **kwargs)
+        return keeper(self._number, partial(self.function, *args, **kwargs), is_silent=self._is_silent)
+
+
+def worthwhile_spare_ops(graph: Graph, start: int, stop: int) -> dict[NodeId, bool]:
+    """Return the products that a replay of a block would run for nothing, and the ops that read their results.
+
+    A spare op behind the last that saves is left out anyway, and one that is no product takes next to no time.
+
+    **Returns:** by node, whether it saves no activation.
+    """
+    nodes = graph.nodes[start:stop]
+    spare = spare_ops(graph, start, stop)
+    last = max((node.id for node in nodes if saves_activation(graph, node)), default=start)
+    found: dict[NodeId, bool] = {}
+    without: set[StorageId | None] = set()
+    for node in nodes:
+        is_product = node.flops > 0 and node.id < last
+        if node.id in spare and (is_product or any(graph.values[v].storage in without for v in node.reads)):
+            found[node.id] = not saves_activation(graph, node)
+            without |= {graph.values[v].storage for v in node.makes}
+    return found
+
+
+def call_through_keeper(code: fx.GraphModule, spare: Mapping[fx.Node, bool]) -> None:
+    """Have a block's code call the ops in `spare` (and whether each is silent) by way of a `SpareOp`."""
+    for number, (node, is_silent) in enumerate(spare.items()):
+        name = f"spare_{number}"
+        code.add_submodule(name, SpareOp(_function_of(code, node), number, is_silent=is_silent))
+        node.op, node.target = "call_module", name
+    code.recompile()
+
+
+def _function_of(code: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
+    match node.op:
+        case "call_method":
+            return partial(_call_method, str(node.target))
+        case "call_module":
+            return code.get_submodule(str(node.target)).__call__
+        case _:
+            return cast("Callable[..., Any]", node.target)
+
+
+def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(owner, name)(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""Which ops does a replay of a block not need the results of?
+
+A replay makes what autograd saved, and nothing else. An op that saves only what it reads has saved before it computes,
+and nothing is gained by computing unless something saved is made of the result. Such an op is *spare*: a product at the
+end of a block, the first of two products that meet in a sum behind the block. What reads a spare op's result is spare
+as well.
+"""
+
+from tinybp_lightning.graph.ids import NodeId, StorageId
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+
+__all__ = ["saves_activation", "spare_ops"]
+
+
+def spare_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
+    """Return the ops of a block whose results its replay does not need.
+
+    Where ops may see each other in other ways than by values (an activation is changed in place, a region is entered),
+    these are only the ops from the last one that saves on.
+
+    **Arguments:** `start`, `stop`: the block's nodes are `graph.nodes[start:stop]`.
+    """
+    nodes = graph.nodes[start:stop]
+    if not all(_is_plain(graph, node) for node in nodes):
+        last = max((node.id for node in nodes if saves_activation(graph, node)), default=start - 1)
+        return frozenset(n.id for n in nodes if n.id > last or (n.id == last and not _saves_what_it_makes(graph, n)))
+    needed: set[StorageId | None] = set()
+    found: set[NodeId] = set()
+    for node in reversed(nodes):
+        is_spare = not (
+            node.is_random
+            or node.is_collective
+            or node.writes
+            or _saves_what_it_makes(graph, node)
+            or any(graph.values[v].storage in needed for v in node.makes)
+        )
+        if is_spare:
+            found.add(node.id)
+        if not is_spare or saves_activation(graph, node):
+            needed |= {graph.values[v].storage for v in node.reads}
+    return frozenset(found)
+
+
+def saves_activation(graph: Graph, node: Node) -> bool:
+    """Return whether autograd saves an activation for the op's backward."""
+    return any(graph.storages[s].kind is StorageKind.ACTIVATION for s in node.saved)
+
+
+def _saves_what_it_makes(graph: Graph, node: Node) -> bool:
+    """Return whether a result, or a storage of the op's own (statistics, a mask), is saved."""
+    known = {graph.values[v].storage for v in node.reads}
+    return any(s not in known and graph.storages[s].kind is StorageKind.ACTIVATION for s in node.saved)
+
+
+def _is_plain(graph: Graph, node: Node) -> bool:
+    return all(graph.values[v].storage is not None for v in node.makes) and not any(
+        graph.storages[s].kind is StorageKind.ACTIVATION for s in node.writes
+    )
