@@ -4,7 +4,8 @@ Recipes are trained on the CPU in each peer's way, then under a budget of the pe
 products, convolutions and attention are counted by torch's `FlopCounterMode` while one settled step runs, and peaks are
 measured from allocator events in another; what a way counts beyond plain training is recomputed. Torch's budgeted
 partitioner (`activation_memory_budget`) runs its graphs in eager mode, so that they can be counted; they are not timed,
-for nobody would train that way. Plans are made for the least seconds, not FLOPs: on a CPU a norm may take as long as a
+for nobody would train that way. Plans are made for the fewest operations here (`costs="operations"`). With
+`--costs seconds` they are made for the least time, as they are by default: on a CPU a norm may take as long as a
 convolution, and a peer that repeats nothing but norms counts no FLOPs at all. Rows with more FLOPs than the peer's are
 marked, and the exit code is then 1, as it is where a plan is over its peer's peak. Seconds are the quickest of a few
 steps, and decide nothing. The simulator's own comparison, in seconds, is `benchmarks.peers_in_simulator`.
@@ -40,6 +41,7 @@ from recipes.measure import package_version, record_memory
 from recipes.models import Workload, build_workload
 from recipes.modes import Mode
 from recipes.peers import apply_mode
+from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 
 __all__ = ["Row", "app", "compare", "markdown_table"]
@@ -191,8 +193,8 @@ def _peers(config: CompareConfig, batches: Sequence[Batch], console: Console) ->
     return found
 
 
-def compare(model: str, size: str, console: Console) -> list[Row]:
-    """Return a row for each peer on the recipe `model` at `size`.
+def compare(model: str, size: str, console: Console, *, costs: Costs = Costs.OPERATIONS) -> list[Row]:
+    """Return a row for each peer on the recipe `model` at `size`; `costs`: what plans take least of.
 
     **Raises:** whatever building, compiling or training raises.
     """
@@ -208,6 +210,7 @@ def compare(model: str, size: str, console: Console) -> list[Row]:
             budget=f"{peer.peak_bytes}B",
             naive_peak_bytes=plain.peak_bytes,
             observers=[listener],
+            costs=costs.value,
         )
         try:
             mine = _cost(workload, batches, listener=listener)
@@ -260,6 +263,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 def main(
     model: Models = None,
     size: Size = "small",
+    costs: Annotated[Costs, typer.Option(help="What plans are to take least of.")] = Costs.OPERATIONS,
     export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
         f"results/{_TODAY}_recomputed_flops.json"
     ),
@@ -269,12 +273,19 @@ def main(
     console = Console()
     rows: list[Row] = []
     for name in model or list(ModelName):
-        rows += compare(name.value, size, console)
-        where = {"date": _TODAY, "size": size, "torch": package_version("torch"), "rows": [asdict(r) for r in rows]}
+        rows += compare(name.value, size, console, costs=costs)
+        where = {
+            "date": _TODAY,
+            "size": size,
+            "costs": costs.value,
+            "torch": package_version("torch"),
+            "rows": [asdict(r) for r in rows],
+        }
         export.parent.mkdir(parents=True, exist_ok=True)
         # After every model: one that is stopped by hand leaves what it measured.
         export.write_text(json.dumps(where, indent=1) + "\n")
-        title = f"# Recomputed FLOPs at equal peaks, {_TODAY}\n\nSize `{size}`, torch {package_version('torch')}.\n\n"
+        title = f"# Recomputed FLOPs at equal peaks, {_TODAY}\n\n"
+        title += f"Size `{size}`, plans for the least {costs.value}, torch {package_version('torch')}.\n\n"
         export.with_suffix(".md").write_text(title + markdown_table(rows))
     console.print(markdown_table(rows), soft_wrap=True)
     for suffix in (".json", ".md"):

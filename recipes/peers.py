@@ -56,13 +56,19 @@ Forecast = Callable[[], Prediction | None]
 
 
 def apply_mode(
-    mode: Mode, workload: Workload, *, budget: str, naive_peak_bytes: int, observers: Sequence["Observer"] = ()
+    mode: Mode,
+    workload: Workload,
+    *,
+    budget: str,
+    naive_peak_bytes: int,
+    observers: Sequence["Observer"] = (),
+    costs: str = "seconds",
 ) -> Forecast:
     """Change `workload.model`, in place, so that it trains in `mode`.
 
     **Arguments:** `budget`: for activations, `"30%"` or `"2GiB"`; `naive_peak_bytes`: the activation peak of plain
     training, which turns bytes into the share that torch's own budget wants (0 when it is not known); `observers`: told
-    of `hcb`'s plans and steps.
+    of `hcb`'s plans and steps; `costs`: what these take least of.
 
     **Returns:** a function that tells, after training, what the mode predicted; `None` for modes that do not predict.
 
@@ -91,9 +97,9 @@ def apply_mode(
             _set_memory_budget(budget, naive_peak_bytes)
             _compile_blocks(workload)
         case Mode.hcb_eager:
-            return _hcb(workload, budget, naive_peak_bytes, executor="eager", observers=observers)
+            return _hcb(workload, budget, naive_peak_bytes, executor="eager", observers=observers, costs=costs)
         case Mode.hcb_inductor:
-            return _hcb(workload, budget, naive_peak_bytes, executor="inductor", observers=observers)
+            return _hcb(workload, budget, naive_peak_bytes, executor="inductor", observers=observers, costs=costs)
         case _:
             assert_never(mode)
     return _no_forecast
@@ -136,7 +142,13 @@ def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
 
 
 def _hcb(
-    workload: Workload, budget: str, naive_peak_bytes: int, *, executor: str, observers: Sequence["Observer"]
+    workload: Workload,
+    budget: str,
+    naive_peak_bytes: int,
+    *,
+    executor: str,
+    observers: Sequence["Observer"],
+    costs: str,
 ) -> Forecast:
     """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
     from tinybp_lightning import HCBConfig, hcb  # noqa: PLC0415  the peers' processes do without it
@@ -144,6 +156,6 @@ def _hcb(
     recorder = PlanRecorder()
     activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
     # What an earlier run left in the user's cache must not change what this one measures.
-    config = HCBConfig(activation_budget=activation_budget, executor=executor, plan_cache=False)
+    config = HCBConfig(activation_budget=activation_budget, executor=executor, plan_cache=False, costs=costs)
     hcb(workload.model, config=config, observers=(recorder, *observers))
     return recorder.prediction

@@ -10,7 +10,17 @@ from enum import Enum
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
-__all__ = ["MAX_LIVE_GRAPHS", "Budget", "BudgetKind", "Executor", "HCBConfig", "OnOom", "check_config", "parse_budget"]
+__all__ = [
+    "MAX_LIVE_GRAPHS",
+    "Budget",
+    "BudgetKind",
+    "Costs",
+    "Executor",
+    "HCBConfig",
+    "OnOom",
+    "check_config",
+    "parse_budget",
+]
 
 MAX_LIVE_GRAPHS = 16
 """How many graphs of one module (one for each shape of its inputs) hold plans and pieces at a time."""
@@ -37,6 +47,13 @@ class Executor(Enum):
     AUTO = "auto"
     EAGER = "eager"
     INDUCTOR = "inductor"
+
+
+class Costs(Enum):
+    """What a plan is to take least of: seconds, measured where it is made, or floating-point operations, counted."""
+
+    SECONDS = "seconds"
+    OPERATIONS = "operations"
 
 
 class OnOom(Enum):
@@ -81,6 +98,9 @@ class HCBConfig:
     - `plan_cache`: whether plans are kept on disk, so that the next process that trains the same program need neither
       measure nor plan: `True` in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder; `False`
       not at all; a text in the folder it names.
+    - `costs`: `"seconds"` plans for the least measured time; `"operations"` for the fewest floating-point operations,
+      so that the plan is the same in every run and on every machine that allocates alike. A matrix product may cost
+      a thousand times as many of them as a norm that takes as long. Blocks that are compiled cannot be counted.
     - `check`: compare a hash of every tensor that a replay saves with the forward's, and raise `ReplayError` where they
       differ. The environment variable `HCB_CHECK=1` switches it on too, whatever is said here.
 
@@ -94,13 +114,20 @@ class HCBConfig:
     on_oom: str = "replan"
     plan_cache: bool | str = True
     check: bool = False
+    costs: str = "seconds"
 
     def __post_init__(self) -> None:
         _ = self.budget
-        for name, value, kinds in (("executor", self.executor, Executor), ("on_oom", self.on_oom, OnOom)):
+        kinds_of = (("executor", self.executor, Executor), ("on_oom", self.on_oom, OnOom), ("costs", self.costs, Costs))
+        for name, value, kinds in kinds_of:
             choices = [e.value for e in kinds]
             if value not in choices:
                 raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")
+        if self.costs == Costs.OPERATIONS.value and self.executor == Executor.INDUCTOR.value:
+            raise ConfigError(
+                "`costs='operations'` was given with `executor='inductor'`: operations of compiled blocks cannot be "
+                "counted. Use `executor='eager'`, or `costs='seconds'`."
+            )
         state = self.optimizer_state_bytes
         if state is not None and (isinstance(state, bool) or not isinstance(state, int) or state < 0):
             raise ConfigError(f"`optimizer_state_bytes={state!r}` is no size: expected an int of at least 0 (bytes).")

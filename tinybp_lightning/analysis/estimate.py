@@ -15,9 +15,10 @@ from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+from tinybp_lightning.graph.spare import spare_ops
 from tinybp_lightning.graph.verify import verify_chain
 
-__all__ = ["estimate_chain"]
+__all__ = ["OPERATIONS_PER_S", "BlockSeconds", "count_operations", "estimate_chain"]
 
 _FLOPS_PER_S = 1e14
 _BYTES_PER_S = 1e12
@@ -25,6 +26,28 @@ _BYTES_PER_S = 1e12
 to plain training depend on this ratio alone."""
 _BACKWARD = 2.0
 """The backward of a matrix product is two of them."""
+OPERATIONS_PER_S = 1e12
+"""Of the device on which `count_operations` counts: so 1 s is this many operations."""
+_BYTES_AN_OPERATION = 100
+"""Bytes moved that count as one operation there: enough to tell norms from each other, and no match for a product."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSeconds:
+    """Seconds of a block's forward, early-stopped replay and backward."""
+
+    forward_s: float
+    replay_s: float
+    backward_s: float
+
+
+def count_operations(graph: Graph, start: int, stop: int) -> BlockSeconds:
+    """Return the floating-point operations of the block `graph.nodes[start:stop]`, at `OPERATIONS_PER_S`.
+
+    Operations of matrix products, convolutions and attention are counted, as torch's `FlopCounterMode` counts them; a
+    hundred bytes that any op moves count as one more. They are the same on every machine.
+    """
+    return _Estimate(graph, OPERATIONS_PER_S, _BYTES_AN_OPERATION * OPERATIONS_PER_S).seconds(start, stop)
 
 
 def estimate_chain(
@@ -75,14 +98,6 @@ def estimate_chain(
     return chain
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What a run of some nodes costs: its seconds, and the most new bytes alive at once."""
-
-    seconds: float
-    peak_bytes: int
-
-
 class _Estimate:
     """Costs of parts of one graph. `sizes`, `gradients`: bytes of each storage and of its gradient, 0 if not ours."""
 
@@ -100,34 +115,40 @@ class _Estimate:
         saved = {s for node in nodes for s in node.saved if self.sizes[s]}
         aliased = saved & (before | after)
         own_bytes = sum(self.sizes[s] for s in saved - aliased)
-        last_save = max((k for k, node in enumerate(nodes) if node.saved), default=-1)
-        plain = self._forward(nodes, before, kept=after)
-        saving = self._forward(nodes, before, kept=after | saved)
-        replay = self._forward(nodes[: last_save + 1], before, kept=saved)
+        plain_peak_bytes = self._peak_bytes(nodes, before, kept=after)
+        seconds = self.seconds(span.start, span.stop)
         option = SavedSet(
             name=f"{own_bytes} bytes",
             storages=tuple(sorted(ids[s] for s in aliased)),
             saved_bytes=own_bytes,
-            save_peak_bytes=saving.peak_bytes,
-            replay_s=replay.seconds,
-            replay_peak_bytes=replay.peak_bytes,
-            backward_s=_BACKWARD * plain.seconds,
+            save_peak_bytes=self._peak_bytes(nodes, before, kept=after | saved),
+            replay_s=seconds.replay_s,
+            replay_peak_bytes=self._peak_bytes(self._replayed(span.start, span.stop), before, kept=saved),
+            backward_s=seconds.backward_s,
             backward_peak_bytes=self._backward_peak_bytes(nodes, saved - aliased, after),
         )
-        return Block(span.name, span.signature, plain.seconds, plain.peak_bytes, 0, (option,))
+        return Block(span.name, span.signature, seconds.forward_s, plain_peak_bytes, 0, (option,))
 
-    def _forward(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> _Run:
-        """Run `nodes` from a boundary: a storage that is not `kept` is freed after its last use."""
+    def seconds(self, start: int, stop: int) -> BlockSeconds:
+        forward_s = sum(self._seconds(node) for node in self._graph.nodes[start:stop])
+        replay_s = sum(self._seconds(node) for node in self._replayed(start, stop))
+        return BlockSeconds(forward_s, replay_s, _BACKWARD * forward_s)
+
+    def _replayed(self, start: int, stop: int) -> list[Node]:
+        spare = spare_ops(self._graph, start, stop)
+        return [node for node in self._graph.nodes[start:stop] if node.id not in spare]
+
+    def _peak_bytes(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> int:
+        """Return the most new bytes alive at once: a storage that is not `kept` is freed after its last use."""
         uses = [_touched(self._graph, node) for node in nodes]
         last_use = {s: k for k, touched in enumerate(uses) for s in touched}
         alive: set[StorageId] = set()
-        seconds, peak_bytes = 0.0, 0
-        for k, (node, touched) in enumerate(zip(nodes, uses, strict=True)):
+        peak_bytes = 0
+        for k, touched in enumerate(uses):
             alive |= touched - before
             peak_bytes = max(peak_bytes, sum(self.sizes[s] for s in alive))
             alive -= {s for s in touched if last_use[s] == k and s not in kept}
-            seconds += self._seconds(node)
-        return _Run(seconds, peak_bytes)
+        return peak_bytes
 
     def _backward_peak_bytes(self, nodes: Sequence[Node], own: Set[StorageId], after: Set[StorageId]) -> int:
         """The most bytes above saved sets and output gradients: these go as backward passes them, others come."""

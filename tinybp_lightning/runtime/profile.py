@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from tinybp_lightning.analysis import format_bytes
+from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
@@ -25,7 +26,8 @@ class PlanReport:
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
     training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`,
     `optimizer state`, `out of memory`), or where it was known from (`cached`, `larger shape`; then the predicted peak
-    is the larger shape's until measured).
+    is the larger shape's until measured). `costs`: what the seconds stand for; operations are counted at
+    `tinybp_lightning.analysis.OPERATIONS_PER_S`.
     """
 
     target: str
@@ -39,6 +41,7 @@ class PlanReport:
     lower_bound_s: float
     num_kept: int
     reason: str
+    costs: Costs = Costs.SECONDS
 
     @property
     def gap(self) -> float:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.unit.graph.graphs_by_hand import GraphBuilder, chain_graph, transformer_graph
 from tests.unit.graph.strategies_graph import graphs
-from tinybp_lightning.analysis import estimate_chain, peak_lower_bound
+from tinybp_lightning.analysis import OPERATIONS_PER_S, count_operations, estimate_chain, peak_lower_bound
 from tinybp_lightning.errors import GraphError
 from tinybp_lightning.graph import Granularity, Graph, choose_cuts, verify_chain
 from tinybp_lightning.schedule import Planner, keep_all, simulate
@@ -45,6 +45,20 @@ def test_bytes_and_seconds_of_one_block_by_hand() -> None:
     # The product's gradient comes while the result's, which is not counted here, is there; parameters' are left out.
     assert option.backward_peak_bytes == 7
     assert chain.boundaries[-1].gradient_bytes == 3
+
+
+def test_operations_of_a_block_by_hand() -> None:
+    """Two products whose results are read behind the block: its replay makes what the second one reads, and no more."""
+    build = GraphBuilder()
+    x = build.input(100)
+    a = build.reading("first", build.reading("norm", x, size=100), size=100, flops=5000)
+    b = build.reading("second", build.reading("norm", x, size=200), size=100, flops=7000)
+    graph = build.build(build.op("add", [a, b], 100))
+    count = count_operations(graph, 0, 4)
+    moved = [(100 + 100) / 100, 0, (100 + 200) / 100, 0]  # by norms; products have far more operations than they move
+    assert count.forward_s * OPERATIONS_PER_S == pytest.approx(5000 + 7000 + sum(moved))
+    assert count.replay_s * OPERATIONS_PER_S == pytest.approx(sum(moved))
+    assert count.backward_s == 2 * count.forward_s
 
 
 def test_operations_decide_where_they_take_longer() -> None:

@@ -111,6 +111,8 @@ def test_the_budget_in_force(options: dict[str, Any], kind: BudgetKind, text: st
         ({"on_oom": "retry"}, ConfigError, "`on_oom='retry'` is unknown: expected one of ['replan', 'raise']"),
         ({"on_oom": None}, ConfigError, "`on_oom=None`"),
         ({"on_oom": True}, ConfigError, "`on_oom=True`"),
+        ({"costs": "flops"}, ConfigError, "`costs='flops'` is unknown: expected one of ['seconds', 'operations']"),
+        ({"costs": "operations", "executor": "inductor"}, ConfigError, "cannot be counted. Use `executor='eager'`"),
         ({"check": "1"}, ConfigError, "`check='1'` has type str: expected `True`"),
         ({"check": 1}, ConfigError, "`check=1` has type int"),
         ({"check": None}, ConfigError, "`check=None` has type NoneType"),

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 
 import pytest
@@ -125,6 +126,32 @@ def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Mod
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget)
     assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
     assert flops_of_a_step(ours) > flops_of_a_step(plain) or budget == "55%"
+
+
+def counted(kind: Callable[[], nn.Module], budget: str) -> tuple[nn.Module, tbp.Explanation]:
+    ours = tbp.hcb(net_of(kind), config=tbp.HCBConfig(activation_budget=budget, plan_cache=False, costs="operations"))
+    for _ in range(4):
+        loss_of(ours).backward()
+        ours.zero_grad()
+    return ours, tbp.explain(ours)
+
+
+@pytest.mark.parametrize("kind", [Gated, Branches, Embedded])
+def test_a_plan_for_the_fewest_operations_repeats_no_product_where_it_need_not(kind: Callable[[], nn.Module]) -> None:
+    plain = net_of(kind)
+    ours, explanation = counted(kind, "75%")
+    assert flops_of_a_step(ours) == flops_of_a_step(plain)
+    (plan,) = explanation.plans
+    assert plan.predicted_step_s * 1e12 == pytest.approx(flops_of_a_step(plain), rel=0.05)
+    assert "MFLOP" in str(explanation)
+    assert json.loads(explanation.to_json())["plans"][0]["costs"] == "operations"
+
+
+def test_a_plan_for_the_fewest_operations_is_the_same_each_time() -> None:
+    first, second = (counted(Embedded, "30%")[1].plans[-1] for _ in range(2))
+    assert first.schedule == second.schedule
+    assert first.chain == second.chain
+    assert first.predicted_recompute_s > 0
 
 
 def test_without_room_for_the_results_of_products_blocks_stay_as_they_are() -> None:

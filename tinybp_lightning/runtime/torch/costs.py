@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from tinybp_lightning.analysis.estimate import count_operations
 from tinybp_lightning.capture.torch.pieces import MADE, STATE, Piece, Program
+from tinybp_lightning.config import Costs
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
@@ -41,18 +43,21 @@ def measure_chain(
     counts_gradients: bool,
     on_block: Callable[[int, int], None],
     known: Measurements,
+    kind: Costs = Costs.SECONDS,
 ) -> Chain:
     """Return the `Chain` of a program, measured with the given external values.
 
     **Arguments:** `values`: one per graph input; `counts_gradients`: whether parameters' gradients are part of the
     budget; `on_block(done, total)`: called after each block, for progress; `known`: what earlier calls measured of the
-    program in the same situation, to which is added what is measured now.
+    program in the same situation, to which is added what is measured now; `kind`: operations are counted instead of
+    seconds, which are those of `count_operations` then.
     """
     random = random_state_now(devices)
     try:
-        costs, wants = _walk(program, measuring_values(program, values), device, autocast, on_block, known)
+        measured, wants = _walk(program, measuring_values(program, values), device, autocast, on_block, known)
     finally:
         set_random_state(random)
+    costs = _costs(measured) if kind is Costs.SECONDS else _counted(program, measured)
     chain = chain_of(program, costs, wants, counts_gradients=counts_gradients)
     verify_chain(chain)
     return chain
@@ -78,14 +83,14 @@ def _walk(
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
     known: Measurements,
-) -> tuple[list[tuple[BlockCosts, ...]], list[list[bool]]]:
+) -> tuple[list[tuple[Probed, ...]], list[list[bool]]]:
     """Measure every block; again, where the blocks behind it were seen to hand it gradients of another layout."""
     seeds = _seeds(program)
     measured, wants = _pass(program, seeds, externals, device, autocast, on_block, known)
     laid_out = _laid_out(program, seeds, measured)
     if laid_out != seeds:
         measured, wants = _pass(program, laid_out, externals, device, autocast, _no_progress, known)
-    return _costs(measured), wants
+    return measured, wants
 
 
 def _no_progress(_: int, __: int) -> None:
@@ -227,3 +232,12 @@ def _costs(measured: Sequence[tuple[Probed, ...]]) -> list[tuple[BlockCosts, ...
         )
 
     return [tuple(costs(m) for m in options) for options in measured]
+
+
+def _counted(program: Program, measured: Sequence[tuple[Probed, ...]]) -> list[tuple[BlockCosts, ...]]:
+    """The only option of every block, its bytes measured and its operations counted."""
+    found: list[tuple[BlockCosts, ...]] = []
+    for piece, (only,) in zip(program.pieces, measured, strict=True):
+        count = count_operations(program.graph, piece.span.start, piece.span.stop)
+        found.append((BlockCosts(only.sizes, count.forward_s, count.replay_s, count.backward_s),))
+    return found

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from tinybp_lightning.analysis import GraphReport, format_bytes, report_graph
+from tinybp_lightning.analysis import OPERATIONS_PER_S, GraphReport, format_bytes, report_graph
+from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.session import targets
@@ -77,6 +78,15 @@ def explain(module: nn.Module) -> Explanation:
     return Explanation(graphs, plans, tuple(target.counts for target in found))
 
 
+_WORSE = {Costs.SECONDS: "slower", Costs.OPERATIONS: "more operations"}
+
+
+def _cost(plan: PlanReport, seconds: float) -> str:
+    if plan.costs is Costs.OPERATIONS:
+        return f"{seconds * OPERATIONS_PER_S / 1e6:.2f} MFLOP"
+    return f"{seconds * 1e3:.3f} ms"
+
+
 def _plan_text(plan: PlanReport) -> str:
     notation = to_text(plan.schedule)
     shown = notation if len(notation) <= 400 else notation[:400] + " ..."
@@ -86,8 +96,8 @@ def _plan_text(plan: PlanReport) -> str:
         f"  blocks          {len(plan.chain.blocks)} ({num_unique} unique), {plan.num_kept} kept in the first sweep",
         f"  budget          {format_bytes(plan.budget_bytes)}",
         f"  predicted peak  {format_bytes(plan.predicted_peak_bytes)} (plain {format_bytes(plan.plain_peak_bytes)})",
-        f"  recompute       {plan.predicted_recompute_s * 1e3:.2f} ms of {plan.predicted_step_s * 1e3:.2f} ms",
-        f"  certificate     at most {plan.gap:.1%} slower than any schedule within the budget",
+        f"  recompute       {_cost(plan, plan.predicted_recompute_s)} of {_cost(plan, plan.predicted_step_s)}",
+        f"  certificate     at most {plan.gap:.1%} {_WORSE[plan.costs]} than any schedule within the budget",
         f"  why             {plan.reason}",
         f"  schedule        {shown}",
     ]
@@ -96,11 +106,11 @@ def _plan_text(plan: PlanReport) -> str:
 
 def _plan_markdown(plan: PlanReport) -> str:
     rows = [
-        f"| {i} | `{b.name}` | {b.forward_s * 1e3:.3f} | {format_bytes(b.options[0].saved_bytes)} "
+        f"| {i} | `{b.name}` | {_cost(plan, b.forward_s)} | {format_bytes(b.options[0].saved_bytes)} "
         f"| {format_bytes(b.options[0].backward_peak_bytes)} |"
         for i, b in enumerate(plan.chain.blocks)
     ]
-    head = "| block | where | forward (ms) | saved | backward's own peak |\n|---|---|---|---|---|"
+    head = "| block | where | forward | saved | backward's own peak |\n|---|---|---|---|---|"
     return "\n".join([f"## {plan.summary}", "", head, *rows])
 
 
@@ -118,6 +128,7 @@ def _plan_data(plan: PlanReport) -> dict[str, object]:
         "lower_bound_s": plan.lower_bound_s,
         "gap": plan.gap,
         "reason": plan.reason,
+        "costs": plan.costs.value,
         "schedule": to_text(plan.schedule),
         "timeline": [[m.start_s, m.end_s, m.peak_bytes] for m in timeline.moments],
     }

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl, set_call_impl, swap_buffer
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import Costs, HCBConfig
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import BlockId, OptionId, StorageId
@@ -251,6 +251,13 @@ class ModuleSteps:
             tensors = [*self._parameters, *self._buffers]
             room = Room(self._config, device, tensors, self._memory)
             chain = _chain(calls, watch.measured)
+            if Costs(self._config.costs) is Costs.OPERATIONS:
+                warnings.warn(
+                    f"`{self._name}` is trained by module steps, whose operations are not known: it is planned by "
+                    "measured seconds, whatever `costs='operations'` says.",
+                    HCBWarning,
+                    stacklevel=2,
+                )
             self.pilot = Pilot(
                 self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
             )

@@ -20,7 +20,7 @@ from enum import Enum
 
 import torch
 
-from tinybp_lightning.config import Budget
+from tinybp_lightning.config import Budget, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
@@ -87,7 +87,8 @@ class Pilot:
     **Arguments:** `room`: the bytes the plan may use above what is alive when a step begins; asked before each
     planning, and again when the optimizer's state has been seen. `known`: what to fly at once where it suits the room,
     and `known_from` its reason in reports. `on_learned`: told the plan for the budget once the tail is known, with
-    `False`, and what was measured to fit once nothing more will change, with `True`.
+    `False`, and what was measured to fit once nothing more will change, with `True`. `costs`: what the chain's seconds
+    stand for.
 
     **Raises:** `BudgetTooSmallError` where no plan fits; by the costs of `known`, if there is one.
     """
@@ -104,6 +105,7 @@ class Pilot:
         known: KnownPlan | None = None,
         known_from: str = "cached",
         on_learned: Callable[[KnownPlan, bool], None] | None = None,
+        costs: Costs = Costs.SECONDS,
     ) -> None:
         self._target = target
         self._chain = chain
@@ -111,6 +113,7 @@ class Pilot:
         self._room = room
         self._device = device
         self._observers = observers
+        self._costs = costs
         self._optimizer_bytes = room.optimizer_bytes  # what the plan in force takes it to be
         self._phase = _Phase.CALIBRATE
         self._traces = 0
@@ -421,5 +424,6 @@ class Pilot:
             lower_bound_s=lower_bound_s,
             num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
             reason=reason,
+            costs=self._costs,
         )
         return _Flight(report, script, certificate, self._chain.workspace_bytes)

@@ -68,6 +68,7 @@ def plan_key(
         "tinybp_lightning": _source_digest(),
         "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
         "executor": Executor(config.executor).value,
+        "costs": config.costs,
         "autocast": repr(tuple(autocast)),
         "has_gradients": str(has_gradients),
     }

@@ -20,7 +20,7 @@ from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template, reorder
 from tinybp_lightning.capture.torch.private import has_gradient_hooks
 from tinybp_lightning.capture.torch.record import record_graph
-from tinybp_lightning.config import BudgetKind, Executor, HCBConfig
+from tinybp_lightning.config import BudgetKind, Costs, Executor, HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts import Granularity
@@ -231,7 +231,15 @@ class GraphProgram:
                 self._book.num_compiled += 1
             pieces = self._pieces(situation)
             page = None if self._pinned else self._page(pieces, device, situation)
-            make = partial(Pilot, self._target, budget=budget, room=room, device=device, observers=self._observers)
+            make = partial(
+                Pilot,
+                self._target,
+                budget=budget,
+                room=room,
+                device=device,
+                observers=self._observers,
+                costs=Costs(self._config.costs),
+            )
             progress.stage("planning")
             known = None if page is None else self._known_pilot(make, page, room)
             if known is not None:
@@ -266,6 +274,7 @@ class GraphProgram:
             counts_gradients=self._config.budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
             on_block=progress.advance,
             known=self._measured.setdefault(situation, {}),
+            kind=Costs(self._config.costs),
         )
         return pin_chain(chain, self._pinned)
 
