@@ -81,6 +81,7 @@ def test_measuring_and_planning_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.program.measure_chain", refuse)
     monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.Planner", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.flight.Planner", refuse)
     target, _ = trained()
     assert target.counts.num_cached == 1
 

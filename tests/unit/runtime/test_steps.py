@@ -33,6 +33,7 @@ def piece(*, is_compiled: bool, reads_state: bool) -> Piece:
         state=(Source(MADE, 0),),
         volatile=(0,),
         written=(0,),
+        write_only=(),
         is_out_of_place=True,
         is_random=False,
         span=SPAN,

@@ -16,6 +16,7 @@ from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] 
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
 from tinybp_lightning.capture.torch.spare import call_through_keeper, worthwhile_spare_ops
+from tinybp_lightning.capture.torch.write_only import write_only_buffers
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
@@ -43,7 +44,8 @@ class Piece:
     without `SpareOp`s.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
     `volatile`: positions in the externals it reads that some block of the forward changes in place (running
-    statistics); `written`: those that this one does. `is_out_of_place`: no op of it changes an activation in place.
+    statistics); `written`: those that this one does; `write_only`: those whose values nothing it makes depends on.
+    `is_out_of_place`: no op of it changes an activation in place.
     `is_compiled`: `calls` are no longer the user's own kernels.
     """
 
@@ -53,10 +55,16 @@ class Piece:
     state: tuple[Source, ...]
     volatile: tuple[int, ...]
     written: tuple[int, ...]
+    write_only: tuple[int, ...]
     is_random: bool
     is_out_of_place: bool
     span: BlockSpan
     is_compiled: bool = False
+
+    @property
+    def guarded(self) -> tuple[int, ...]:
+        """Positions in the externals whose values replays must find as they were. Compiled code may read any."""
+        return self.volatile if self.is_compiled else tuple(i for i in self.volatile if i not in self.write_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +189,7 @@ def _piece(
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
     read = {s.index for s in sources if s.origin == EXTERNAL}
+    changed = {v for v in reads if externals.get(v) in volatile}
     has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
         calls=(_leaving_transforms(run.forward) if has_transforms else run.forward,),
@@ -189,6 +198,7 @@ def _piece(
         state=state,
         volatile=tuple(sorted(read & volatile)),
         written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
+        write_only=tuple(sorted(externals[v] for v in write_only_buffers(graph, nodes, node_of, changed))),
         is_random=any(node.is_random for node in nodes),
         is_out_of_place=not any(
             graph.storages[s].kind is StorageKind.ACTIVATION for node in nodes for s in node.writes

@@ -165,7 +165,7 @@ def _bookkeeping_bytes(program: Program) -> int:
     """What the engine itself keeps for replays: generator states, and buffers as they were before each block."""
     state_bytes = torch.get_rng_state().nbytes
     graph = program.graph
-    buffers = [graph.values[graph.inputs[i]] for piece in program.pieces for i in piece.volatile]
+    buffers = [graph.values[graph.inputs[i]] for piece in program.pieces for i in piece.guarded]
     num_random = sum(piece.is_random for piece in program.pieces)
     return num_random * state_bytes + sum(_dense_bytes(v.shape, v.dtype) for v in buffers)
 

@@ -1,8 +1,10 @@
 """Which schedule is flown, and does it keep its promise? One `Pilot` per chain: plan, measure, repair, settle.
 
 Note [Calibration]
-    The first step flies the smallest plan and is traced: it can only exceed a budget that no plan meets, and it shows
-    what no block measurement can, the code after the last block (the loss). The second step flies the plan for the
+    The first step is traced: it shows what no block measurement can, the code after the last block (the loss). It flies
+    a known method whose predicted peak leaves most of the budget to that code, or else the smallest plan, which can
+    only exceed a budget that no plan meets. The smallest plan of a long chain takes seconds to make, and several times
+    plain training's to fly. The second step flies the plan for the
     budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
     repaired until a traced step is at or under the budget. After that nothing is traced.
 
@@ -15,7 +17,7 @@ Note [Calibration]
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -25,6 +27,7 @@ from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.engine import RunStats
+from tinybp_lightning.runtime.torch.flight import Flight, flight_of, in_users_words, small_schedule
 from tinybp_lightning.runtime.torch.memory import Room
 from tinybp_lightning.runtime.torch.options import (
     estimated_options,
@@ -33,12 +36,12 @@ from tinybp_lightning.runtime.torch.options import (
     prefer_measured,
     with_measured,
 )
-from tinybp_lightning.runtime.torch.script import Script, split_schedule
+from tinybp_lightning.runtime.torch.script import Script
 from tinybp_lightning.runtime.torch.watch import Measured, StepWatch
-from tinybp_lightning.schedule.actions import ForwardSave, Schedule
+from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import keep_all
 from tinybp_lightning.schedule.certificate import Certificate
-from tinybp_lightning.schedule.known import KnownPlan, known_plan, plain_peak_bytes
+from tinybp_lightning.schedule.known import KnownPlan, plain_peak_bytes
 from tinybp_lightning.schedule.plan import Plan, Planner
 from tinybp_lightning.schedule.simulate import simulate
 
@@ -55,30 +58,6 @@ class _Phase(Enum):
     CALIBRATE = "calibration"
     SETTLE = "budget"
     STEADY = "measured"
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A schedule in force, ready to play.
-
-    `certificate` is for a chain with `workspace_bytes`; there is none where everything is kept.
-    """
-
-    report: PlanReport
-    script: Script
-    certificate: Certificate | None
-    workspace_bytes: int
-
-    def learned(self) -> KnownPlan:
-        """What is known of this flight, measured or about to be."""
-        report = self.report
-        return known_plan(
-            report.chain,
-            report.schedule,
-            room_bytes=report.budget_bytes,
-            certificate=self.certificate,
-            assumed_workspace_bytes=self.workspace_bytes,
-        )
 
 
 class Pilot:
@@ -118,7 +97,7 @@ class Pilot:
         self._phase = _Phase.CALIBRATE
         self._traces = 0
         self._steps = 0
-        self._good: _Flight | None = None
+        self._good: Flight | None = None
         self._plain_fits = True  # until it is seen not to
         self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
         self._base_bytes = chain.workspace_bytes
@@ -131,7 +110,7 @@ class Pilot:
             self._chain = known.chain
             self._flight = self._known_flight(known, known_from)
             return
-        self._flight = self._smallest()
+        self._flight = self._first()
 
     @property
     def script(self) -> Script:
@@ -173,7 +152,7 @@ class Pilot:
         self.wants_all_options = False
         self._chain = with_measured(self._chain, measured)
         if self._phase is _Phase.CALIBRATE:
-            self._flight = self._smallest()
+            self._flight = self._first()
         else:
             self._fly(self._for_budget(self._flight.report.reason))
 
@@ -318,25 +297,23 @@ class Pilot:
 
     # ---- planning ----------------------------------------------------------------------------------------------
 
-    def _fly(self, flight: _Flight) -> None:
+    def _fly(self, flight: Flight) -> None:
         self._flight, self._known = flight, None
         for observer in self._observers:
             observer.on_plan(flight.report)
 
-    def _smallest(self) -> _Flight:
-        """The smallest plan, the margin included: a constant added to every moment leaves it the smallest.
+    def _first(self) -> Flight:
+        """What calibration flies, a margin for what the model does not see included; see Note [Calibration].
 
-        Of those that take measured options alone: it is flown once, and is small enough where it fits.
+        Of the schedules that take measured options alone: it is flown once, and is small enough where it fits.
         """
         part = measured_part(replace(self._chain, workspace_bytes=self._base_bytes))
-        planner = Planner(part.chain)
-        margin_bytes = int(_MARGIN * planner.smallest_bytes)
-        smallest_bytes = planner.smallest_bytes + margin_bytes
-        schedule = part.renumbered(planner.smallest_plan().schedule)
-        self._chain = replace(self._chain, workspace_bytes=self._base_bytes + margin_bytes)
         plain_peak_bytes = self._plain_peak()
         budget_bytes = self._room(plain_peak_bytes)
-        if smallest_bytes > budget_bytes:
+        schedule = part.renumbered(small_schedule(part.chain, budget_bytes=budget_bytes))
+        margin_bytes = int(_MARGIN * simulate(self._chain, schedule).peak_bytes)
+        self._chain = replace(self._chain, workspace_bytes=self._base_bytes + margin_bytes)
+        if simulate(self._chain, schedule).peak_bytes > budget_bytes:
             if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
                 return self._flight_of(keep_all(self._chain), budget_bytes, "calibration")
             if estimated_options(self._chain):
@@ -345,7 +322,7 @@ class Pilot:
                 self._plan(budget_bytes)
         return self._flight_of(schedule, budget_bytes, "calibration")
 
-    def _known_flight(self, known: KnownPlan, reason: str) -> _Flight:
+    def _known_flight(self, known: KnownPlan, reason: str) -> Flight:
         """The known plan where the room is about what it was made for, else another one by what was learned."""
         plain_peak_bytes = self._plain_peak()
         budget_bytes = self._capped(self._room(plain_peak_bytes))
@@ -357,7 +334,7 @@ class Pilot:
         self._known = None
         return self._for_budget(reason)
 
-    def _for_budget(self, reason: str) -> _Flight:
+    def _for_budget(self, reason: str) -> Flight:
         plain_peak_bytes = self._plain_peak()
         self._optimizer_bytes = self._room.optimizer_bytes
         budget_bytes = self._capped(self._room(plain_peak_bytes))
@@ -385,20 +362,7 @@ class Pilot:
             if estimated_options(self._chain):
                 self.wants_all_options = True  # one may need less than estimated: it is not flown before that is known
                 return self._planner().smallest_plan()
-            raise self._in_users_words(error, budget_bytes) from error
-
-    def _in_users_words(self, error: BudgetTooSmallError, budget_bytes: int) -> BudgetTooSmallError:
-        """Return the planner's error in terms of the user's budget."""
-        taken = 0 if self._budget.size_bytes is None else max(0, self._budget.size_bytes - budget_bytes)
-        smallest_bytes = error.smallest_bytes + taken
-        return BudgetTooSmallError(
-            f"`{self._budget.kind.value}={self._budget.text!r}` ({budget_bytes + taken} bytes) cannot be met by "
-            f"`{self._target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
-            f"{error.bottleneck}. Raise the budget or lower the batch size.",
-            budget_bytes=budget_bytes + taken,
-            smallest_bytes=smallest_bytes,
-            bottleneck=error.bottleneck,
-        )
+            raise in_users_words(error, self._budget, self._target, budget_bytes=budget_bytes) from error
 
     def _plain_peak(self) -> int:
         """Peak of plain training, which needs neither the engine's bookkeeping nor a margin: predicted, or seen."""
@@ -406,24 +370,14 @@ class Pilot:
 
     def _flight_of(
         self, schedule: Schedule, budget_bytes: int, reason: str, certificate: Certificate | None = None
-    ) -> _Flight:
-        timeline = simulate(self._chain, schedule)
-        # Without a certificate, nothing is faster than to keep everything.
-        plain_s = simulate(self._chain, keep_all(self._chain)).total_s
-        lower_bound_s = plain_s if certificate is None else min(certificate.lower_bound_s, timeline.total_s)
-        script = split_schedule(schedule)
-        report = PlanReport(
+    ) -> Flight:
+        return flight_of(
+            self._chain,
+            schedule,
+            certificate,
             target=self._target,
-            chain=self._chain,
-            schedule=schedule,
             budget_bytes=budget_bytes,
-            predicted_peak_bytes=timeline.peak_bytes,
             plain_peak_bytes=self._plain_peak(),
-            predicted_recompute_s=timeline.recompute_s,
-            predicted_step_s=timeline.total_s,
-            lower_bound_s=lower_bound_s,
-            num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
             reason=reason,
             costs=self._costs,
         )
-        return _Flight(report, script, certificate, self._chain.workspace_bytes)

@@ -143,7 +143,7 @@ class GraphStep:
         """Run for the first time, on the caller's own values."""
         values = self._externals.values
         # What the forward changes in place is kept as it was: a replay works on a copy of that (Note [Buffers]).
-        self._snapshots = copies({i: values[i] for i in self._piece.volatile})
+        self._snapshots = copies({i: values[i] for i in self._piece.guarded})
         if not self._piece.is_compiled:
             return self._run(state, {})
         # A compiled block may save what it was given where the user's code saves a copy (AOTAutograd takes a `clone`
@@ -158,11 +158,17 @@ class GraphStep:
         return results
 
     def again(self, state: list[Any]) -> list[Any]:
-        """Run again, on copies of what the forward changed."""
+        """Run again, on copies of what the forward changed, and on memory without values where none is read."""
+        values = self._externals.values
+        instead = copies(self._snapshots)
         for s in self._piece.reads:
-            if s.origin == EXTERNAL and s.index not in self._snapshots:
+            if s.origin != EXTERNAL or s.index in instead:
+                continue
+            if s.index in self._piece.volatile:
+                instead[s.index] = torch.empty_like(values[s.index])
+            else:
                 self._externals.value(s.index, self.name)  # checks that it is what it was
-        return self._run(state, copies(self._snapshots))
+        return self._run(state, instead)
 
     def _run(self, state: list[Any], instead: Mapping[int, torch.Tensor]) -> list[Any]:
         """Run the piece, on `instead` where it names an external."""
