@@ -16,7 +16,8 @@ from torch import nn
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import residual_net
 from tinybp_lightning.runtime.torch import engine
-from tinybp_lightning.runtime.torch.slots import Slot, SlotBook
+from tinybp_lightning.runtime.torch.slot_book import SlotBook
+from tinybp_lightning.runtime.torch.slots import Slot
 from tinybp_lightning.runtime.torch.watch import settle_pending
 
 WIDTH = 16

@@ -11,7 +11,8 @@ import torch
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.capture.torch.spare import SpareOp, kept_by
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.slots import Reference, Slot, SlotBook, StopReplay
+from tinybp_lightning.runtime.torch.slot_book import SlotBook, StopReplay
+from tinybp_lightning.runtime.torch.slots import Reference, Slot
 
 
 def book_of(*inputs: torch.Tensor, externals: tuple[torch.Tensor, ...] = ()) -> SlotBook:

@@ -17,7 +17,8 @@ import torch
 
 from tinybp_lightning.errors import ConfigError, ReplayError
 from tinybp_lightning.runtime.torch.places import fills_after_saving, running_op
-from tinybp_lightning.runtime.torch.slots import ADVICE, Reference, Slot, SlotBook
+from tinybp_lightning.runtime.torch.slot_book import SlotBook
+from tinybp_lightning.runtime.torch.slots import ADVICE, Reference, Slot
 from tinybp_lightning.runtime.torch.steps import has_storage
 
 __all__ = ["CheckedBook", "fingerprint", "is_checking"]

@@ -43,7 +43,8 @@ from tinybp_lightning.runtime.torch.ambient import (
 )
 from tinybp_lightning.runtime.torch.check import CheckedBook, is_checking
 from tinybp_lightning.runtime.torch.script import Move, Script
-from tinybp_lightning.runtime.torch.slots import Reference, Slot, SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.slot_book import SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.slots import Reference, Slot
 from tinybp_lightning.runtime.torch.steps import Externals, Step, fresh_leaves
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 

@@ -15,7 +15,8 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.capture.torch.spare import kept_by
 from tinybp_lightning.runtime.torch.assemble import BlockSizes
 from tinybp_lightning.runtime.torch.clock import Clock, Spent
-from tinybp_lightning.runtime.torch.slots import Slot, SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.slot_book import SlotBook, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.slots import Slot
 from tinybp_lightning.runtime.torch.steps import Externals, GraphStep, fresh_leaves, has_storage
 
 __all__ = ["Layout", "Probe", "Probed", "Seed"]

@@ -1,62 +1,24 @@
-"""Where do saved tensors go while they are virtual? A `SlotBook` holds, for one block, what its first run saved.
+"""What does autograd hold in place of a saved tensor? A slot, or a reference; and which slots are views of others.
 
-Every saved tensor is one of three things. A *reference*: it aliases an external (a parameter, the batch), which is
-alive anyway, and is kept as it is. An *alias*: it aliases a leaf of the boundary before the block, and is a view to be
-rebuilt. Or it must be *replayed*. Only slots that autograd still holds are filled: the book keeps weak references.
-
-Note [Saved again]
-    Several ops may save one tensor: the three products that read what one norm made. The replay need not get to the
-    later ones, which repeats all products but the last: what they save is filled as a view of what the first one saved.
-    That holds as long as nothing changes the tensor in place between the two, and a change may hide from the version
-    counter (`x.data.add_`). So it is done for blocks whose ops are known to change no activation.
-
-Note [Spare ops]
-    A block's code marks the ops whose results no saved tensor is made of, by its record. The first run notes which
-    positions each of them saved. A replay that stops early runs it until the last of these is filled, or not at all.
-    Where one that should save nothing did save, in a dtype that the record did not see, all are run.
+Every saved tensor of a dropped block is one of three things. A *reference*: it aliases an external (a parameter, the
+batch), which is alive anyway, and is kept as it is. An *alias*: it aliases a leaf of the boundary before the block, and
+is a view to be rebuilt. Or it must be *replayed*. `slot_book` tells them apart.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from tinybp_lightning.capture.torch.private import storage_key
-from tinybp_lightning.capture.torch.spare import kept_by
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.ambient import closing_regions
-from tinybp_lightning.runtime.torch.places import fills_after_saving, running_op
-from tinybp_lightning.runtime.torch.steps import has_storage
 
-__all__ = ["ADVICE", "Reference", "Slot", "SlotBook", "StopReplay", "forget", "never_unpacked"]
+__all__ = ["ADVICE", "Alias", "Reference", "Slot", "alias_of", "offset_bytes", "view_of"]
 
 ADVICE = (
     "It does not do the same thing twice: it has an op that is not deterministic "
     "(torch.use_deterministic_algorithms(True) makes it so, or names it), or it reads state that it changes "
     "(a counter, a cache, a generator of its own). `tbp.keep(module)` has a module run once only."
 )
-
-
-def forget(_: torch.Tensor) -> Any:
-    """Pack hook that throws a saved tensor away: its graph is never run backward."""
-    return None
-
-
-def never_unpacked(_: Any) -> torch.Tensor:
-    """Unpack hook of a graph that is never run backward."""
-    raise AssertionError("a replayed graph is never run backward")
-
-
-class StopReplay(Exception):  # noqa: N818 - control flow, never an error
-    """The last saved tensor of the block has been filled; its outputs are not wanted."""
-
-
-class StopOp(Exception):  # noqa: N818 - control flow, never an error
-    """The last saved tensor of a spare op has been filled; its result is not wanted."""
 
 
 class Slot:
@@ -114,16 +76,7 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """What a replay must save again at the same position."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class _Alias:
+class Alias:
     """A view of number `source` of the leaves of the boundary before the block, or of its saved tensors."""
 
     slot: "weakref.ref[Slot]"
@@ -134,184 +87,22 @@ class _Alias:
     offset_bytes: int
 
 
-class SlotBook:
-    """One block's saved tensors, in the order in which autograd saved them.
-
-    **Arguments:** `block`, `name`: its number, and what messages call it; `state`: the leaves that it starts from;
-    `is_out_of_place`: whether its ops change no activation. See Note [Saved again].
-    """
-
-    def __init__(
-        self,
-        block: int,
-        external_storages: frozenset[int],
-        state: Sequence[Any],
-        *,
-        name: str | None = None,
-        is_out_of_place: bool = False,
-    ) -> None:
-        self._block = block
-        self._name = str(block) if name is None else name
-        self._external = external_storages
-        self._inputs: dict[int, tuple[int, torch.Tensor, int]] = {}
-        for i, t in enumerate(state):
-            if isinstance(t, torch.Tensor) and has_storage(t):
-                self._inputs.setdefault(storage_key(t), (i, t, t._version))
-        self._forms: list[_Form] = []
-        self._slots: list[weakref.ref[Slot] | None] = []
-        self._aliases: list[_Alias] = []
-        self._is_out_of_place = is_out_of_place
-        self._saved_first: dict[int, tuple[int, int, int]] = {}  # by storage: position, offset in bytes, version
-        self._again: dict[int, list[_Alias]] = {}  # by the position that is filled with them
-        # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
-        self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._spare: dict[int, range] = {}  # by number: the positions that the op saved
-        self._needed: set[int] = set()  # positions that a replay must fill, and nothing else does
-        self._may_leave_out = True
-        self._stop_op_at = -1
-        self.num_replayed = 0
-
-    def pack(self, t: torch.Tensor) -> Slot | Reference:
-        """First sweep: take a saved tensor, return what autograd holds instead."""
-        position = len(self._slots)
-        self._forms.append(_Form(t.shape, t.dtype, t.device))
-        key = storage_key(t) if has_storage(t) else None
-        if key is not None and key in self._external:
-            self._slots.append(None)
-            return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
-        slot = Slot(self._block, position)
-        self._slots.append(weakref.ref(slot))
-        source = None if key is None else self._inputs.get(key)
-        first = None if key is None else self._saved_first.get(key)
-        if source is not None and source[2] == t._version:
-            self._aliases.append(_alias(slot, source[0], t, _offset_bytes(source[1])))
-        elif first is not None and first[2] == t._version:
-            self._again.setdefault(first[0], []).append(_alias(slot, first[0], t, first[1]))
-        else:
-            self.num_replayed = position + 1
-            self._needed.add(position)
-            if key is not None:
-                storage = t.untyped_storage()
-                self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
-                if self._is_out_of_place:
-                    self._saved_first[key] = (position, _offset_bytes(t), t._version)
-        return slot
-
-    def note_spare(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """First sweep: run a spare op, and note what it saves. See Note [Spare ops]."""
-        start = len(self._slots)
-        result = run()
-        positions = range(start, len(self._slots))
-        self._spare[number] = positions
-        if is_silent and not self._needed.isdisjoint(positions):
-            self._may_leave_out = False
-        return result
-
-    def _run_spare(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """Replay: run a spare op as far as its last saved tensor that is needed."""
-        if not self._may_leave_out:
-            return run()
-        positions = self._spare[number]
-        needed = [p for p in positions if p in self._needed]
-        if needed:
-            self._stop_op_at = needed[-1] + 1
-            try:
-                return run()
-            except StopOp:
-                pass
-            finally:
-                self._stop_op_at = -1
-        self._filled = positions.stop
-        return None
-
-    def dropped_bytes(self, outputs: Sequence[Any]) -> int:
-        """Return the bytes of the storages that the block saved and did not make its `outputs` of."""
-        kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
-        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
-
-    def close(self) -> None:
-        """End of the block's first run: let go of the inputs."""
-        self._inputs.clear()
-
-    def fill_aliases(self, state: Sequence[Any]) -> None:
-        """Fill the slots that are views of the boundary's leaves."""
-        for alias in self._aliases:
-            slot = alias.slot()
-            if slot is not None:
-                slot.fill(_view_of(state[alias.source], alias))
-
-    def fill_again(self, position: int, t: torch.Tensor) -> None:
-        """Fill the slots of what was saved again as views of `t`, which the replay saves at `position`."""
-        for alias in self._again.get(position, ()):
-            slot = alias.slot()
-            if slot is not None:
-                slot.fill(_view_of(t, alias))
-
-    @contextlib.contextmanager
-    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
-        """Give the pack hook of a replay: it fills the slots that are alive, in order."""
-        self._filled = 0
-
-        def pack(t: torch.Tensor) -> torch.Tensor | None:
-            position = self._filled
-            self._filled += 1
-            self.check(position, t)
-            reference = self._slots[position]
-            slot = reference() if reference is not None else None
-            if slot is not None:
-                slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
-            self.fill_again(position, t)
-            if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
-                raise StopReplay if self._filled == self.num_replayed else StopOp
-            return None
-
-        leaving_out = kept_by(self._run_spare) if stops_early else contextlib.nullcontext()
-        with closing_regions(), leaving_out:
-            yield pack
-
-    def check_complete(self, name: str) -> None:
-        """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
-        if self._filled != len(self._slots):
-            raise ReplayError(
-                f"block `{name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its "
-                f"replay. {ADVICE}"
-            )
-
-    def check_values(self) -> None:
-        """End of a replay: nothing to compare, see `CheckedBook`."""
-
-    def check(self, position: int, t: torch.Tensor) -> None:
-        """Raise `ReplayError` if a replay must not save `t` at `position`."""
-        if position >= len(self._forms):
-            raise ReplayError(
-                f"the replay of block `{self._name}` saved more than its {len(self._forms)} tensors: "
-                f"{_place()} saved another. {ADVICE}"
-            )
-        form = self._forms[position]
-        if (t.shape, t.dtype, t.device) != (form.shape, form.dtype, form.device):
-            raise ReplayError(
-                f"the replay of block `{self._name}` saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
-                f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}: {_place()} saved it. {ADVICE}"
-            )
+def alias_of(slot: Slot, source: int, t: torch.Tensor, source_offset_bytes: int) -> Alias:
+    """Return how `slot`, filled with `t`, is a view of source number `source`, which begins there in the storage."""
+    return Alias(weakref.ref(slot), source, t.dtype, t.shape, t.stride(), offset_bytes(t) - source_offset_bytes)
 
 
-def _place() -> str:
-    return running_op() or "compiled code"
-
-
-def _alias(slot: Slot, source: int, t: torch.Tensor, source_offset_bytes: int) -> _Alias:
-    return _Alias(weakref.ref(slot), source, t.dtype, t.shape, t.stride(), _offset_bytes(t) - source_offset_bytes)
-
-
-def _view_of(leaf: torch.Tensor, alias: _Alias) -> torch.Tensor:
+def view_of(leaf: torch.Tensor, alias: Alias) -> torch.Tensor:
+    """Return `alias` of `leaf`, which holds what its source held."""
     base = leaf.detach()
-    offset_bytes = _offset_bytes(base) + alias.offset_bytes
+    start_bytes = offset_bytes(base) + alias.offset_bytes
     if alias.dtype != base.dtype:
         whole = torch.empty(0, dtype=alias.dtype, device=base.device)
-        whole.set_(base.untyped_storage(), offset_bytes // whole.element_size(), alias.shape, alias.stride)
+        whole.set_(base.untyped_storage(), start_bytes // whole.element_size(), alias.shape, alias.stride)
         return whole
-    return base.as_strided(alias.shape, alias.stride, offset_bytes // base.element_size())
+    return base.as_strided(alias.shape, alias.stride, start_bytes // base.element_size())
 
 
-def _offset_bytes(t: torch.Tensor) -> int:
+def offset_bytes(t: torch.Tensor) -> int:
+    """Return where `t` begins in its storage."""
     return int(t.storage_offset()) * t.element_size()
