@@ -20,3 +20,20 @@ def test_a_call_on_the_cpu_takes_the_same_on_both_clocks() -> None:
 
 def test_the_lesser_is_taken_on_each_clock() -> None:
     assert Spent(3.0, 1.0).at_most(Spent(2.0, 4.0)) == Spent(2.0, 1.0)
+
+
+def test_on_the_cpu_a_call_finds_no_cache_filled() -> None:
+    """Reading a tensor that fits into any cache takes far longer than it does right after it was read."""
+    clock = Clock(torch.device("cpu"))
+    small = torch.randn(64, 1024)
+
+    def read_it() -> None:
+        small.sum()
+
+    cold_s = min(clock.time(read_it).host_s for _ in range(20))
+    times_s: list[float] = []
+    for _ in range(20):
+        started = time.perf_counter()
+        read_it()
+        times_s.append(time.perf_counter() - started)
+    assert cold_s > 1.2 * min(times_s)

@@ -21,7 +21,7 @@ from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.ambient import Autocast, autocast_as, random_state_now, set_random_state
 from tinybp_lightning.runtime.torch.assemble import BlockCosts, chain_of
-from tinybp_lightning.runtime.torch.clock import Spent
+from tinybp_lightning.runtime.torch.clock import Clock, Spent
 from tinybp_lightning.runtime.torch.compiled import forecast_of, is_compiled
 from tinybp_lightning.runtime.torch.forecast import Forecast
 from tinybp_lightning.runtime.torch.probe import Layout, Probe, Probed, Seed
@@ -54,7 +54,7 @@ def measure_chain(
     """
     random = random_state_now(devices)
     try:
-        measured, wants = _walk(program, measuring_values(program, values), device, autocast, on_block, known)
+        measured, wants = _walk(program, measuring_values(program, values), Clock(device), autocast, on_block, known)
     finally:
         set_random_state(random)
     costs = _costs(measured) if kind is Costs.SECONDS else _counted(program, measured)
@@ -79,17 +79,17 @@ def measuring_values(program: Program, values: Sequence[Any]) -> Externals:
 def _walk(
     program: Program,
     externals: Externals,
-    device: torch.device,
+    clock: Clock,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
     known: Measurements,
 ) -> tuple[list[tuple[Probed, ...]], list[list[bool]]]:
     """Measure every block; again, where the blocks behind it were seen to hand it gradients of another layout."""
     seeds = _seeds(program)
-    measured, wants = _pass(program, seeds, externals, device, autocast, on_block, known)
+    measured, wants = _pass(program, seeds, externals, clock, autocast, on_block, known)
     laid_out = _laid_out(program, seeds, measured)
     if laid_out != seeds:
-        measured, wants = _pass(program, laid_out, externals, device, autocast, _no_progress, known)
+        measured, wants = _pass(program, laid_out, externals, clock, autocast, _no_progress, known)
     return measured, wants
 
 
@@ -101,7 +101,7 @@ def _pass(
     program: Program,
     seeds: Sequence[tuple[Seed, ...]],
     externals: Externals,
-    device: torch.device,
+    clock: Clock,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
     known: Measurements,
@@ -113,7 +113,7 @@ def _pass(
         with autocast_as(autocast), torch.enable_grad():
             key = piece.span.signature, seeds[done], piece.calls if piece.is_compiled else ()
             probes = [
-                Probe(piece, option, externals, leaves, wants[-1], seeds[done], device)
+                Probe(piece, option, externals, leaves, wants[-1], seeds[done], clock)
                 for option in range(len(piece.calls))
             ]
             options = known.setdefault(key, {})

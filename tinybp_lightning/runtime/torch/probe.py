@@ -98,7 +98,7 @@ class Probe:
         leaves: list[Any],
         wants: list[bool],
         seeds: tuple[Seed, ...],
-        device: torch.device,
+        clock: Clock,
     ) -> None:
         self._piece = piece
         self._option = option
@@ -106,7 +106,8 @@ class Probe:
         self._leaves = leaves
         self._wants = wants
         self._seeds = seeds
-        self._device = device
+        self._clock = clock
+        self._device = clock.device
 
     def _state(self) -> list[Any]:
         return fresh_leaves(self._leaves, self._wants)
@@ -122,7 +123,7 @@ class Probe:
     def measure(self) -> Probed:
         """Measure the block. See the module docstring for how."""
         saved, reads, made = self._saved_set()
-        clock = Clock(self._device)
+        clock = self._clock
         self._save_and_backward(lambda _: None, clock)  # kernels are picked, backward compiled
         warm = self._save_and_backward(lambda _: None, clock).backward
         trace = open_trace(self._device)
