@@ -9,37 +9,43 @@ Note [Order of gradients]
     Autograd runs backward in descending order of creation, and sums the gradients of one value in that order. An op
     that is created later than it was runs earlier in backward. That changes the order of a sum only where an op that it
     was moved past reads what it reads; such ops stay. The gradients of *different* parameters may come in another
-    order. Nobody can tell but a hook, so ops that read a parameter with a hook stay as well.
+    order. Hooks can tell, so ops that read parameters stay unless it is known that there are none.
+
+Only ops that are known to draw nothing and to change nothing in their backward are moved.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from tinybp_lightning.graph.balance import made_at
-from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
+from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 from tinybp_lightning.graph.products import is_product
 
 __all__ = ["delay_ops"]
 
+_MOVABLE = frozenset(
+    {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu", "sigmoid", "tanh", "softplus"}
+    | {"hardswish", "hardtanh", "hardsigmoid", "softmax", "log_softmax"}
+    | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+)
 # Ops that another is moved past: what one residual sum puts together. Farther, it would leave its layer.
 _WINDOW = 16
 
 
-def delay_ops(graph: Graph, *, hooked: Collection[ValueId] = ()) -> Graph:
+def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
     """Return `graph` with ops that run before a product moved behind it, to where their result is first read.
 
     Only those whose inputs are saved anyway, so that nothing lives longer for it, and whose move changes no bit. Values
     and storages keep their ids.
 
-    **Arguments:** `hooked`: inputs whose gradients a hook waits for.
+    **Arguments:** `may_move_parameters`: whether ops may be moved that read parameters, which nobody waits for then.
     """
     order = list(graph.nodes)
     made = made_at(graph)
-    watched = {graph.values[v].storage for v in hooked}
     for node in reversed(graph.nodes):
-        if not _may_be_delayed(graph, node, made) or not watched.isdisjoint(_reads(graph, node)):
+        if not _may_be_delayed(graph, node, made) or (_has_parameter(graph, node) and not may_move_parameters):
             continue
         at = order.index(node)
         mine = {graph.values[v].storage for v in node.makes}
@@ -54,7 +60,8 @@ def delay_ops(graph: Graph, *, hooked: Collection[ValueId] = ()) -> Graph:
 def _may_be_delayed(graph: Graph, node: Node, made: dict[StorageId, int]) -> bool:
     makes = [graph.values[v].storage for v in node.makes]
     return (
-        not (node.flops or node.is_random or node.is_collective)
+        node.op in _MOVABLE
+        and not (node.flops or node.is_random or node.is_collective)
         and all(s is not None and (s in node.saved or not _is_activation(graph, s)) for s in _reads(graph, node))
         and all(graph.storages[s].kind is StorageKind.BUFFER for s in node.writes)
         and all(s is not None and made.get(s) == node.id for s in makes)
@@ -69,6 +76,10 @@ def _may_pass(graph: Graph, node: Node, passed: Sequence[Node]) -> bool:
         or not touched.isdisjoint((*other.writes, *_reads(graph, other)))
         for other in passed
     )
+
+
+def _has_parameter(graph: Graph, node: Node) -> bool:
+    return any(graph.storages[s].kind is StorageKind.PARAMETER for s in _reads(graph, node) if s is not None)
 
 
 def _reads(graph: Graph, node: Node) -> list[StorageId | None]:

@@ -34,7 +34,7 @@ def test_an_activation_function_moves_to_where_it_is_read() -> None:
     build = GraphBuilder()
     x = build.reading("norm", build.input(10))
     graph = gated(build, x, lambda t: build.reading("silu", t))
-    delayed = delay_ops(graph)
+    delayed = delay_ops(graph, may_move_parameters=True)
     verify_graph(delayed)
     assert ops_of(graph) == ["norm", "gate", "silu", "up", "mul"]
     assert ops_of(delayed) == ["norm", "gate", "up", "silu", "mul"]
@@ -55,7 +55,7 @@ def test_a_norm_moves_past_the_convolution_of_the_other_branch(share: str) -> No
     second = 0 if share == "statistics" else 1, 0 if share == "parameter" else 1
     shortcut = batch_norm(build, shortcut, statistics[second[0]], parameters[second[1]])
     graph = build.build(build.write("iadd", main, [shortcut]))
-    delayed = delay_ops(graph)
+    delayed = delay_ops(graph, may_move_parameters=True)
     verify_graph(delayed)
     before = ["relu", "conv", "batch_norm", "conv", "batch_norm", "iadd"]
     assert ops_of(graph) == before
@@ -71,7 +71,7 @@ def test_an_op_that_passes_no_product_stays() -> None:
     gate = build.reading("silu", x)
     up = build.reading("tanh", x)
     graph = build.build(build.reading("mul", gate, up))
-    assert delay_ops(graph) == graph
+    assert delay_ops(graph, may_move_parameters=True) == graph
 
 
 def test_an_op_whose_result_is_read_far_away_stays() -> None:
@@ -81,16 +81,22 @@ def test_an_op_whose_result_is_read_far_away_stays() -> None:
     for _ in range(20):
         x = build.reading("tanh", x)
     graph = build.build(build.reading("mul", gate, x))
-    assert delay_ops(graph) == graph
+    assert delay_ops(graph, may_move_parameters=True) == graph
 
 
-def test_an_op_whose_parameter_has_a_hook_stays() -> None:
+def test_an_op_that_reads_a_parameter_moves_only_where_nobody_waits_for_gradients() -> None:
     build = GraphBuilder()
     x = build.reading("norm", build.input(10))
     parameter = build.parameter()
-    graph = gated(build, x, lambda t: build.reading("scale", t, parameter))
-    assert delay_ops(graph, hooked=[parameter]) == graph
-    assert ops_of(delay_ops(graph)) == ["norm", "gate", "up", "scale", "mul"]
+    graph = gated(build, x, lambda t: build.reading("layer_norm", t, parameter))
+    assert delay_ops(graph, may_move_parameters=False) == graph
+    assert ops_of(delay_ops(graph, may_move_parameters=True)) == ["norm", "gate", "up", "layer_norm", "mul"]
+
+
+def test_an_op_of_which_nothing_is_known_stays() -> None:
+    build = GraphBuilder()
+    graph = gated(build, build.input(10), lambda t: build.reading("autograd_function_apply", t))
+    assert delay_ops(graph, may_move_parameters=True) == graph
 
 
 @pytest.mark.parametrize("why", ["unsaved", "random", "in-place", "flops", "shared", "region", "write"])
@@ -123,4 +129,4 @@ def test_an_op_stays_where_its_move_would_cost_or_change_something(why: str) -> 
     if why == "random":
         nodes = tuple(replace(node, is_random=node.op == "silu") for node in graph.nodes)
         graph = replace(graph, nodes=nodes)
-    assert delay_ops(graph) == graph
+    assert delay_ops(graph, may_move_parameters=True) == graph

@@ -128,6 +128,48 @@ def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Mod
     assert flops_of_a_step(ours) > flops_of_a_step(plain) or budget == "55%"
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_hooks_of_parameters_come_in_the_usual_order(*, is_late: bool) -> None:
+    """They draw from one generator, so that any other order would show."""
+
+    def train_hooked(model: nn.Module) -> list[str]:
+        order: list[str] = []
+        if is_late:
+            train(model, loss_of, steps=2)
+        for name, parameter in model.named_parameters():
+
+            def hook(gradient: torch.Tensor, name: str = name) -> torch.Tensor:
+                order.append(name)
+                return gradient + 1e-3 * torch.randn_like(gradient)
+
+            parameter.register_hook(hook)
+        torch.manual_seed(7)
+        train(model, loss_of, steps=3)
+        return order
+
+    plain = net_of(Embedded)
+    ours = tbp.hcb(copy.deepcopy(plain), activation_budget="70%")
+    assert train_hooked(ours) == train_hooked(plain)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert tbp.explain(ours).plans[-1].predicted_recompute_s > 0
+
+
+def test_hooks_of_all_modules_see_the_users_alone() -> None:
+    plain = net_of(Embedded)
+    ours = tbp.hcb(copy.deepcopy(plain), activation_budget="70%")
+    train(ours, loss_of, steps=2)
+    known = {id(m) for m in ours.modules()}
+    seen: list[nn.Module] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        train(ours, loss_of, steps=1)
+    finally:
+        handle.remove()
+    assert seen
+    assert {id(m) for m in seen} <= known
+
+
 def counted(kind: Callable[[], nn.Module], budget: str) -> tuple[nn.Module, tbp.Explanation]:
     ours = tbp.hcb(net_of(kind), config=tbp.HCBConfig(activation_budget=budget, plan_cache=False, costs="operations"))
     for _ in range(4):

@@ -195,6 +195,22 @@ def test_a_spare_op_that_was_to_save_nothing_but_did_is_run() -> None:
     assert ran == ["saved", "computed", "gave result"]
 
 
+def test_a_replay_that_has_saved_another_number_of_tensors_before_a_spare_op_is_an_error() -> None:
+    book = book_of()
+    op = SpareOp(lambda: None, 0, is_silent=False)
+    with kept_by(book.note_spare):
+        slots = [book.pack(torch.ones(2))]
+        op()
+        slots.append(book.pack(torch.ones(2)))
+    book.close()
+    with book.filling(stops_early=True) as pack:
+        with pytest.raises(ReplayError, match="has saved 0 tensors where it had saved 1 in the forward"):
+            op()
+        pack(torch.ones(2))
+        op()
+    assert all(isinstance(slot, Slot) for slot in slots)
+
+
 def test_a_replay_for_the_results_runs_spare_ops() -> None:
     book = book_of()
     op = SpareOp(lambda: "result", 0, is_silent=False)

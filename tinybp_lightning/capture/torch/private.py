@@ -104,8 +104,11 @@ def accumulation_hooks(parameter: nn.Parameter) -> list[Any]:
 
 
 def has_gradient_hooks(t: torch.Tensor) -> bool:
-    """Return whether somebody waits for the gradient of `t`: before or after it is accumulated."""
-    return bool(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None))
+    """Return whether somebody waits for the gradient of `t`: before or after it is accumulated.
+
+    Hooks on its accumulation node are not seen, which C++ code and distributed training have.
+    """
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -1,8 +1,8 @@
 """How does a replay leave out what it does not need? Ops found to be spare (`graph.spare`) are run by a `Keeper`.
 
-In the code of a block such an op is a submodule. Whoever replays the block decides how far it is run: its saving comes
-before its computing, so it is stopped in between, or not begun where nothing it saves is wanted. Its result is `None`
-then, and is seen by spare ops only. Where no keeper is at work, it runs as any op.
+In the code of a block such an op is an attribute that is called. Whoever replays the block decides how far it is run:
+its saving comes before its computing, so it is stopped in between, or not begun where nothing it saves is wanted. Its
+result is `None` then, and is seen by spare ops only. Where no keeper is at work, it runs as any op.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
-from torch import fx, nn
+from torch import fx
 
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph
@@ -42,16 +42,18 @@ def kept_by(keeper: Keeper | None) -> Generator[None]:
         _now.keeper = before
 
 
-class SpareOp(nn.Module):
-    """A call of a torch function that a replay may leave out; `number` tells it from others of its block."""
+class SpareOp:
+    """A call of a torch function that a replay may leave out; `number` tells it from others of its block.
+
+    It is no module: hooks of all modules must not see it.
+    """
 
     def __init__(self, function: Callable[..., Any], number: int, *, is_silent: bool) -> None:
-        super().__init__()
         self.function = function
         self._number = number
         self._is_silent = is_silent
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it, or have the keeper do so."""
         keeper: Keeper | None = getattr(_now, "keeper", None)
         if keeper is None:
@@ -83,8 +85,8 @@ def call_through_keeper(code: fx.GraphModule, spare: Mapping[fx.Node, bool]) -> 
     """Have a block's code call the ops in `spare` (and whether each is silent) by way of a `SpareOp`."""
     for number, (node, is_silent) in enumerate(spare.items()):
         name = f"spare_{number}"
-        code.add_submodule(name, SpareOp(_function_of(code, node), number, is_silent=is_silent))
-        node.op, node.target = "call_module", name
+        setattr(code, name, SpareOp(_function_of(code, node), number, is_silent=is_silent))
+        node.op, node.target = "call_module", name  # in generated code, a call of that attribute
     code.recompile()
 
 

@@ -41,4 +41,7 @@ def write_only_buffers(
 def _statistics(call: fx.Node) -> list[Any]:
     """Return the running statistics among the arguments of a batch norm, if it is in training."""
     given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
-    return [given.get(name) for name in _STATISTICS] if given.get("training") is True else []
+    if given.get("training") is not True:
+        return []
+    # One that is an argument in another place too is looked at.
+    return [s for s in (given.get(name) for name in _STATISTICS) if [*given.values()].count(s) == 1]

@@ -23,6 +23,8 @@ from tinybp_lightning.capture.torch.record import module_path
 __all__ = ["fills_after_saving", "running_op"]
 
 _OURS = "tinybp_lightning.runtime.torch."
+_BETWEEN = ("tinybp_lightning.runtime.torch.slot_book", "tinybp_lightning.capture.torch.spare")
+"""Whose frames may stand between an op and the code of its block: an op that may be left out is run by these."""
 _FILLS_AFTER_SAVING = frozenset({"rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_"})
 
 
@@ -53,8 +55,12 @@ def _frames_of_the_block() -> Iterator[FrameType]:
     frame = inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__")).startswith(_OURS):
         frame = frame.f_back
-    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(_OURS):
-        yield frame
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name not in _BETWEEN:
+            if name.startswith(_OURS):
+                return
+            yield frame
         frame = frame.f_back
 
 

@@ -84,6 +84,7 @@ class GraphProgram:
         self._keys: dict[_Situation, ProgramKey] = {}
         self._watch: StepWatch | None = None
         self._constants = _constants(module)
+        self._unmoved: Graph | None = None  # the order to go back to, where a hook would see another one
         self._warned = False
         self.profile: StepProfile | None = None
         self.pilot: Pilot | None = None
@@ -105,6 +106,8 @@ class GraphProgram:
         device = _main_device(devices)
         autocast = autocast_now(device_type_of(devices))
         parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
+        if self._unmoved is not None and _are_watched(parameters):
+            self._start_over(self._unmoved)
         situation = _Situation(autocast, any(p.grad is not None for p in parameters))
         pilot = self._pilots.get(situation)
         if pilot is None:
@@ -176,13 +179,19 @@ class GraphProgram:
             return cut_program(self._module, graph, granularity=Granularity.COARSE)
         if not has_room_for_products(self._share(room, saved_bytes(graph))):
             return cut_program(self._module, graph, granularity=Granularity.FINE)
-        hooked = [
-            v
-            for v, value in zip(graph.inputs, values, strict=True)
-            if isinstance(value, torch.Tensor) and has_gradient_hooks(value)
-        ]
-        graph = reorder(self._module, delay_ops(graph, hooked=hooked))
-        return cut_program(self._module, graph, granularity=Granularity.PRODUCTS)
+        moved = delay_ops(graph, may_move_parameters=False)
+        if not _are_watched([v for v in values if isinstance(v, torch.Tensor)]):
+            further = delay_ops(graph, may_move_parameters=True)
+            if further != moved:
+                self._unmoved, moved = graph, further
+        return cut_program(self._module, reorder(self._module, moved), granularity=Granularity.PRODUCTS)
+
+    def _start_over(self, graph: Graph) -> None:
+        """Bring the calls into the order of `graph`, and forget what was planned for another."""
+        reorder(self._module, graph)
+        self._unmoved = self._program = self.pilot = None
+        for known in (self._compiled, self._measured, self._pilots, self._prepared, self._keys):
+            known.clear()
 
     def _share(self, room: Room, plain_bytes: int) -> float:
         """Return about which share of plain training's activations the budget is."""
@@ -346,6 +355,13 @@ class GraphProgram:
         """Stop to follow a step that has not ended: nobody will ask for its profile."""
         if self._watch is not None:
             self._watch.abandon()
+
+
+def _are_watched(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether somebody may see in which order gradients come: a hook, or those who reduce them over ranks."""
+    distributed = torch.distributed
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return is_distributed or any(has_gradient_hooks(t) for t in tensors)
 
 
 _ARGUMENT = object()

@@ -139,17 +139,30 @@ class SlotBook:
         if not self._may_leave_out:
             return run()
         positions = self._spare[number]
+        self._check_place(positions.start)
         needed = [p for p in positions if p in self._needed]
         if needed:
             self._stop_op_at = needed[-1] + 1
             try:
-                return run()
+                with closing_regions():  # what it entered, and is not left to leave
+                    result = run()
             except StopOp:
-                pass
+                self._filled = positions.stop
+                return None
             finally:
                 self._stop_op_at = -1
+            self._check_place(positions.stop)
+            return result
         self._filled = positions.stop
         return None
+
+    def _check_place(self, expected: int) -> None:
+        """Raise `ReplayError` if the replay has saved another number of tensors than the first run had by then."""
+        if self._filled != expected:
+            raise ReplayError(
+                f"the replay of block `{self._name}` has saved {self._filled} tensors where it had saved {expected} in "
+                f"the forward: before {_place()}. {ADVICE}"
+            )
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
         """Return the bytes of the storages that the block saved and did not make its `outputs` of."""
