@@ -54,7 +54,8 @@ def measure_chain(
     """
     random = random_state_now(devices)
     try:
-        measured, wants = _walk(program, measuring_values(program, values), Clock(device), autocast, on_block, known)
+        clock = Clock(device, step_bytes=sum(s.size_bytes for s in program.graph.storages))
+        measured, wants = _walk(program, measuring_values(program, values), clock, autocast, on_block, known)
     finally:
         set_random_state(random)
     costs = _costs(measured) if kind is Costs.SECONDS else _counted(program, measured)
