@@ -28,6 +28,7 @@ __all__ = ["delay_ops"]
 _MOVABLE = frozenset(
     {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu", "sigmoid", "tanh", "softplus"}
     | {"hardswish", "hardtanh", "hardsigmoid", "softmax", "log_softmax"}
+    | {"mul", "div", "truediv", "pow", "square", "exp", "log", "sqrt", "rsqrt"}
     | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 )
 # Ops that another is moved past: what one residual sum puts together. Farther, it would leave its layer.

@@ -31,7 +31,7 @@ from tinybp_lightning.runtime.torch.places import fills_after_saving, running_op
 from tinybp_lightning.runtime.torch.slots import ADVICE, Alias, Reference, Slot, alias_of, offset_bytes, view_of
 from tinybp_lightning.runtime.torch.steps import has_storage
 
-__all__ = ["SlotBook", "StopReplay", "forget", "never_unpacked"]
+__all__ = ["SlotBook", "StopOp", "StopReplay", "forget", "never_unpacked"]
 
 
 def forget(_: torch.Tensor) -> Any:
