@@ -41,13 +41,14 @@ class BlockSeconds:
     backward_s: float
 
 
-def count_operations(graph: Graph, start: int, stop: int) -> BlockSeconds:
-    """Return the floating-point operations of the block `graph.nodes[start:stop]`, at `OPERATIONS_PER_S`.
+def count_operations(graph: Graph, spans: Iterable[tuple[int, int]]) -> tuple[BlockSeconds, ...]:
+    """Return the floating-point operations of the blocks `graph.nodes[start:stop]`, at `OPERATIONS_PER_S`.
 
     Operations of matrix products, convolutions and attention are counted, as torch's `FlopCounterMode` counts them; a
     hundred bytes that any op moves count as one more. They are the same on every machine.
     """
-    return _Estimate(graph, OPERATIONS_PER_S, _BYTES_AN_OPERATION * OPERATIONS_PER_S).seconds(start, stop)
+    estimate = _Estimate(graph, OPERATIONS_PER_S, _BYTES_AN_OPERATION * OPERATIONS_PER_S)
+    return tuple(estimate.seconds(start, stop) for start, stop in spans)
 
 
 def estimate_chain(

@@ -22,6 +22,7 @@ from tinybp_lightning.graph.balance import made_at
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 from tinybp_lightning.graph.products import is_product
+from tinybp_lightning.graph.spare import is_activation
 
 __all__ = ["delay_ops"]
 
@@ -63,7 +64,7 @@ def _may_be_delayed(graph: Graph, node: Node, made: dict[StorageId, int]) -> boo
     return (
         node.op in _MOVABLE
         and not (node.flops or node.is_random or node.is_collective)
-        and all(s is not None and (s in node.saved or not _is_activation(graph, s)) for s in _reads(graph, node))
+        and all(s is not None and (s in node.saved or not is_activation(graph, s)) for s in _reads(graph, node))
         and all(graph.storages[s].kind is StorageKind.BUFFER for s in node.writes)
         and all(s is not None and made.get(s) == node.id for s in makes)
     )
@@ -85,7 +86,3 @@ def _has_parameter(graph: Graph, node: Node) -> bool:
 
 def _reads(graph: Graph, node: Node) -> list[StorageId | None]:
     return [graph.values[v].storage for v in node.reads]
-
-
-def _is_activation(graph: Graph, storage: StorageId) -> bool:
-    return graph.storages[storage].kind is StorageKind.ACTIVATION

@@ -17,9 +17,8 @@ from itertools import pairwise
 from statistics import median
 
 from tinybp_lightning.graph.frontier import FrontierProfile
-from tinybp_lightning.graph.ids import StorageId
-from tinybp_lightning.graph.ir import Graph, Node, StorageKind
-from tinybp_lightning.graph.spare import spare_ops
+from tinybp_lightning.graph.ir import Graph, Node
+from tinybp_lightning.graph.spare import is_activation, saves_what_it_makes, spare_ops
 from tinybp_lightning.graph.valleys import MIN_OPS
 
 __all__ = ["cut_behind_products", "has_room_for_products", "is_product", "saved_bytes"]
@@ -59,7 +58,7 @@ def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
 
 def saved_bytes(graph: Graph) -> int:
     """Return the bytes of all activations that plain training saves."""
-    saved = {s for node in graph.nodes for s in node.saved if _is_activation(graph, s)}
+    saved = {s for node in graph.nodes for s in node.saved if is_activation(graph, s)}
     return sum(graph.storages[s].size_bytes for s in saved)
 
 
@@ -109,12 +108,7 @@ def _cut(
 
 def is_product(graph: Graph, node: Node) -> bool:
     """Return whether the op is one of many operations whose backward does not ask for what it made itself."""
-    known = {graph.values[v].storage for v in node.reads}
-    return node.flops > 0 and not any(_is_activation(graph, s) and s not in known for s in node.saved)
-
-
-def _is_activation(graph: Graph, storage: StorageId) -> bool:
-    return graph.storages[storage].kind is StorageKind.ACTIVATION
+    return node.flops > 0 and not saves_what_it_makes(graph, node)
 
 
 def _place_behind(graph: Graph, profile: FrontierProfile, product: int, stop: int) -> int | None:

@@ -9,7 +9,7 @@ as well.
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
-__all__ = ["saves_activation", "spare_ops"]
+__all__ = ["is_activation", "saves_what_it_makes", "spare_ops", "worthwhile_spare_ops"]
 
 
 def spare_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
@@ -22,8 +22,8 @@ def spare_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
     """
     nodes = graph.nodes[start:stop]
     if not all(_is_plain(graph, node) for node in nodes):
-        last = max((node.id for node in nodes if saves_activation(graph, node)), default=start - 1)
-        return frozenset(n.id for n in nodes if n.id > last or (n.id == last and not _saves_what_it_makes(graph, n)))
+        last = max((node.id for node in nodes if _saves_activation(graph, node)), default=start - 1)
+        return frozenset(n.id for n in nodes if n.id > last or (n.id == last and not saves_what_it_makes(graph, n)))
     needed: set[StorageId | None] = set()
     found: set[NodeId] = set()
     for node in reversed(nodes):
@@ -31,28 +31,53 @@ def spare_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
             node.is_random
             or node.is_collective
             or node.writes
-            or _saves_what_it_makes(graph, node)
+            or saves_what_it_makes(graph, node)
             or any(graph.values[v].storage in needed for v in node.makes)
         )
         if is_spare:
             found.add(node.id)
-        if not is_spare or saves_activation(graph, node):
+        if not is_spare or _saves_activation(graph, node):
             needed |= {graph.values[v].storage for v in node.reads}
     return frozenset(found)
 
 
-def saves_activation(graph: Graph, node: Node) -> bool:
+def worthwhile_spare_ops(graph: Graph, start: int, stop: int) -> dict[NodeId, bool]:
+    """Return the products that a replay of a block would run for nothing, and the ops that read their results.
+
+    A spare op behind the last that saves is left out anyway, and one that is no product takes next to no time.
+
+    **Returns:** by node, whether it saves no activation.
+    """
+    nodes = graph.nodes[start:stop]
+    spare = spare_ops(graph, start, stop)
+    last = max((node.id for node in nodes if _saves_activation(graph, node)), default=start)
+    found: dict[NodeId, bool] = {}
+    without: set[StorageId | None] = set()
+    for node in nodes:
+        is_product = node.flops > 0 and node.id < last
+        if node.id in spare and (is_product or any(graph.values[v].storage in without for v in node.reads)):
+            found[node.id] = not _saves_activation(graph, node)
+            without |= {graph.values[v].storage for v in node.makes}
+    return found
+
+
+def is_activation(graph: Graph, storage: StorageId) -> bool:
+    """Return whether a storage is an activation."""
+    return graph.storages[storage].kind is StorageKind.ACTIVATION
+
+
+def _saves_activation(graph: Graph, node: Node) -> bool:
     """Return whether autograd saves an activation for the op's backward."""
-    return any(graph.storages[s].kind is StorageKind.ACTIVATION for s in node.saved)
+    return any(is_activation(graph, s) for s in node.saved)
 
 
-def _saves_what_it_makes(graph: Graph, node: Node) -> bool:
+def saves_what_it_makes(graph: Graph, node: Node) -> bool:
     """Return whether a result, or a storage of the op's own (statistics, a mask), is saved."""
     known = {graph.values[v].storage for v in node.reads}
-    return any(s not in known and graph.storages[s].kind is StorageKind.ACTIVATION for s in node.saved)
+    return any(s not in known and is_activation(graph, s) for s in node.saved)
 
 
 def _is_plain(graph: Graph, node: Node) -> bool:
     return all(graph.values[v].storage is not None for v in node.makes) and not any(
-        graph.storages[s].kind is StorageKind.ACTIVATION for s in node.writes
+        is_activation(graph, s) for s in node.writes
     )

@@ -54,7 +54,7 @@ def test_operations_of_a_block_by_hand() -> None:
     a = build.reading("first", build.reading("norm", x, size=100), size=100, flops=5000)
     b = build.reading("second", build.reading("norm", x, size=200), size=100, flops=7000)
     graph = build.build(build.op("add", [a, b], 100))
-    count = count_operations(graph, 0, 4)
+    (count,) = count_operations(graph, [(0, 4)])
     moved = [(100 + 100) / 100, 0, (100 + 200) / 100, 0]  # by norms; products have far more operations than they move
     assert count.forward_s * OPERATIONS_PER_S == pytest.approx(5000 + 7000 + sum(moved))
     assert count.replay_s * OPERATIONS_PER_S == pytest.approx(sum(moved))

@@ -15,11 +15,12 @@ from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] 
 
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
-from tinybp_lightning.capture.torch.spare import call_through_keeper, worthwhile_spare_ops
+from tinybp_lightning.capture.torch.spare import call_through_keeper
 from tinybp_lightning.capture.torch.write_only import write_only_buffers
 from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ids import ValueId
-from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+from tinybp_lightning.graph.ir import Graph, Node
+from tinybp_lightning.graph.spare import is_activation, worthwhile_spare_ops
 
 __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template", "reorder"]
 
@@ -200,9 +201,7 @@ def _piece(
         written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
         write_only=tuple(sorted(externals[v] for v in write_only_buffers(graph, nodes, node_of, changed))),
         is_random=any(node.is_random for node in nodes),
-        is_out_of_place=not any(
-            graph.storages[s].kind is StorageKind.ACTIVATION for node in nodes for s in node.writes
-        ),
+        is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
         span=span,
     )
 

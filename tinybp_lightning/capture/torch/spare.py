@@ -13,11 +13,7 @@ from typing import Any, Protocol, cast
 
 from torch import fx
 
-from tinybp_lightning.graph.ids import NodeId, StorageId
-from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.graph.spare import saves_activation, spare_ops
-
-__all__ = ["Keeper", "SpareOp", "call_through_keeper", "kept_by", "worthwhile_spare_ops"]
+__all__ = ["Keeper", "SpareOp", "call_through_keeper", "kept_by"]
 
 
 class Keeper(Protocol):
@@ -59,26 +55,6 @@ class SpareOp:
         if keeper is None:
             return self.function(*args, **kwargs)
         return keeper(self._number, partial(self.function, *args, **kwargs), is_silent=self._is_silent)
-
-
-def worthwhile_spare_ops(graph: Graph, start: int, stop: int) -> dict[NodeId, bool]:
-    """Return the products that a replay of a block would run for nothing, and the ops that read their results.
-
-    A spare op behind the last that saves is left out anyway, and one that is no product takes next to no time.
-
-    **Returns:** by node, whether it saves no activation.
-    """
-    nodes = graph.nodes[start:stop]
-    spare = spare_ops(graph, start, stop)
-    last = max((node.id for node in nodes if saves_activation(graph, node)), default=start)
-    found: dict[NodeId, bool] = {}
-    without: set[StorageId | None] = set()
-    for node in nodes:
-        is_product = node.flops > 0 and node.id < last
-        if node.id in spare and (is_product or any(graph.values[v].storage in without for v in node.reads)):
-            found[node.id] = not saves_activation(graph, node)
-            without |= {graph.values[v].storage for v in node.makes}
-    return found
 
 
 def call_through_keeper(code: fx.GraphModule, spare: Mapping[fx.Node, bool]) -> None:

@@ -27,6 +27,8 @@ def write_only_buffers(
 
     **Arguments:** `node_of`: the FX node of each value.
     """
+    if not candidates:
+        return frozenset()
     kept: set[StorageId | None] = set()
     read_ever = {v for node in graph.nodes for v in node.reads} | {*graph.outputs}
     for node in nodes:

@@ -237,8 +237,8 @@ def _costs(measured: Sequence[tuple[Probed, ...]]) -> list[tuple[BlockCosts, ...
 
 def _counted(program: Program, measured: Sequence[tuple[Probed, ...]]) -> list[tuple[BlockCosts, ...]]:
     """The only option of every block, its bytes measured and its operations counted."""
-    found: list[tuple[BlockCosts, ...]] = []
-    for piece, (only,) in zip(program.pieces, measured, strict=True):
-        count = count_operations(program.graph, piece.span.start, piece.span.stop)
-        found.append((BlockCosts(only.sizes, count.forward_s, count.replay_s, count.backward_s),))
-    return found
+    counts = count_operations(program.graph, [(piece.span.start, piece.span.stop) for piece in program.pieces])
+    return [
+        (BlockCosts(only.sizes, count.forward_s, count.replay_s, count.backward_s),)
+        for (only,), count in zip(measured, counts, strict=True)
+    ]

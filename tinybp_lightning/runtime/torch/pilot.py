@@ -4,9 +4,9 @@ Note [Calibration]
     The first step is traced: it shows what no block measurement can, the code after the last block (the loss). It flies
     a known method whose predicted peak leaves most of the budget to that code, or else the smallest plan, which can
     only exceed a budget that no plan meets. The smallest plan of a long chain takes seconds to make, and several times
-    plain training's to fly. The second step flies the plan for the
-    budget and is traced too. What measurement shows beyond the model is learned as `workspace_bytes`, and the plan is
-    repaired until a traced step is at or under the budget. After that nothing is traced.
+    plain training's to fly. The second step flies the plan for the budget and is traced too. What measurement shows
+    beyond the model is learned as `workspace_bytes`, and the plan is repaired until a traced step is at or under the
+    budget. After that nothing is traced.
 
     A plan may be made with estimates of options that are not compiled. Before it is flown these are compiled and
     measured (`unmeasured`, `learn_options`), and the plan is made again, until it goes by measured options alone. Each
@@ -310,8 +310,9 @@ class Pilot:
         part = measured_part(replace(self._chain, workspace_bytes=self._base_bytes))
         plain_peak_bytes = self._plain_peak()
         budget_bytes = self._room(plain_peak_bytes)
-        schedule = part.renumbered(small_schedule(part.chain, budget_bytes=budget_bytes))
-        margin_bytes = int(_MARGIN * simulate(self._chain, schedule).peak_bytes)
+        small = small_schedule(part.chain, budget_bytes=budget_bytes)
+        schedule = part.renumbered(small)
+        margin_bytes = int(_MARGIN * simulate(part.chain, small).peak_bytes)
         self._chain = replace(self._chain, workspace_bytes=self._base_bytes + margin_bytes)
         if simulate(self._chain, schedule).peak_bytes > budget_bytes:
             if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit

@@ -107,7 +107,6 @@ class Probe:
         self._wants = wants
         self._seeds = seeds
         self._clock = clock
-        self._device = clock.device
 
     def _state(self) -> list[Any]:
         return fresh_leaves(self._leaves, self._wants)
@@ -123,17 +122,16 @@ class Probe:
     def measure(self) -> Probed:
         """Measure the block. See the module docstring for how."""
         saved, reads, made = self._saved_set()
-        clock = self._clock
-        self._save_and_backward(lambda _: None, clock)  # kernels are picked, backward compiled
-        warm = self._save_and_backward(lambda _: None, clock).backward
-        trace = open_trace(self._device)
+        self._save_and_backward(lambda _: None)  # kernels are picked, backward compiled
+        warm = self._save_and_backward(lambda _: None).backward
+        trace = open_trace(self._clock.device)
         try:
             trace.mark("forward")
-            forward = clock.time_repeatable(self.run_dropping)
+            forward = self._clock.time_repeatable(self.run_dropping)
             trace.mark("between")
-            replay = self._replay(trace.mark, clock)
+            replay = self._replay(trace.mark)
             trace.mark("between")
-            run = self._save_and_backward(trace.mark, clock)
+            run = self._save_and_backward(trace.mark)
             trace.leave_out(run.parameter_gradients)
             parts = {s.label: s for s in _joined(trace.close())}
         except BaseException:
@@ -182,7 +180,7 @@ class Probe:
             keys.pop(storage_key(t), None)
         return sum(keys.values()), reads, made_saved
 
-    def _replay(self, mark: Callable[[str], None], clock: Clock) -> Spent:
+    def _replay(self, mark: Callable[[str], None]) -> Spent:
         slots: list[Any] = []
         state = self._state()
         book = SlotBook(0, self._externals.storages, state, is_out_of_place=self._piece.is_out_of_place)
@@ -212,11 +210,11 @@ class Probe:
                     return
 
         mark("replay")
-        spent = clock.time_repeatable(replay)
+        spent = self._clock.time_repeatable(replay)
         empty()
         return spent
 
-    def _save_and_backward(self, mark: Callable[[str], None], clock: Clock) -> "_BackwardRun":
+    def _save_and_backward(self, mark: Callable[[str], None]) -> "_BackwardRun":
         state = self._state()
         reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
         reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -237,7 +235,9 @@ class Probe:
         del out, results, seeded, made
         grads: list[torch.Tensor | None] = []
         mark("backward")
-        spent = clock.time(lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)))
+        spent = self._clock.time(
+            lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True))
+        )
         numbers: dict[int, int] = {}
         mine = tuple(
             (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())

@@ -61,6 +61,15 @@ class _Form:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """What one op saved: positions from `start` to `stop`. Those that a replay must fill end at `needed`."""
+
+    start: int
+    needed: int
+    stop: int
+
+
 class SlotBook:
     """One block's saved tensors, in the order in which autograd saved them.
 
@@ -92,8 +101,7 @@ class SlotBook:
         self._again: dict[int, list[Alias]] = {}  # by the position that is filled with them
         # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
         self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._spare: dict[int, range] = {}  # by number: the positions that the op saved
-        self._needed: set[int] = set()  # positions that a replay must fill, and nothing else does
+        self._spare: dict[int, _Positions] = {}  # by number: what the op saved
         self._may_leave_out = True
         self._stop_op_at = -1
         self.num_replayed = 0
@@ -116,7 +124,6 @@ class SlotBook:
             self._again.setdefault(first[0], []).append(alias_of(slot, first[0], t, first[1]))
         else:
             self.num_replayed = position + 1
-            self._needed.add(position)
             if key is not None:
                 storage = t.untyped_storage()
                 self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
@@ -128,9 +135,8 @@ class SlotBook:
         """First sweep: run a spare op, and note what it saves. See Note [Spare ops]."""
         start = len(self._slots)
         result = run()
-        positions = range(start, len(self._slots))
-        self._spare[number] = positions
-        if is_silent and not self._needed.isdisjoint(positions):
+        self._spare[number] = saved = _Positions(start, max(start, self.num_replayed), len(self._slots))
+        if is_silent and saved.needed > start:
             self._may_leave_out = False
         return result
 
@@ -138,22 +144,21 @@ class SlotBook:
         """Replay: run a spare op as far as its last saved tensor that is needed."""
         if not self._may_leave_out:
             return run()
-        positions = self._spare[number]
-        self._check_place(positions.start)
-        needed = [p for p in positions if p in self._needed]
-        if needed:
-            self._stop_op_at = needed[-1] + 1
+        saved = self._spare[number]
+        self._check_place(saved.start)
+        if saved.needed > saved.start:
+            self._stop_op_at = saved.needed
             try:
                 with closing_regions():  # what it entered, and is not left to leave
                     result = run()
             except StopOp:
-                self._filled = positions.stop
-                return None
+                pass
+            else:
+                self._check_place(saved.stop)
+                return result
             finally:
                 self._stop_op_at = -1
-            self._check_place(positions.stop)
-            return result
-        self._filled = positions.stop
+        self._filled = saved.stop
         return None
 
     def _check_place(self, expected: int) -> None:
