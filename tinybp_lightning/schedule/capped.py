@@ -17,8 +17,9 @@ from tinybp_lightning.schedule.held import HeldSets
 from tinybp_lightning.schedule.held_layers import alike, held_layers
 from tinybp_lightning.schedule.layers import Layers
 from tinybp_lightning.schedule.relaxed import RelaxedChain
+from tinybp_lightning.schedule.resolution import Resolution
 
-__all__ = ["Resolution", "affordable", "capped_bound_s"]
+__all__ = ["capped_bound_s"]
 
 _Ticks = NDArray[np.int32]
 _NEVER = 2**30 - 1
@@ -30,64 +31,6 @@ _SAFE = 1e-9
 _BUFFER = 2**16
 """Costs that are offered at once: what stays near the processor."""
 _UNITS_TRIED = 400
-_WORK = 2.5e9
-"""About how many elementary steps a bound may take: two or three seconds."""
-_MOST_WORK = 7e9
-"""And one with the fewest slots: hardly more, since where few fit most costs are infinite."""
-_MAX_BLOCKS = 420
-_SETS = (128, 64, 32, 16, 8, 4, 2)
-_MIN_SLOTS, _ENOUGH_SLOTS, _MAX_SLOTS = 32, 100, 600
-
-
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """How finely `capped_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
-    at each boundary. Finer is slower and closer.
-    """
-
-    num_slots: int
-    max_sets: int
-
-
-def affordable(relaxed: RelaxedChain) -> Resolution | None:
-    """Return the resolution that a bound of this chain can have in a few seconds; `None` if too few for a useful one.
-
-    Held sets are worth more than slots, beyond a number of slots that tells the budget from the next.
-    """
-    if relaxed.num_blocks > _MAX_BLOCKS:
-        return None
-    best, most = None, max(_SETS) + 1
-    for max_sets in _SETS:
-        if max_sets >= most:
-            continue  # there are no more: the sets would be the same
-        held = HeldSets(relaxed.chain, max_sets=max_sets)
-        most = max(held.count(i) for i in range(held.num_blocks))
-        layers = held_layers(relaxed, held)
-        num_forks = _num_forks(held, layers)
-        num_slots = min(_MAX_SLOTS, int(_WORK / num_forks))
-        if num_slots >= _ENOUGH_SLOTS:
-            return Resolution(num_slots, max_sets)
-        if not best and _MOST_WORK / num_forks >= _MIN_SLOTS:
-            best = Resolution(max(num_slots, _MIN_SLOTS), max_sets)
-            if layers.end > layers.first:
-                return best
-    return best
-
-
-def _num_forks(held: HeldSets, layers: Layers) -> float:
-    """At each boundary and for each of its held sets: every end of its own with every fork before it, from every low.
-
-    The loss is one more end.
-    """
-    num_forks = 1.0
-    for i in range(held.num_blocks):
-        left, passing = held.num_blocks - i + 1, held.num_passing(i)
-        new = held.num_blocks - layers.first_new(i) + 1
-        # Of `left` ends the last `new` ones have each fork before them.
-        forks = sum((left - k) ** 2 / 2 for k in range(new))
-        found = passing * forks + (held.count(i) - passing) * sum(left - k for k in range(new))
-        num_forks += found * (2 if held.leaves_out(i, min(i + 2, held.num_blocks)) else 1)
-    return num_forks
 
 
 def capped_bound_s(
@@ -196,10 +139,13 @@ class _Capped:
         target, held_bytes = self._held.after_store(i)
         shift = self._shift(held_bytes)
         tops = self._later(after.segment[:, target], shift, forward)
+        # With few slots left what follows is infinite: a fork is offered from where the first end is finite.
+        possible = (tops < _NEVER).any(axis=0)
+        lowest_slots = np.where(possible.any(axis=0), possible.argmax(axis=0), self._width).tolist()
         for fork in range(i + 1, self._relaxed.num_blocks + 1):
-            from_end = max(start, fork)
+            from_end, lowest = max(start, fork), lowest_slots[fork - i - 1]
             lefts, kept_lefts = self._column(i, here, first, fork)
-            rights = tops[from_end - start :, :, fork - i - 1]
+            rights = tops[from_end - start :, lowest:, fork - i - 1]
             self._offer_fork(here.segment[from_end - first :, ..., : fork - i], lefts, rights)
             self._offer_fork(here.kept[from_end - first :], kept_lefts, rights, slot_axis=-1)
             if self._held.leaves_out(i, fork):
@@ -268,6 +214,7 @@ class _Capped:
                 target, held_bytes = self._held.after_hold(i, index, counted)
                 ends = after.segment[-num_ends:, target, :, fork - i - 1]
                 ends = self._later(ends, self._shift(held_bytes), self._forward[i])
+                ends = ends[:, int((ends < _NEVER).any(axis=0).argmax()) :]
                 if index < num_passing:
                     self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
                 else:
@@ -276,18 +223,17 @@ class _Capped:
     def _offer_fork(self, costs: _Ticks, lefts: _Ticks, ends: _Ticks, *, slot_axis: int = -2) -> None:
         """Offer to serve the lower ends at `lefts`, one for each column, after what follows has served the others.
 
-        `ends`: its costs, for all ends of `costs`, with fewer slots by what is held. With few slots left they are
-        mostly infinite: those are passed over. `slot_axis`: of `costs` and `lefts`.
+        `ends`: its costs, for all ends of `costs` and the highest slots; with fewer they are infinite. `slot_axis`: of
+        `costs` and `lefts`.
         """
-        possible = np.flatnonzero((ends < _NEVER).any(axis=0))
-        if not lefts.size or not len(possible):
+        width = ends.shape[1]
+        if not lefts.size or not width:
             return
-        width = ends.shape[1] - int(possible[0])
         slots = (..., slice(-width, None), *(slice(None),) * (-1 - slot_axis))
         lefts, offered = lefts[slots], costs[slots]
         shape = [len(ends), *(1,) * lefts.ndim]
         shape[slot_axis] = width
-        rights = ends[:, -width:].reshape(shape)
+        rights = ends.reshape(shape)
         step = max(1, len(self._buffer) // lefts.size)
         for k in range(0, len(rights), step):
             part = offered[k : k + step]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward, Schedule
 from tinybp_lightning.schedule.bound import PricedChain
-from tinybp_lightning.schedule.capped import affordable, capped_bound_s
+from tinybp_lightning.schedule.capped import capped_bound_s
 from tinybp_lightning.schedule.relaxed import RelaxedChain, relax
+from tinybp_lightning.schedule.resolution import affordable
 from tinybp_lightning.schedule.simulate import Timeline
 from tinybp_lightning.schedule.slim import slim, slim_spans
 

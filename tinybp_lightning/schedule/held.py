@@ -77,6 +77,7 @@ class HeldSets:
         self._saved = [self._bound_to_save(b) for b in range(len(chain.blocks))]
         self._private_bytes = [min(option.saved_bytes for option in block.options) for block in chain.blocks]
         self._last = self._last_boundaries()
+        self._last_left_out = [max((self._last[s] for s in boundary), default=0) for boundary in self._boundary]
         self._known: dict[tuple[int, int, _Set], tuple[int, int]] = {}
         self._standing = self._standing_bytes()
         self._passing, kept = self._find(max_sets)
@@ -124,6 +125,8 @@ class HeldSets:
 
         If so, then for block `q-1` alone: more blocks have more that is private to them.
         """
+        if q > self._last_left_out[i]:
+            return False
         left_out = {s for s in self._boundary[i] if self._last[s] >= q} - self._saved[q - 1]
         spare_bytes = self._private_bytes[q - 1] - self._bytes(self._boundary[i] - self._saved[q - 1])
         return bool(left_out) and spare_bytes < 0

@@ -123,9 +123,14 @@ class LayeredTree(HelperTree):
         tables, first = self.tables, self._layers.first_new(boundary)
         last = self._first_state[boundary + 1] if boundary < tables.num_blocks else len(tables.states)
         here = range(self._first_state[boundary], last)
-        held = self._held_ends(tables.states[here[0]], first) if boundary < tables.num_blocks - 1 else None
+        held, lowest_slots = None, list[int]()
+        if boundary < tables.num_blocks - 1:
+            held = self._held_ends(tables.states[here[0]], first)
+            # With few slots left times are infinite: a fork is offered from where the first end is finite.
+            possible = np.isfinite(held).any(axis=0)
+            lowest_slots = np.where(possible.any(axis=0), possible.argmax(axis=0), self._slots.width).tolist()
         for index in here:
-            rows = self._new_rows(index, first, held)
+            rows = self._new_rows(index, first, held, lowest_slots)
             first_own = self._first_own(index)
             self._own[index] = rows[max(0, first_own - first) :]
             if first < first_own:
@@ -143,8 +148,11 @@ class LayeredTree(HelperTree):
             self._shared[place] = np.full(shape, INFINITE, np.float32)
         self._shared[place][first - boundary : num_ends, :, :num_lows] = rows[..., :num_lows]
 
-    def _new_rows(self, index: int, first: int, held: Times | None) -> Times:
-        """The rows of a state for all ends from `first` on; `held`: where holding the boundary leads, for them."""
+    def _new_rows(self, index: int, first: int, held: Times | None, lowest_slots: list[int]) -> Times:
+        """The rows of a state for all ends from `first` on.
+
+        `held`: where holding the boundary leads, for them; `lowest_slots`: where its times begin, by the next low.
+        """
         tables, state, slots = self.tables, self.tables.states[index], self._slots
         i, n = state.boundary, tables.num_blocks
         num_lows = max(1, n - i) if state.is_passing else 1
@@ -160,14 +168,10 @@ class LayeredTree(HelperTree):
                 passed = self._moved_ends(state, state.pass_state, state.pass_held_bytes, need_bytes, later)
                 rows[later - first :, :, 1:] = passed[..., : num_lows - 1]
             for fork, lefts in self._forks(index, rows, first):
-                start = max(first, fork)
-                rights = held[start - later :, :, fork - i - 1]
-                possible = np.isfinite(rights).any(axis=0)
-                if possible.any():
-                    # With few slots left most are infinite: pass them over.
-                    lowest = int(possible.argmax())
+                start, lowest = max(first, fork), lowest_slots[fork - i - 1]
+                if lowest < slots.width:
                     lows = rows[start - first :, lowest:, : lefts.shape[1]]
-                    self._offer_fork(lows, lefts[lowest:], rights[:, lowest:])
+                    self._offer_fork(lows, lefts[lowest:], held[start - later :, lowest:, fork - i - 1])
         need_bytes, forward_s = tables.run_out(i)
         start = slots.need(need_bytes)
         np.minimum(rows[-1, start:], rows[-2, start:] + np.float32(forward_s), out=rows[-1, start:])

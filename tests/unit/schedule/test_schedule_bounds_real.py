@@ -11,12 +11,13 @@ from tests.unit.schedule.brute_force import fastest
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain, with_heavy_skips
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
 from tinybp_lightning.schedule import Planner, keep_all, simulate, verify_schedule
-from tinybp_lightning.schedule.capped import Resolution, affordable, capped_bound_s
+from tinybp_lightning.schedule.capped import capped_bound_s
 from tinybp_lightning.schedule.certificate import fastest_possible_s
 from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.helped_floor import HelperFloor, ThriftyHelper
 from tinybp_lightning.schedule.milp import checkmate
 from tinybp_lightning.schedule.relaxed import relax
+from tinybp_lightning.schedule.resolution import Resolution, affordable
 from tinybp_lightning.schedule.tables import Tables
 
 _ROUNDING = 1 + 1e-6

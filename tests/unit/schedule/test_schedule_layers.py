@@ -12,7 +12,7 @@ from benchmarks.chains.shapes import repeated
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
 from tinybp_lightning.schedule import Planner, certificate, certify, keep_all, simulate, verify_schedule
-from tinybp_lightning.schedule.capped import Resolution, capped_bound_s
+from tinybp_lightning.schedule.capped import capped_bound_s
 from tinybp_lightning.schedule.certificate import fastest_possible_s
 from tinybp_lightning.schedule.exact import is_searchable
 from tinybp_lightning.schedule.grid import slot_bytes
@@ -25,6 +25,7 @@ from tinybp_lightning.schedule.layers import Layers, find_layers, move_signature
 from tinybp_lightning.schedule.merged import merge
 from tinybp_lightning.schedule.milp import checkmate
 from tinybp_lightning.schedule.relaxed import relax
+from tinybp_lightning.schedule.resolution import Resolution
 from tinybp_lightning.schedule.slim import slim
 from tinybp_lightning.schedule.tables import Tables
 
