@@ -1,9 +1,10 @@
 """How do the planner's seconds and gap grow with the number of layers? `python -m benchmarks.planner_scaling --help`.
 
 Layers are those of captured networks (`benchmarks.chains`), repeated; DenseNet-like and random chains are made up. A
-gap is how much slower than the best possible a plan is at most. Seconds are of the process's CPU time, one planner for
-all budgets of a chain, setting it up included in the first. The second picture is the peak of uniform chains when no
-block runs again more often than a height allows, which is what makes the tree worth its name.
+gap is how much slower than the best possible a plan is at most. Seconds are of the process's CPU time: one planner for
+all budgets of a chain, setting it up included in the first; with `--fresh` each plan has a planner of its own, as the
+first plan of a training has. The second picture is the peak of uniform chains when no block runs again more often than
+a height allows, which is what makes the tree worth its name.
 """
 
 # matplotlib annotates its members in part only, so the rule would report it and not us.
@@ -100,6 +101,7 @@ def main(
     layers: Annotated[
         list[int] | None, typer.Option(help="Numbers of layers; repeat it. 8 to 320 when not given.")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set up a planner of its own for each plan.")] = False,
     limit_s: Annotated[float, typer.Option(help="Longer chains of a family are left out after a plan this slow.")] = 30,
 ) -> None:
     """Plan chains of 8 to 320 layers at 70, 50, 30 and 15 % of the plain peak and at the smallest budget."""
@@ -114,22 +116,24 @@ def main(
                 left_out.append(f"{name} of {num_layers} layers: a shorter one took {slowest_s:.0f} s")
                 console.print(f"left out {left_out[-1]}", soft_wrap=True)
                 continue
-            for point in _measure(name, num_layers):
+            for point in _measure(name, num_layers, fresh=fresh):
                 points.append(point)
                 console.print(_row(point), soft_wrap=True)
             # After every chain: a run that is stopped leaves what it measured.
-            _write(export, points, heights, left_out)
+            _write(export, points, heights, left_out, fresh=fresh)
     for suffix in (".json", ".md", ".png"):
         console.print(f"wrote {export.with_suffix(suffix)}", soft_wrap=True)
 
 
-def _measure(name: str, num_layers: int) -> list[Point]:
+def _measure(name: str, num_layers: int, *, fresh: bool) -> list[Point]:
     chain = _FAMILIES[name](num_layers)
     plain_bytes = simulate(chain, keep_all(chain)).peak_bytes
     points: list[Point] = []
     started_s = time.process_time()
     planner = Planner(chain)
     for percent in (*PERCENTS, None):
+        if fresh:
+            started_s, planner = time.process_time(), Planner(chain)
         budget = "min" if percent is None else f"{percent}%"
         budget_bytes = planner.smallest_bytes if percent is None else plain_bytes * percent // 100
         try:
@@ -204,10 +208,10 @@ def _row(point: Point) -> str:
     )
 
 
-def _write(export: Path, points: list[Point], heights: list[HeightPoint], left_out: list[str]) -> None:
+def _write(export: Path, points: list[Point], heights: list[HeightPoint], left_out: list[str], *, fresh: bool) -> None:
     export.parent.mkdir(parents=True, exist_ok=True)
     machine = {"python": platform.python_version(), "machine": platform.machine(), "date": _TODAY}
-    data = {**machine, "points": [asdict(p) for p in points], "heights": [asdict(h) for h in heights]}
+    data = {**machine, "fresh": fresh, "points": [asdict(p) for p in points], "heights": [asdict(h) for h in heights]}
     export.write_text(json.dumps({**data, "left_out": left_out}, indent=1) + "\n")
     lines = [
         "| family | layers | blocks | budget (of plain) | CPU seconds | step, plain = 1 | gap |",
