@@ -80,6 +80,12 @@ class _Way:
     device: str
     budgets: tuple[str, ...]
     timeout_s: float
+    autocast: bool
+
+    @property
+    def name(self) -> str:
+        """The executor, and the precision where it is not the usual one."""
+        return f"{self.executor}, bf16" if self.autocast else self.executor
 
 
 def _check_here(name: str, way: _Way, output: Path) -> None:
@@ -95,7 +101,8 @@ def _check_here(name: str, way: _Way, output: Path) -> None:
         torch.use_deterministic_algorithms(True)
     found: dict[str, Any] = {}
     for budget in way.budgets:
-        checked = check(architecture_named(name), Executor(way.executor), budget, torch.device(way.device))
+        device = torch.device(way.device)
+        checked = check(architecture_named(name), Executor(way.executor), budget, device, autocast=way.autocast)
         found[budget] = asdict(checked)
         output.write_text(json.dumps(found, default=_value))
 
@@ -111,9 +118,9 @@ def _check_apart(name: str, way: _Way, folder: Path) -> list[Row]:
     while len(rows) < len(way.budgets):
         left = replace(way, budgets=way.budgets[len(rows) :])
         found, error = _run_apart(name, left, folder)
-        rows += [Checked(name, way.executor, budget, found[budget]) for budget in left.budgets if budget in found]
+        rows += [Checked(name, way.name, budget, found[budget]) for budget in left.budgets if budget in found]
         if len(rows) < len(way.budgets):
-            rows.append(Stopped(name, way.executor, way.budgets[len(rows)], error))
+            rows.append(Stopped(name, way.name, way.budgets[len(rows)], error))
     return rows
 
 
@@ -122,6 +129,7 @@ def _run_apart(name: str, way: _Way, folder: Path) -> tuple[dict[str, Any], str]
     output, log = folder / f"{name}.{way.executor}.json", folder / f"{name}.{way.executor}.log"
     output.unlink(missing_ok=True)
     arguments = ["--alone", name, "--executor", way.executor, "--device", way.device, "--export", str(output)]
+    arguments += ["--autocast"] if way.autocast else []
     arguments += [part for budget in way.budgets for part in ("--budget", budget)]
     error = run_apart("benchmarks.conformance", arguments, log, timeout_s=way.timeout_s)
     found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
@@ -201,6 +209,7 @@ def main(
         "results/conformance.json"
     ),
     device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
+    autocast: Annotated[bool, typer.Option("--autocast", help="Train under bfloat16 autocast.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="How many architectures to check at once.")] = 1,
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = 300,
     alone: Annotated[str, typer.Option(hidden=True, help="Check this one in this process.")] = "",
@@ -212,7 +221,7 @@ def main(
     from benchmarks.conformance_check import BUDGETS  # noqa: PLC0415 - `--help` need not wait for torch
     from benchmarks.zoo import ZOO  # noqa: PLC0415
 
-    way = _Way(executor, device, tuple(budget or BUDGETS), timeout_s)
+    way = _Way(executor, device, tuple(budget or BUDGETS), timeout_s, autocast)
     if alone:
         _check_here(alone, way, export)
         return

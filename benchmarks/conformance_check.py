@@ -108,14 +108,22 @@ class Conformity:
         return self.measured_peak_bytes <= self.budget_bytes
 
 
-def check(architecture: Architecture, executor: Executor, budget: str, device: torch.device = _CPU) -> Conformity:
+def check(
+    architecture: Architecture,
+    executor: Executor,
+    budget: str,
+    device: torch.device = _CPU,
+    *,
+    autocast: bool = False,
+) -> Conformity:
     """Train `architecture` plainly and by `executor` under `budget`, and return how they compare.
 
-    **Arguments:** `budget`: a share of plain training's measured activation peak, such as `"30%"`.
+    **Arguments:** `budget`: a share of plain training's measured activation peak, such as `"30%"`. `autocast`: whether
+    both train under bfloat16 autocast.
 
     **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
     """
-    reference = _reference(architecture, executor, device)
+    reference = _reference(architecture, executor, device, autocast=autocast)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tbp.HCBWarning)  # a compiled reference says what is said below
         plain_peak_bytes = reference.peak_bytes()
@@ -124,7 +132,7 @@ def check(architecture: Architecture, executor: Executor, budget: str, device: t
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", tbp.HCBWarning)
-                compared = _compare(reference, architecture, executor, allowed_bytes, device)
+                compared = _compare(reference, architecture, executor, allowed_bytes, device, autocast=autocast)
         except tbp.BudgetTooSmallError as error:
             # What the first steps teach about the step's end may raise the smallest budget once more.
             if attempt == _MAX_RAISES - 1:
@@ -148,13 +156,13 @@ def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: 
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
-def _reference(architecture: Architecture, executor: Executor, device: torch.device) -> Training:
+def _reference(architecture: Architecture, executor: Executor, device: torch.device, *, autocast: bool) -> Training:
     """Return the training that `executor` has to equal: plain for eager; the same compiled blocks, none replayed."""
     match executor:
         case Executor.EAGER:
-            return Training(architecture, device)
+            return Training(architecture, device, autocast=autocast)
         case Executor.INDUCTOR:
-            training = Training(architecture, device, around=_keeping)
+            training = Training(architecture, device, around=_keeping, autocast=autocast)
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
         case _:
@@ -221,13 +229,19 @@ class _Compared:
 
 
 def _compare(
-    plain: Training, architecture: Architecture, executor: Executor, allowed_bytes: int, device: torch.device
+    plain: Training,
+    architecture: Architecture,
+    executor: Executor,
+    allowed_bytes: int,
+    device: torch.device,
+    *,
+    autocast: bool,
 ) -> _Compared:
     plain.restart()
     _FLOWN.clear()
     noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
-    ours, listener = Training(architecture, device, around), Listener()
+    ours, listener = Training(architecture, device, around, autocast=autocast), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()

@@ -35,16 +35,22 @@ class Snapshot:
 
 
 class Training:
-    """One copy of an architecture in training, with its own optimizers and its own random numbers."""
+    """One copy of an architecture in training, with its own optimizers and its own random numbers.
+
+    **Arguments:** `autocast`: whether its forwards run under bfloat16 autocast; `around`: entered around each of them.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
         device: torch.device,
         around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        *,
+        autocast: bool = False,
     ) -> None:
         workload = architecture.build(_SEED)
         self._around = around
+        self._device_type, self._autocast = device.type, autocast
         self.module, self._phases = workload.module.to(device), workload.phases
         self._batch = {name: tensor.to(device) for name, tensor in workload.batch.items()}
         self._initial = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
@@ -101,7 +107,8 @@ class Training:
         return recorded.memory.activation_peak_bytes
 
     def _loss(self, phase: Phase) -> Tensor:
-        with self._around():
+        precision = torch.autocast(self._device_type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
+        with self._around(), precision:
             return phase.loss(self.module, self._batch)
 
     def _prepare(self, phase: Phase) -> None:

@@ -61,10 +61,11 @@ def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
 
 def _may_be_delayed(graph: Graph, node: Node, made: dict[StorageId, int]) -> bool:
     makes = [graph.values[v].storage for v in node.makes]
+    saved = {*node.saved, *(source for _, source in node.copies)}
     return (
         node.op in _MOVABLE
         and not (node.flops or node.is_random or node.is_collective)
-        and all(s is not None and (s in node.saved or not is_activation(graph, s)) for s in _reads(graph, node))
+        and all(s is not None and (s in saved or not is_activation(graph, s)) for s in _reads(graph, node))
         and all(graph.storages[s].kind is StorageKind.BUFFER for s in node.writes)
         and all(s is not None and made.get(s) == node.id for s in makes)
     )

@@ -49,7 +49,8 @@ class Node:
 
     `reads` and `makes` are values in argument and result order; `writes` the storages it changes in place;
     `saved` the storages autograd holds for its backward (inputs, outputs, and private ones such as dropout masks);
-    `module` the dotted path of the module that called it (empty at the top).
+    `copies` those of them that it makes of what it reads before it computes, in another dtype (autocast) or layout: the
+    copy, and what it is a copy of; `module` the dotted path of the module that called it (empty at the top).
     """
 
     id: NodeId
@@ -63,6 +64,7 @@ class Node:
     flops: int
     is_random: bool
     is_collective: bool
+    copies: tuple[tuple[StorageId, StorageId], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ _AS_NARROW = 1.05
 def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
     """Return `cuts` and those behind products that a replay of their block would repeat.
 
-    A cut that stands just behind such a place, and is no narrower, is moved there: a block has `MIN_OPS` ops at least.
+    A cut that stands just behind such a place and is no narrower, or just before it and no narrower, is moved there: a
+    block has `MIN_OPS` ops at least.
     Where more than `_MAX_BLOCKS` blocks would result, cuts are moved and none is added.
 
     **Arguments:** `cuts`: increasing, allowed positions.
@@ -76,7 +77,7 @@ def _cut(
     *,
     may_add: bool,
 ) -> tuple[int, ...]:
-    """Return `cuts` with those close behind one of `products` moved to it, and with others added if that may be.
+    """Return `cuts` with those close to one of `products` moved behind it, and with others added if that may be.
 
     Behind a light product only where it is repeated alone, or where its result does not make the frontier wider.
     """
@@ -92,18 +93,33 @@ def _cut(
             if spare_ops(graph, start, following + 1).issuperset(before):
                 continue
             place = _place_behind(graph, profile, max([p for p in before if p in heavy] or before), end)
-            if place is None or place - start + 1 < MIN_OPS:
+            if place is None:
+                continue
+            # Too close behind a cut: that one may move here.
+            is_shift = place - start + 1 < MIN_OPS
+            if is_shift and (len(found) == 1 or not _may_shift(graph, profile, found, place)):
                 continue
             is_close = end - place < MIN_OPS
             if is_close and (end == last or profile.local_bytes[end] < profile.local_bytes[place]):
                 continue
-            if not (is_close or may_add):
+            if not (is_close or is_shift or may_add):
                 continue
+            if is_shift:
+                found.pop()
             found.append(place)
             is_moved = is_close
         if not is_moved:
             found.append(end)
     return tuple(found[1:-1])
+
+
+def _may_shift(graph: Graph, profile: FrontierProfile, cuts: Sequence[int], place: int) -> bool:
+    """Return whether the last of `cuts` may as well be at `place`: no wider, and no product more is repeated."""
+    before, last = cuts[-2:]
+    spare = spare_ops(graph, before + 1, place + 1)
+    products = (p for p in range(last + 1, place + 1) if is_product(graph, graph.nodes[p]))
+    is_narrow = profile.local_bytes[place] <= _AS_NARROW * profile.local_bytes[last]
+    return is_narrow and spare.issuperset({*products, *(spare_ops(graph, before + 1, last + 1))})
 
 
 def is_product(graph: Graph, node: Node) -> bool:

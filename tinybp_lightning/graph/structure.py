@@ -75,6 +75,7 @@ class _Canonical:
             self.values(node.makes),
             self.storages(node.writes),
             self.storages(node.saved),
+            tuple(self.storages(pair) for pair in node.copies),
             node.flops if self._has_sizes else 0,
             node.is_random,
             node.is_collective,

@@ -36,6 +36,33 @@ def test_a_linear_layer_saves_its_input_and_nothing_new() -> None:
     assert graph.values[value].requires_grad
 
 
+def test_under_autocast_a_linear_layer_saves_copies_of_what_it_reads() -> None:
+    """A weight is cast once and the copy kept, for whoever reads it next."""
+    layer = nn.Linear(WIDTH, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graph = trace_graph(lambda x: layer(layer(x).float()), X.clone().requires_grad_()).graph
+    first, second = (n for n in graph.nodes if n.op == "linear")
+    for linear in (first, second):
+        assert {copy for copy, _ in linear.copies} == set(linear.saved)
+        read = {graph.values[v].storage for v in linear.reads}
+        assert {source for _, source in linear.copies} <= read
+        assert {graph.storages[s].size_bytes for s in linear.saved} == {2 * ROWS * WIDTH, 2 * WIDTH * WIDTH}
+    assert len(set(first.saved) & set(second.saved)) == 1
+
+
+def test_a_linear_layer_of_a_transposed_input_saves_a_copy_of_it() -> None:
+    graph = trace_graph(lambda x, layer=nn.Linear(ROWS, WIDTH): layer(x.repeat(2, 1, 1).transpose(1, 2)), X).graph
+    linear = node(graph, "linear")
+    ((copy, source),) = linear.copies
+    assert copy in linear.saved
+    assert source == graph.values[node(graph, "repeat").makes[0]].storage
+
+
+def test_an_op_that_copies_is_not_said_to_save_a_copy() -> None:
+    graph = trace_graph(lambda x: x.exp().clone().exp(), X.clone().requires_grad_()).graph
+    assert not any(n.copies for n in graph.nodes)
+
+
 def test_inputs_are_of_the_right_kind() -> None:
     graph = trace_graph(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)), X).graph
     found = {graph.storages[s].kind for v in graph.inputs if (s := graph.values[v].storage) is not None}

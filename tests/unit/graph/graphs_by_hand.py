@@ -1,7 +1,7 @@
 """Small graphs written op by op, in the shapes that models have: a builder, a transformer, a U-Net, a uniform chain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tinybp_lightning.graph import Graph, Node, NodeId, Storage, StorageId, StorageKind, Value, ValueId
 
@@ -49,6 +49,13 @@ class GraphBuilder:
     def reading(self, op: str, *reads: ValueId, size: int = 10, flops: int = 0) -> ValueId:
         """Make one new storage by an op that saves what it reads."""
         return self.op(op, reads, size, saved=[self.storage_of(v) for v in reads], flops=flops)
+
+    def copying(self, op: str, x: ValueId, *, size: int = 10, flops: int = 0) -> ValueId:
+        """Make one new storage by an op that saves a copy of what it reads, as under autocast."""
+        copy = self.storage(size)
+        made = self.op(op, [x], size, saved=[copy], flops=flops)
+        self.nodes[-1] = replace(self.nodes[-1], copies=((copy, self.storage_of(x)),))
+        return made
 
     def view(self, op: str, of: ValueId, size: int, *, module: str = "") -> ValueId:
         """Make one more value on the storage of `of`."""

@@ -43,6 +43,13 @@ def test_an_activation_function_moves_to_where_it_is_read() -> None:
     assert cut_behind_products(graph, frontier_profile(graph), ()) == (1,)
 
 
+def test_what_saves_a_copy_of_what_it_reads_moves_too() -> None:
+    build = GraphBuilder()
+    x = build.reading("norm", build.input(10))
+    graph = gated(build, x, lambda t: build.copying("softmax", t))
+    assert ops_of(delay_ops(graph, may_move_parameters=True)) == ["norm", "gate", "up", "softmax", "mul"]
+
+
 @pytest.mark.parametrize("share", ["nothing", "statistics", "parameter"])
 def test_a_norm_moves_past_the_convolution_of_the_other_branch(share: str) -> None:
     """It writes running statistics and reads parameters; where another op does with the same ones, it stays."""

@@ -78,6 +78,34 @@ def test_a_narrower_cut_just_behind_a_product_stays() -> None:
     assert cuts_of(build.build(x), 2) == (2,)
 
 
+def three_products(*, last_size: int = 10) -> Graph:
+    """`norm, norm`, three products of its result, and what saves theirs."""
+    build = GraphBuilder()
+    x = build.reading("norm", build.reading("norm", build.input(10)))
+    q, k = (build.copying("linear", x, flops=MANY) for _ in range(2))
+    v = build.copying("linear", x, size=last_size, flops=MANY)
+    return build.build(build.op("mul", [build.reading("silu", t) for t in (v, k, q)], 10))
+
+
+def test_a_cut_just_before_a_product_moves_behind_it() -> None:
+    assert cuts_of(three_products(), 3) == (4,)
+    assert cuts_of(three_products(last_size=30), 3) == (3,), "it is wider there"
+
+
+def test_cuts_on_both_sides_of_a_product_become_one() -> None:
+    assert cuts_of(three_products(), 3, 5) == (4,)
+    assert cuts_of(three_products(), 3, 6) == (4, 6)
+
+
+def test_a_cut_before_a_product_whose_block_would_repeat_another_stays() -> None:
+    """The second product saves what the first one made."""
+    build = GraphBuilder()
+    x = build.reading("norm", build.reading("norm", build.input(10)))
+    second = build.copying("linear", build.copying("linear", x, flops=MANY), flops=MANY)
+    x = build.op("norm", [build.reading("silu", second)], 10)
+    assert cuts_of(build.build(x), 2) == (2,)
+
+
 @pytest.mark.parametrize(("num_layers", "is_cut_finer"), [(20, True), (60, False)])
 def test_a_long_chain_gets_no_more_blocks_but_its_cuts_are_moved(num_layers: int, *, is_cut_finer: bool) -> None:
     build = GraphBuilder()

@@ -53,6 +53,12 @@ def test_an_op_that_saves_what_it_makes_is_run() -> None:
     assert spare(build.build(x)) == []
 
 
+def test_an_op_that_saves_a_copy_of_what_it_reads_has_saved_before_it_computes() -> None:
+    build = GraphBuilder()
+    a, b = (build.copying("linear", build.reading("silu", build.input(10)), flops=MANY) for _ in range(2))
+    assert spare(build.build(build.op("add", [a, b], 10))) == ["linear", "linear", "add"]
+
+
 @pytest.mark.parametrize("why", ["is_random", "is_collective"])
 def test_an_op_with_effects_is_run(why: str) -> None:
     build = GraphBuilder()

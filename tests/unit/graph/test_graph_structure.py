@@ -85,6 +85,7 @@ DIFFERENT = {
     "argument order": with_last_node(reads=(ValueId(1), ValueId(2))),
     "writes": with_last_node(writes=(StorageId(2),)),
     "saved": with_last_node(saved=(StorageId(2),)),
+    "copies": with_last_node(saved=(StorageId(2),), copies=((StorageId(2), StorageId(2)),)),
     "flops": with_last_node(flops=3),
     "random": with_last_node(is_random=True),
     "collective": with_last_node(is_collective=True),

@@ -47,6 +47,19 @@ class Branches(nn.Module):
         return x + self.out(F.gelu(self.q(y)) * F.silu(self.k(y)) * F.gelu(self.v(y)))
 
 
+class Mixed(nn.Module):
+    """Products over the other axis, whose inputs are copied into another layout first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(48)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.norm(x.transpose(1, 2))).transpose(1, 2)
+        return x + F.gelu(self.first(x * y)) * F.silu(self.second(y))
+
+
 class Embedded(nn.Module):
     """A convolution beside the projection of an embedding, as in a U-Net with time, and a shortcut that is convolved.
 
@@ -89,20 +102,38 @@ def net_of(kind: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
-    x = X.view(-1, 48, 8, 8) if isinstance(model[0], (Convolutions, Embedded)) else X  # type: ignore[index]
-    return model(x).square().mean()
+    shapes: dict[type, tuple[int, ...]] = {
+        Convolutions: (-1, 48, 8, 8),
+        Embedded: (-1, 48, 8, 8),
+        Mixed: (-1, 48, 64),
+    }
+    return model(X.view(shapes.get(type(model[0]), X.shape))).float().square().mean()  # type: ignore[index]
 
 
-def flops_of_a_step(model: nn.Module) -> int:
+def loss_under_autocast(model: nn.Module) -> torch.Tensor:
+    """Every product saves copies of what it reads: in another dtype, and made by itself."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return loss_of(model)
+
+
+def flops_of_a_step(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor] = loss_of) -> int:
     with FlopCounterMode(display=False) as counter:
-        loss_of(model).backward()
+        loss(model).backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", [Gated, Branches, Embedded])
+in_both_precisions = pytest.mark.parametrize("loss", [loss_of, loss_under_autocast])
+
+
+@pytest.mark.parametrize("kind", [Gated, Branches, Embedded, Mixed])
 @pytest.mark.parametrize("checks", [False, True])
+@in_both_precisions
 def test_no_replay_repeats_a_product(
-    kind: Callable[[], nn.Module], *, checks: bool, monkeypatch: pytest.MonkeyPatch
+    kind: Callable[[], nn.Module],
+    loss: Callable[[nn.Module], torch.Tensor],
+    *,
+    checks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every block is replayed from its own boundary, whatever the seconds say."""
 
@@ -114,18 +145,26 @@ def test_no_replay_repeats_a_product(
     plain = net_of(kind)
     recorder = Recorder()
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget="80%", check=checks, observers=[recorder])
-    assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
-    assert flops_of_a_step(ours) == flops_of_a_step(plain)
+    assert_all_same(train(plain, loss, steps=4), train(ours, loss, steps=4))
+    repeated = flops_of_a_step(ours, loss) - flops_of_a_step(plain, loss)
+    # In the other precision other places are narrow, and the projection of the embedding is not worth a block.
+    assert repeated == 0 or (kind is Embedded and loss is loss_under_autocast and repeated <= 6 * 2 * 8 * 48)
     assert recorder.profiles[-1].replayed_blocks > 6
 
 
-@pytest.mark.parametrize("kind", [Gated, Branches, Convolutions, Embedded])
-@pytest.mark.parametrize("budget", ["55%", "25%"])
-def test_where_some_are_repeated_every_bit_is_the_same(kind: Callable[[], nn.Module], budget: str) -> None:
+@pytest.mark.parametrize("kind", [Gated, Branches, Convolutions, Embedded, Mixed])
+@pytest.mark.parametrize(
+    ("loss", "budget"),
+    # Autocast keeps its copies of all weights to the end of the forward, whatever is forgotten.
+    [(loss_of, "55%"), (loss_of, "25%"), (loss_under_autocast, "75%")],
+)
+def test_where_some_are_repeated_every_bit_is_the_same(
+    kind: Callable[[], nn.Module], loss: Callable[[nn.Module], torch.Tensor], budget: str
+) -> None:
     plain = net_of(kind)
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget)
-    assert_all_same(train(plain, loss_of, steps=4), train(ours, loss_of, steps=4))
-    assert flops_of_a_step(ours) > flops_of_a_step(plain) or budget == "55%"
+    assert_all_same(train(plain, loss, steps=4), train(ours, loss, steps=4))
+    assert flops_of_a_step(ours, loss) > flops_of_a_step(plain, loss) or budget != "25%"
 
 
 @pytest.mark.parametrize("is_late", [False, True])

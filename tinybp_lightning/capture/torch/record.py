@@ -7,7 +7,7 @@ random numbers (`Tag.nondeterministic_seeded`) and its floating-point operations
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,9 @@ _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional
 # Dynamo spells a module's place as `L['self']._modules['layers'][0]` or `L['fn'].__self__.layers.0`, by version.
 _NOISE = frozenset({"", "L", "__dict__", "_modules", "__self__"})
 _SILENT_WRITES = ("running_mean", "running_var")
+
+
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
 def is_op(node: fx.Node) -> bool:
@@ -58,7 +61,7 @@ def record_graph(module: fx.GraphModule, inputs: Sequence[Any], *, name: str) ->
 
 
 class _OpFacts(TorchDispatchMode):
-    """What the kernels under one call reveal: random draws, collectives, silent writes, flops."""
+    """What the kernels under one call reveal: random draws, collectives, silent writes, copies, flops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +72,7 @@ class _OpFacts(TorchDispatchMode):
         self.is_collective = False
         self.flops = 0
         self.written: list[torch.Tensor] = []
+        self.copied: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -80,6 +84,8 @@ class _OpFacts(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **kwargs, out_val=out))
+        if func in _COPIES:
+            self.copied.append((out, args[0]))
         self._silent_writes(func, args, kwargs)
         return out
 
@@ -102,6 +108,7 @@ class _Recorder(fx.Interpreter):
         self._facts = _OpFacts()
         self._storages: list[Storage] = []
         self._storage_of: dict[int, StorageId] = {}
+        self._source_of: dict[int, torch.Tensor] = {}  # by the copy's storage; autocast keeps a weight's for later calls
         self._values: list[Value] = []
         self._value_of: dict[fx.Node, ValueId] = {}
         self._nodes: list[Node] = []
@@ -163,10 +170,14 @@ class _Recorder(fx.Interpreter):
             result = super().run_node(n)
         facts = (self._facts.is_random, self._facts.is_collective, self._facts.flops)
         written = [t for t, v in zip(arguments, versions, strict=True) if t._version != v] + self._facts.written
+        for copy, source in self._facts.copied:
+            self._source_of[storage_key(copy)] = source
+            self._alive.append(copy)
         self._alive += [*saved, *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))]
         made = self._value(n, result, StorageKind.ACTIVATION)
         reads = [self._value_of[i] for i in n.all_input_nodes]
         reads += [*self._close_grad_region(n, made), *self._close_transform(n, made)]
+        read = {self._values[v].storage for v in reads}
         self._nodes.append(
             Node(
                 id=NodeId(len(self._nodes)),
@@ -180,9 +191,24 @@ class _Recorder(fx.Interpreter):
                 flops=facts[2],
                 is_random=facts[0],
                 is_collective=facts[1],
+                copies=self._copies(saved, read, self._values[made].storage),
             )
         )
         return result
+
+    def _copies(
+        self, saved: Sequence[torch.Tensor], read: Collection[StorageId | None], made: StorageId | None
+    ) -> tuple[tuple[StorageId, StorageId], ...]:
+        """The saved storages that are copies of what the op reads, and what they are copies of."""
+        copies: set[tuple[StorageId, StorageId]] = set()
+        for t in saved:
+            key, copy = storage_key(untransformed(t)), self._storage(t, StorageKind.ACTIVATION)
+            while key in self._source_of and self._storage_of.get(key) not in read:
+                key = storage_key(self._source_of[key])
+            source = self._storage_of.get(key)
+            if source is not None and source in read and copy not in {*read, made}:
+                copies.add((copy, source))
+        return tuple(sorted(copies))
 
     def _read_input_itself(self, n: fx.Node, result: Any) -> None:
         """Let what reads the result of an in-place op on an input (`out=buffer`) read the input.
