@@ -76,7 +76,10 @@ BROKEN_GRAPHS: dict[str, tuple[Callable[[], Graph], str]] = {
     "made twice": (lambda: with_node(1, makes=(ValueId(1),)), r"node `1` \(add__1\) `makes` value `1`, which exists"),
     "input made": (lambda: with_node(1, makes=(ValueId(0),)), r"node `1` \(add__1\) `makes` value `0`, which exists"),
     "saved range": (lambda: with_node(0, saved=(StorageId(9),)), r"node `0` \(op_0\) names `9` in `saved`"),
-    "copy not saved": (lambda: with_node(0, saved=(), copies=((StorageId(1), StorageId(0)),)), r"`\(1, 0\)` in `copies`"),
+    "copy not saved": (
+        lambda: with_node(0, saved=(), copies=((StorageId(1), StorageId(0)),)),
+        r"`\(1, 0\)` in `copies`",
+    ),
     "copy of another": (
         lambda: with_node(0, saved=(StorageId(1),), copies=((StorageId(1), StorageId(1)),)),
         r"node `0` \(op_0\) has `\(1, 1\)` in `copies`",

@@ -15,8 +15,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from tinybp_lightning.capture.torch.flops import flops_of
 from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key, untransformed
 from tinybp_lightning.errors import CaptureError
 from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
@@ -81,9 +81,7 @@ class _OpFacts(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.is_random |= torch.Tag.nondeterministic_seeded in func.tags
         self.is_collective |= func.namespace in _COLLECTIVE_NAMESPACES
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=out))
+        self.flops += flops_of(func._overloadpacket, args, kwargs, out)
         if func in _COPIES:
             self.copied.append((out, args[0]))
         self._silent_writes(func, args, kwargs)
@@ -108,7 +106,9 @@ class _Recorder(fx.Interpreter):
         self._facts = _OpFacts()
         self._storages: list[Storage] = []
         self._storage_of: dict[int, StorageId] = {}
-        self._source_of: dict[int, torch.Tensor] = {}  # by the copy's storage; autocast keeps a weight's for later calls
+        self._source_of: dict[
+            int, torch.Tensor
+        ] = {}  # by the copy's storage; autocast keeps a weight's for later calls
         self._values: list[Value] = []
         self._value_of: dict[fx.Node, ValueId] = {}
         self._nodes: list[Node] = []

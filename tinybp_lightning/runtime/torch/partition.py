@@ -20,8 +20,8 @@ from torch._functorch import partitioners as aot
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
-from torch.utils.flop_counter import flop_registry
 
+from tinybp_lightning.capture.torch.flops import flops_of
 from tinybp_lightning.schedule import closure
 from tinybp_lightning.schedule.closure import BlockOps, SavedOps, saved_ops_frontier
 
@@ -143,7 +143,6 @@ def _seconds(n: fx.Node) -> float:
     value = n.meta.get("val")
     tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
     device_type = tensors[0].device.type if tensors else "cpu"
-    count = flop_registry.get(getattr(n.target, "overloadpacket", n.target))
-    flops = int(count(*args, **kwargs, out_val=value)) if count is not None else 0
+    flops = flops_of(getattr(n.target, "overloadpacket", n.target), args, kwargs, value)
     moved_bytes = value_bytes(value) + value_bytes(args)
     return max(flops / _FLOPS_PER_BYTE.get(device_type, 100.0), moved_bytes) / _BYTES_PER_S
