@@ -51,7 +51,8 @@ def test_under_autocast_a_linear_layer_saves_copies_of_what_it_reads() -> None:
 
 
 def test_a_linear_layer_of_a_transposed_input_saves_a_copy_of_it() -> None:
-    graph = trace_graph(lambda x, layer=nn.Linear(ROWS, WIDTH): layer(x.repeat(2, 1, 1).transpose(1, 2)), X).graph
+    layer = nn.Linear(ROWS, WIDTH)
+    graph = trace_graph(lambda x: layer(x.repeat(2, 1, 1).transpose(1, 2)), X).graph
     linear = node(graph, "linear")
     ((copy, source),) = linear.copies
     assert copy in linear.saved

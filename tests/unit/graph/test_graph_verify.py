@@ -78,7 +78,7 @@ BROKEN_GRAPHS: dict[str, tuple[Callable[[], Graph], str]] = {
     "saved range": (lambda: with_node(0, saved=(StorageId(9),)), r"node `0` \(op_0\) names `9` in `saved`"),
     "copy not saved": (
         lambda: with_node(0, saved=(), copies=((StorageId(1), StorageId(0)),)),
-        r"`\(1, 0\)` in `copies`",
+        r"node `0` \(op_0\) has `\(1, 0\)` in `copies`",
     ),
     "copy of another": (
         lambda: with_node(0, saved=(StorageId(1),), copies=((StorageId(1), StorageId(1)),)),
