@@ -1,9 +1,9 @@
 """Which ops does a replay of a block not need the results of?
 
-A replay makes what autograd saved, and nothing else. An op that saves only what it reads, or a copy of it (autocast's), has
-saved before it computes, and nothing is gained by computing unless something saved is made of the result. Such an op is *spare*: a product at the
-end of a block, the first of two products that meet in a sum behind the block. What reads a spare op's result is spare
-as well.
+A replay makes what autograd saved, and nothing else. An op that saves only what it reads, or a copy of it (autocast's),
+has saved before it computes, and nothing is gained by computing unless something saved is made of the result. Such an
+op is *spare*: a product at the end of a block, the first of two products that meet in a sum behind the block. What
+reads a spare op's result is spare as well.
 """
 
 from tinybp_lightning.graph.ids import NodeId, StorageId
@@ -72,7 +72,10 @@ def _saves_activation(graph: Graph, node: Node) -> bool:
 
 
 def saves_what_it_makes(graph: Graph, node: Node) -> bool:
-    """Return whether a result, or a storage of the op's own (statistics, a mask), is saved; copies of what it reads are not counted."""
+    """Return whether a result, or a storage of the op's own (statistics, a mask), is saved.
+
+    Copies of what it reads do not count.
+    """
     known = {graph.values[v].storage for v in node.reads} | {copy for copy, _ in node.copies}
     return any(s not in known and is_activation(graph, s) for s in node.saved)
 

@@ -131,8 +131,8 @@ def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[St
     for copy, source in node.copies:
         if copy not in node.saved or source not in read:
             raise GraphError(
-                f"{owner} has `({copy}, {source})` in `copies`: expected one of its `saved` storages, and the storage it "
-                "is a copy of among those it reads."
+                f"{owner} has `({copy}, {source})` in `copies`: expected one of its `saved` storages, and what it is a "
+                "copy of among those it reads."
             )
     for storage in node.writes:
         _check_index(owner, "writes", storage, len(graph.storages), "storages")

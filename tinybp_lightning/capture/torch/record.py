@@ -106,9 +106,8 @@ class _Recorder(fx.Interpreter):
         self._facts = _OpFacts()
         self._storages: list[Storage] = []
         self._storage_of: dict[int, StorageId] = {}
-        self._source_of: dict[
-            int, torch.Tensor
-        ] = {}  # by the copy's storage; autocast keeps a weight's for later calls
+        # What was copied, by the copy's storage. Over all calls, since autocast keeps a weight's copy for later ones.
+        self._source_of: dict[int, torch.Tensor] = {}
         self._values: list[Value] = []
         self._value_of: dict[fx.Node, ValueId] = {}
         self._nodes: list[Node] = []
