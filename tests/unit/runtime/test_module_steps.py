@@ -238,6 +238,57 @@ def test_memory_is_saved_and_the_budget_is_kept(kind: Callable[[], nn.Module], s
     assert abs(predicted_bytes - measured_bytes) <= 0.05 * measured_bytes
 
 
+class Dropping(Broken):
+    """Leaves out blocks as it is told, step by step: stochastic depth."""
+
+    def __init__(self, dropped: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__(depth=8)
+        self.dropped, self.step = dropped, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left_out = self.dropped[self.step % len(self.dropped)]
+        self.step += 1
+        for i, block in enumerate(self.blocks):
+            x = x if i in left_out else self.between(block(x))
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
+@pytest.mark.parametrize("share", [0.35, 0.6])
+@pytest.mark.parametrize(
+    "dropped",
+    [((1, 2, 3, 5), (0, 4), ()), ((), (2, 6), (0, 1, 7)), ((0, 1, 2, 3), (4, 5, 6, 7), (), (3,), (4,))],
+)
+def test_a_step_of_more_blocks_than_the_first_keeps_the_budget(
+    dropped: tuple[tuple[int, ...], ...], share: float
+) -> None:
+    budget_bytes = int(share * peak_bytes(made(lambda: Dropping(((),))), square_loss))
+    recorder = Recorder()
+    plain = made(lambda: Dropping(dropped))
+    ours = tbp.hcb(copy.deepcopy(plain), activation_budget=budget_bytes, observers=[recorder])
+    num_steps = 4 * len(dropped)
+    assert_all_same(train(ours, square_loss, steps=num_steps), train(plain, square_loss, steps=num_steps))
+    for kind in dropped:
+        ours.dropped = (kind,)
+        assert peak_bytes(ours, square_loss) <= budget_bytes
+    ours.dropped = ((),)
+    assert peak_bytes(ours, square_loss) >= 0.8 * budget_bytes
+
+
+@pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
+def test_a_larger_batch_than_the_first_keeps_the_budget() -> None:
+    def loss_of(rows: int) -> LossOf:
+        return lambda model: model(BATCH[:rows]).square().mean()
+
+    budget_bytes = int(0.5 * peak_bytes(made(Broken), loss_of(ROWS)))
+    model = tbp.hcb(made(Broken), activation_budget=budget_bytes)
+    train(model, loss_of(ROWS // 4), steps=4)
+    train(model, loss_of(ROWS), steps=1)
+    for _ in range(4):
+        assert peak_bytes(model, loss_of(ROWS)) <= budget_bytes
+    assert peak_bytes(model, loss_of(ROWS // 4)) <= budget_bytes
+
+
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
 def test_a_norm_that_starts_to_learn_later() -> None:
     """Statistics are frozen in the first steps, so nothing changes then: they must not be counted twice later."""

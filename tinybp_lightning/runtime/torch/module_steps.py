@@ -10,7 +10,6 @@ import enum
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl, set_call_impl, swap_buffer
 from tinybp_lightning.config import Costs, HCBConfig
 from tinybp_lightning.errors import HCBWarning
-from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
-from tinybp_lightning.graph.ids import BlockId, OptionId, StorageId
+from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.runtime.profile import Observer, StepProfile
 from tinybp_lightning.runtime.torch.ambient import autocast_now, device_type_of, random_state_now
+from tinybp_lightning.runtime.torch.calls import CallBook, CallCost
 from tinybp_lightning.runtime.torch.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.keep import has_kept, is_kept, synchronises_ranks
 from tinybp_lightning.runtime.torch.memory import Room, TargetMemory
@@ -94,16 +93,6 @@ def _is_repeated(container: nn.Module) -> bool:
         return False
     kinds = [type(part) for part in container.children() if next(part.children(), None) is not None]
     return len(kinds) > len(set(kinds))
-
-
-@dataclass(slots=True)
-class _CallCost:
-    """What one intercepted call saved and took, measured while it ran; `guard_bytes` is what replaying it keeps."""
-
-    unit: str
-    forward_s: float
-    saved_bytes: int
-    guard_bytes: int
 
 
 class _ModuleStep:
@@ -198,7 +187,9 @@ class ModuleSteps:
         self._kept_units: set[str] = set()  # found to change Python state
         self._kept_kinds: set[type[nn.Module]] = set()
         self._has_blocks = True  # until a step is seen to have none
-        self._calls: list[_CallCost] | None = None
+        self._book = CallBook()
+        self._dropped: tuple[Measured | None, list[CallCost]] = (None, [])  # the first step, which drops every block
+        self._calls: list[CallCost] | None = None
         self._runs: list[Run] = []
         self._watch: StepWatch | None = None
         self.pilot: Pilot | None = None
@@ -239,18 +230,17 @@ class ModuleSteps:
         stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
         return StepWatch(device, self._parameters, self._config.budget, wants_trace=self._has_blocks)
 
-    def _ended(self, watch: StepWatch, calls: list[_CallCost], stats: list[RunStats], device: torch.device) -> None:
+    def _ended(self, watch: StepWatch, calls: list[CallCost], stats: list[RunStats], device: torch.device) -> None:
         total = RunStats()
         for s in stats:
             total.replayed_blocks += s.replayed_blocks
             total.rescued_blocks += s.rescued_blocks
             total.replay_s += s.replay_s
+        has_grown = self._book.learn(calls)
         if self.pilot is None and not calls:
             self._say_nothing_is_planned()
         elif self.pilot is None:
-            tensors = [*self._parameters, *self._buffers]
-            room = Room(self._config, device, tensors, self._memory)
-            chain = _chain(calls, watch.measured)
+            self._dropped = (watch.measured, calls)
             if Costs(self._config.costs) is Costs.OPERATIONS:
                 warnings.warn(
                     f"`{self._name}` is trained by module steps, whose operations are not known: it is planned by "
@@ -258,11 +248,17 @@ class ModuleSteps:
                     HCBWarning,
                     stacklevel=2,
                 )
-            self.pilot = Pilot(
-                self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
-            )
+            self.pilot = self._new_pilot(device)
+        elif has_grown:
+            self.pilot = self._new_pilot(device)
         else:
-            self.profile = self.pilot.end_step(watch, total)
+            self.profile = self.pilot.end_step(watch, total, is_whole=self._book.is_whole(calls))
+
+    def _new_pilot(self, device: torch.device) -> Pilot:
+        """Plan for the largest step that has been seen."""
+        room = Room(self._config, device, [*self._parameters, *self._buffers], self._memory)
+        chain = self._book.chain(*self._dropped)
+        return Pilot(self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers)
 
     def _say_nothing_is_planned(self) -> None:
         if self._has_blocks:
@@ -279,11 +275,11 @@ class ModuleSteps:
         if self._calls is None or not torch.is_grad_enabled() or unit in self._kept_units:
             return impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        position = len(self._calls)
         started = time.perf_counter()
-        cost = _CallCost(unit, 0.0, 0, 0)
+        number = sum(call.unit == unit for call in self._calls)
+        cost = CallCost(unit, number, sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor)))
         self._calls.append(cost)
-        if self._kept(position, unit) or not self._replayable(unit, module, leaves):
+        if self._kept(cost) or not self._replayable(unit, module, leaves):
             result = impl(*args, **kwargs)
         else:
             result = self._drop(unit, module, impl, leaves, spec, cost)
@@ -291,7 +287,7 @@ class ModuleSteps:
         return result
 
     def _drop(
-        self, unit: str, module: nn.Module, impl: Callable[..., Any], leaves: list[Any], spec: TreeSpec, cost: _CallCost
+        self, unit: str, module: nn.Module, impl: Callable[..., Any], leaves: list[Any], spec: TreeSpec, cost: CallCost
     ) -> Any:
         first_time = unit not in self._volatile
         # Noted once the first run has succeeded: a run that fails has shown nothing of what the unit changes.
@@ -315,6 +311,7 @@ class ModuleSteps:
         run.begin(leaves)
         run.sweep(step, list(leaves))
         result, step.result = step.result, None
+        cost.is_dropped = True
         cost.saved_bytes = run.dropped_bytes(0, tree_flatten(result)[0])
         if first_time:
             changed = step.changed_buffers()
@@ -342,11 +339,9 @@ class ModuleSteps:
                 stacklevel=2,
             )
 
-    def _kept(self, position: int, unit: str) -> bool:
-        if self.pilot is None:
-            return False
-        blocks = self.pilot.chain.blocks
-        return position < len(blocks) and blocks[position].name == unit and self.pilot.script.kept[position]
+    def _kept(self, call: CallCost) -> bool:
+        place = self._book.place(call)
+        return self.pilot is not None and place is not None and self.pilot.script.kept[place]
 
     def _replayable(self, unit: str, module: nn.Module, leaves: list[Any]) -> bool:
         odd = [t for t in leaves if not isinstance(t, (torch.Tensor, *_PLAIN_DATA))]
@@ -376,32 +371,3 @@ class _Interceptor:
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return list(module.named_buffers())
-
-
-def _chain(calls: Sequence[_CallCost], measured: Measured | None) -> Chain:
-    """The calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
-
-    `measured` is a step with every block dropped. What was alive when its forward ended, less what guards the replays,
-    is alive in plain training too (boundary 0, held throughout); what backward had beside that and the widest saved
-    set is any block's backward.
-    """
-    widest_bytes = max((c.saved_bytes for c in calls), default=0)
-    guard_bytes = sum(c.guard_bytes for c in calls)
-    held_bytes = max(0, measured.forward_end_bytes - guard_bytes) if measured is not None else 0
-    working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes) if measured else 0
-
-    def block(c: _CallCost) -> Block:
-        option = SavedSet(
-            name="all",
-            storages=(),
-            saved_bytes=c.saved_bytes,
-            save_peak_bytes=c.saved_bytes,
-            replay_s=c.forward_s,
-            replay_peak_bytes=c.saved_bytes,
-            backward_s=c.forward_s,
-            backward_peak_bytes=working_bytes,
-        )
-        return Block(c.unit, c.unit, c.forward_s, 0, 0, (option,))
-
-    boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(calls) + 1))
-    return Chain((held_bytes,), tuple(block(c) for c in calls), boundaries, workspace_bytes=guard_bytes)

@@ -28,6 +28,7 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.engine import RunStats
 from tinybp_lightning.runtime.torch.flight import Flight, flight_of, in_users_words, small_schedule
+from tinybp_lightning.runtime.torch.lessons import with_residual, with_tail
 from tinybp_lightning.runtime.torch.memory import Room
 from tinybp_lightning.runtime.torch.options import (
     estimated_options,
@@ -99,6 +100,7 @@ class Pilot:
         self._steps = 0
         self._good: Flight | None = None
         self._plain_fits = True  # until it is seen not to
+        self._refuted: dict[Schedule, int] = {}  # what was seen to exceed its budget, and by which peak
         self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
         self._base_bytes = chain.workspace_bytes
         self._last_planner: tuple[Chain, Planner] | None = None
@@ -133,6 +135,11 @@ class Pilot:
         return self._planner().smallest_bytes
 
     @property
+    def is_measuring(self) -> bool:
+        """Whether there is still something to learn from the next step."""
+        return self._phase is not _Phase.STEADY
+
+    @property
     def unmeasured(self) -> frozenset[tuple[int, int]]:
         """Options (block and number) to be measured before the next step, by what its plan takes and was estimated.
 
@@ -165,11 +172,13 @@ class Pilot:
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepWatch:
         """Start to follow a step."""
         self.refresh()
-        wants = self._phase is not _Phase.STEADY
-        return StepWatch(self._device, parameters, self._budget, wants_trace=wants)
+        return StepWatch(self._device, parameters, self._budget, wants_trace=self.is_measuring)
 
-    def end_step(self, watch: StepWatch, stats: RunStats) -> StepProfile:
-        """Learn from a step that has ended, tell the observers, and decide what the next one flies."""
+    def end_step(self, watch: StepWatch, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
+        """Learn from a step that has ended, tell the observers, and decide what the next one flies.
+
+        **Arguments:** `is_whole`: whether the step ran all blocks; one that did not may have needed less than another.
+        """
         self._steps += 1
         flown = self._flight.report
         profile = StepProfile(
@@ -185,7 +194,7 @@ class Pilot:
             plan_summary=flown.summary,
         )
         if watch.measured is not None and not watch.is_disturbed:
-            self._learn(watch.measured)
+            self._learn(watch.measured, is_whole=is_whole)
         elif watch.is_lost:
             pass  # the next step is measured
         elif self._known is not None:
@@ -216,7 +225,7 @@ class Pilot:
 
     # ---- learning ----------------------------------------------------------------------------------------------
 
-    def _learn(self, measured: Measured) -> None:
+    def _learn(self, measured: Measured, *, is_whole: bool) -> None:
         if self._flies_plain():
             self._seen_plain_bytes = max(self._seen_plain_bytes, measured.peak_bytes)
         match self._phase:
@@ -227,7 +236,7 @@ class Pilot:
                 self._tell(self._flight.learned(), is_measured=False)
             case _Phase.SETTLE:
                 self._traces += 1
-                self._settle(measured)
+                self._settle(measured, is_whole=is_whole)
             case _Phase.STEADY:
                 raise AssertionError("steady steps are not traced")
 
@@ -235,36 +244,26 @@ class Pilot:
         return self._flight.report.schedule == keep_all(self._chain)
 
     def _learn_tail(self, measured: Measured) -> None:
-        self._chain = replace(self._chain, workspace_bytes=self._base_bytes)
-        timeline = simulate(self._chain, self._flight.report.schedule)
-        self._forget_gradients(timeline.tail.after_bytes - measured.backward_start_bytes)
-        timeline = simulate(self._chain, self._flight.report.schedule)
-        live = max(0, measured.backward_start_bytes - timeline.tail.after_bytes)
-        peak = max(0, measured.tail_peak_bytes - measured.forward_end_bytes)
-        self._chain = replace(self._chain, tail_peak_bytes=max(peak, live), tail_live_bytes=live)
-        self._learn_residual(measured, may_shrink=False)
+        schedule = self._flight.report.schedule
+        self._chain = with_tail(replace(self._chain, workspace_bytes=self._base_bytes), schedule, measured)
+        self._learn_residual(schedule, measured.peak_bytes, may_shrink=False)
 
-    def _forget_gradients(self, missing_bytes: int) -> None:
-        """The caller's code did not make as many gradients for what the last block returns as was presumed."""
-        *others, last = self._chain.boundaries
-        gradient_bytes = last.gradient_bytes - min(max(0, missing_bytes), last.gradient_bytes)
-        self._chain = replace(self._chain, boundaries=(*others, replace(last, gradient_bytes=gradient_bytes)))
+    def _learn_residual(self, schedule: Schedule, peak_bytes: int, *, may_shrink: bool) -> None:
+        before = self._chain.workspace_bytes
+        self._chain = with_residual(self._chain, schedule, peak_bytes=peak_bytes, may_shrink=may_shrink)
+        if self._room.cap_bytes is not None:  # the same plans are meant: what they need is known better now
+            self._room.cap_bytes += self._chain.workspace_bytes - before
 
-    def _learn_residual(self, measured: Measured, *, may_shrink: bool) -> None:
-        predicted = simulate(self._chain, self._flight.report.schedule).peak_bytes
-        residual = measured.peak_bytes - predicted
-        if residual > 0 or may_shrink:
-            before = self._chain.workspace_bytes
-            self._chain = replace(self._chain, workspace_bytes=max(0, before + residual))
-            if self._room.cap_bytes is not None:  # the same plans are meant: what they need is known better now
-                self._room.cap_bytes += self._chain.workspace_bytes - before
-
-    def _settle(self, measured: Measured) -> None:
+    def _settle(self, measured: Measured, *, is_whole: bool) -> None:
         flown, is_plain = self._flight.report, self._flies_plain()
         if is_plain:  # a share of plain training is one of what was just seen
             budget_bytes = self._capped(self._room(self._plain_peak()))
             flown = replace(flown, budget_bytes=budget_bytes, plain_peak_bytes=self._plain_peak())
         fits = measured.peak_bytes <= flown.budget_bytes
+        if not fits:
+            self._refuted[flown.schedule] = measured.peak_bytes
+        if fits and not is_whole and self._traces < _MAX_TRACES:
+            return  # a whole step is still to be measured
         known, self._known = self._known, None
         if known is not None and fits:
             self._phase = _Phase.STEADY
@@ -273,7 +272,7 @@ class Pilot:
             return
         self._plain_fits = self._plain_fits and (fits or not is_plain)
         before = self._chain.workspace_bytes
-        self._learn_residual(measured, may_shrink=fits)
+        self._learn_residual(flown.schedule, measured.peak_bytes, may_shrink=fits and is_whole)
         shown = replace(flown, chain=self._chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
         flight = replace(self._flight, report=shown)
         if fits and (self._good is None or flown.predicted_step_s <= self._good.report.predicted_step_s):
@@ -281,15 +280,20 @@ class Pilot:
         slack = before - self._chain.workspace_bytes
         if self._traces < _MAX_TRACES and (not fits or slack > _SLACK * flown.budget_bytes):
             better = self._for_budget("measured")
-            if better.report.schedule != flown.schedule and (
-                not fits or better.report.predicted_step_s < flown.predicted_step_s
-            ):
+            while self._is_refuted(better) and self._good is None:
+                self._learn_residual(better.report.schedule, self._refuted[better.report.schedule], may_shrink=False)
+                better = self._for_budget("measured")
+            is_other = better.report.schedule != flown.schedule and not self._is_refuted(better)
+            if is_other and (not fits or better.report.predicted_step_s < flown.predicted_step_s):
                 self._fly(better)
                 return
         self._phase = _Phase.STEADY
         self._fly(self._good or flight)
         if self._good is not None:
             self._tell(self._good.learned(), is_measured=True)
+
+    def _is_refuted(self, flight: Flight) -> bool:
+        return self._refuted.get(flight.report.schedule, 0) > flight.report.budget_bytes
 
     def _tell(self, known: KnownPlan, *, is_measured: bool) -> None:
         if self._on_learned is not None:

@@ -1,0 +1,113 @@
+"""What a pilot learns from measured steps: plans that were seen to exceed the budget, and steps that lack blocks."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.unit.schedule.chains_by_hand import transformer_chain
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.runtime.torch.engine import RunStats
+from tinybp_lightning.runtime.torch.pilot import Pilot
+from tinybp_lightning.runtime.torch.watch import Measured
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.baselines import keep_all
+from tinybp_lightning.schedule.plan import Planner
+from tinybp_lightning.schedule.simulate import simulate
+
+
+class FixedRoom:
+    """A budget that nothing changes."""
+
+    cap_bytes: int | None = None
+    optimizer_bytes = 0
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+
+    def __call__(self, plain_peak_bytes: int) -> int:
+        return self._budget_bytes
+
+
+class Flown:
+    """A step that has ended, and needed `peak_bytes`."""
+
+    is_disturbed = is_lost = False
+    step_s = 1.0
+
+    def __init__(self, pilot: Pilot, peak_bytes: int) -> None:
+        tail = simulate(pilot.chain, pilot.report.schedule).tail
+        measured = Measured(peak_bytes, tail.after_bytes, tail.after_bytes, tail.after_bytes)
+        self.measured = measured if pilot.is_measuring else None
+
+
+def half_budget(chain: Chain) -> int:
+    planner = Planner(chain)
+    return (planner.smallest_bytes + planner.largest_bytes) // 2
+
+
+def pilot_of(chain: Chain) -> Pilot:
+    budget_bytes = half_budget(chain)
+    room = cast("Any", FixedRoom(budget_bytes))
+    budget = HCBConfig(activation_budget=budget_bytes).budget
+    return Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[])
+
+
+def fly(pilot: Pilot, peak_bytes: int, *, is_whole: bool = True) -> Schedule:
+    """Let a step end that needed so much; return what it flew."""
+    flown = pilot.report.schedule
+    watch: Any = Flown(pilot, peak_bytes)
+    pilot.end_step(watch, RunStats(), is_whole=is_whole)
+    return flown
+
+
+def as_predicted(pilot: Pilot) -> int:
+    return simulate(pilot.chain, pilot.report.schedule).peak_bytes
+
+
+@pytest.fixture
+def chain() -> Chain:
+    return transformer_chain(6)
+
+
+def test_a_plan_that_was_seen_to_exceed_the_budget_is_not_flown_again(chain: Chain) -> None:
+    """It alone needs more than the model says: others need less than it taught, so that it seems to fit again."""
+    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    fly(pilot, as_predicted(pilot))
+    greedy = fly(pilot, int(1.3 * budget_bytes))
+    flown = [pilot.report.schedule]
+    for _ in range(8):
+        peak_bytes = int(1.3 * budget_bytes) if pilot.report.schedule == greedy else budget_bytes // 2
+        fly(pilot, peak_bytes)
+        flown.append(pilot.report.schedule)
+    assert greedy not in flown
+    assert greedy != keep_all(chain)
+
+
+def test_where_every_plan_so_far_exceeded_the_budget_the_next_is_another(chain: Chain) -> None:
+    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    fly(pilot, as_predicted(pilot))
+    first = fly(pilot, budget_bytes + 10)
+    second = fly(pilot, budget_bytes + 1)
+    third = pilot.report.schedule
+    assert len({first, second, third}) == 3
+
+
+def test_a_step_that_lacks_blocks_makes_no_room(chain: Chain) -> None:
+    """It needed half the budget, and has not shown what a whole one needs."""
+    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    fly(pilot, as_predicted(pilot) + budget_bytes // 10)
+    planned = fly(pilot, budget_bytes // 2, is_whole=False)
+    assert pilot.report.schedule == planned
+    for _ in range(8):
+        fly(pilot, budget_bytes // 2, is_whole=False)
+    assert pilot.report.schedule == planned
+
+
+def test_a_whole_step_after_one_that_lacks_blocks_is_learned_from(chain: Chain) -> None:
+    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    fly(pilot, as_predicted(pilot))
+    planned = fly(pilot, budget_bytes // 2, is_whole=False)
+    fly(pilot, budget_bytes + 10)
+    assert pilot.report.schedule != planned
