@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.listener import Listener
 from benchmarks.recipe_options import Models, Size
-from recipes.config import CompareConfig, ModelName, compose_config
+from recipes.config import CompareConfig, ModelName, Precision, compose_config
 from recipes.data import Batch, make_batches
 from recipes.measure import package_version, record_memory
 from recipes.models import Workload, build_workload
@@ -193,12 +193,19 @@ def _peers(config: CompareConfig, batches: Sequence[Batch], console: Console) ->
     return found
 
 
-def compare(model: str, size: str, console: Console, *, costs: Costs = Costs.OPERATIONS) -> list[Row]:
+def compare(
+    model: str,
+    size: str,
+    console: Console,
+    *,
+    costs: Costs = Costs.OPERATIONS,
+    precision: Precision = Precision.fp32,
+) -> list[Row]:
     """Return a row for each peer on the recipe `model` at `size`; `costs`: what plans take least of.
 
     **Raises:** whatever building, compiling or training raises.
     """
-    config = compose_config([f"model={model}", f"size={size}", "device=cpu"])
+    config = compose_config([f"model={model}", f"size={size}", "device=cpu", f"shape.precision={precision.value}"])
     batches = make_batches(config.model.name, config.shape, num_batches=_MAX_STEPS + 2, seed=config.seed)
     plain = _cost(_build(config), batches)
     rows: list[Row] = []
@@ -264,6 +271,7 @@ def main(
     model: Models = None,
     size: Size = "small",
     costs: Annotated[Costs, typer.Option(help="What plans are to take least of.")] = Costs.OPERATIONS,
+    precision: Annotated[Precision, typer.Option(help="Number format of parameters, or of autocast.")] = Precision.fp32,
     export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
         f"results/{_TODAY}_recomputed_flops.json"
     ),
@@ -273,11 +281,12 @@ def main(
     console = Console()
     rows: list[Row] = []
     for name in model or list(ModelName):
-        rows += compare(name.value, size, console, costs=costs)
+        rows += compare(name.value, size, console, costs=costs, precision=precision)
         where = {
             "date": _TODAY,
             "size": size,
             "costs": costs.value,
+            "precision": precision.value,
             "torch": package_version("torch"),
             "rows": [asdict(r) for r in rows],
         }
@@ -285,7 +294,8 @@ def main(
         # After every model: one that is stopped by hand leaves what it measured.
         export.write_text(json.dumps(where, indent=1) + "\n")
         title = f"# Recomputed FLOPs at equal peaks, {_TODAY}\n\n"
-        title += f"Size `{size}`, plans for the least {costs.value}, torch {package_version('torch')}.\n\n"
+        title += f"Size `{size}`, {precision.value}, plans for the least {costs.value}, "
+        title += f"torch {package_version('torch')}.\n\n"
         export.with_suffix(".md").write_text(title + markdown_table(rows))
     console.print(markdown_table(rows), soft_wrap=True)
     for suffix in (".json", ".md"):
