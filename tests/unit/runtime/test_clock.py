@@ -1,7 +1,9 @@
 """A call that can be repeated is timed three times, and the lesser of two times is that of each clock."""
 
 import time
+from collections.abc import Callable
 
+import pytest
 import torch
 
 from tinybp_lightning.runtime.torch.clock import Clock, Spent
@@ -20,6 +22,25 @@ def test_a_call_on_the_cpu_takes_the_same_on_both_clocks() -> None:
 
 def test_the_lesser_is_taken_on_each_clock() -> None:
     assert Spent(3.0, 1.0).at_most(Spent(2.0, 4.0)) == Spent(2.0, 1.0)
+
+
+def test_the_host_is_timed_on_an_idle_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A held device makes the host slower, an idle one waits for the host."""
+
+    def timed(_: Clock, call: Callable[[], None], *, is_held: bool) -> Spent:
+        call()
+        return Spent(2.0, 5.0) if is_held else Spent(4.0, 3.0)
+
+    monkeypatch.setattr(Clock, "_time_cuda", timed)
+    clock = Clock(torch.device("cuda"), step_bytes=2**40)
+    assert clock.time_repeatable(lambda: None) == Spent(2.0, 3.0)
+    assert clock.time(lambda: None) == Spent(2.0, 5.0)
+
+
+def test_what_a_call_of_autograd_takes_by_itself_is_left_out() -> None:
+    assert Spent(2.0, 3.0).without_host(1.0) == Spent(2.0, 2.0)
+    assert Spent(2.0, 3.0).without_host(4.0) == Spent(2.0, 0.0)
+    assert Clock(torch.device("cpu"), step_bytes=0).idle_backward_s == 0
 
 
 def test_on_the_cpu_a_call_finds_no_cache_filled_in_a_large_step() -> None:

@@ -3,7 +3,9 @@
 The *device* needs its time to run the kernels, the *host* its own to hand them out. In a step both go on at once, so
 the slower of the two over the whole step is what the step takes: a small block that the host alone would make slow
 costs next to nothing between large ones. Waiting for the device around each call would charge every block for launches
-that overlap, so the device is held back until the call has been handed out, and then runs it without a gap.
+that overlap, so the device is held back until the call has been handed out, and then runs it without a gap. That in
+turn makes the host slower, and a call of autograd wakes its thread (0.3 ms), which a step does once for all blocks: the
+host is timed on an idle device, and without what a call that does nothing takes.
 
 On a CPU a call that is repeated finds its data in caches that hold a few blocks of a small model; in a step it does
 not, as everything else has passed through them since. A norm takes half the time then, and a plan would repeat norms
@@ -13,6 +15,7 @@ that are not so cheap. So as much as a step touches, and caches hold, is brought
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ __all__ = ["Clock", "Spent"]
 _HOLD_CYCLES = 20_000_000
 """About 10 ms at 2 GHz: longer than the host takes to hand out a block."""
 _REPEATS = 3
+_IDLE_REPEATS = 5
 _CACHE_BYTES = 64 * 2**20
 """More than the caches that one core can fill."""
 
@@ -34,6 +38,10 @@ class Spent:
 
     device_s: float
     host_s: float
+
+    def without_host(self, host_s: float) -> "Spent":
+        """Return it with so much less of the host, at least nothing."""
+        return Spent(self.device_s, max(0.0, self.host_s - host_s))
 
     def at_most(self, other: "Spent") -> "Spent":
         """Return the lesser of each."""
@@ -51,10 +59,23 @@ class Clock:
         num_bytes = 0 if device.type == "cuda" else min(step_bytes, _CACHE_BYTES)
         self._cold = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
 
-    def time(self, call: Callable[[], Any]) -> Spent:
-        """Run `call` once and return what it took."""
+    @cached_property
+    def idle_backward_s(self) -> float:
+        """Host seconds of a call of autograd that does nothing, on a GPU; on the CPU it wakes no thread."""
+        if self.device.type != "cuda":
+            return 0.0
+        leaf = torch.ones((), device=self.device, requires_grad=True)
+        calls = [partial(torch.autograd.grad, leaf * 2, leaf) for _ in range(_IDLE_REPEATS)]
+        return min(self.time(call, is_held=False).host_s for call in calls)
+
+    def time(self, call: Callable[[], Any], *, is_held: bool = True) -> Spent:
+        """Run `call` once and return what it took.
+
+        **Arguments:** `is_held`: whether a GPU waits until the call has been handed out, for the seconds of the device;
+        those of the host are less where it does not.
+        """
         if self.device.type == "cuda":
-            return self._time_cuda(call)
+            return self._time_cuda(call, is_held=is_held)
         self._cold.bitwise_not_()  # reads and writes it all, and allocates nothing that a trace would see
         started = time.perf_counter()
         call()
@@ -64,15 +85,16 @@ class Clock:
     def time_repeatable(self, call: Callable[[], Any]) -> Spent:
         """Run `call` as often as it takes to tell on a machine that others use too; return the least that it took."""
         spent = self.time(call)
-        for _ in range(_REPEATS - 1):
-            spent = spent.at_most(self.time(call))
+        for number in range(1, _REPEATS):
+            spent = spent.at_most(self.time(call, is_held=number % 2 == 0))
         return spent
 
-    def _time_cuda(self, call: Callable[[], Any]) -> Spent:
+    def _time_cuda(self, call: Callable[[], Any], *, is_held: bool) -> Spent:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
-            hold_cuda(_HOLD_CYCLES)
+            if is_held:
+                hold_cuda(_HOLD_CYCLES)
             begin.record()
             started = time.perf_counter()
             call()

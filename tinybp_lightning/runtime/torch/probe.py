@@ -123,7 +123,7 @@ class Probe:
         """Measure the block. See the module docstring for how."""
         saved, reads, made = self._saved_set()
         self._save_and_backward(lambda _: None)  # kernels are picked, backward compiled
-        warm = self._save_and_backward(lambda _: None).backward
+        warm = self._save_and_backward(lambda _: None, is_held=False).backward
         trace = open_trace(self._clock.device)
         try:
             trace.mark("forward")
@@ -148,7 +148,8 @@ class Probe:
             backward_peak_bytes=max(0, back.peak_bytes - back.start_bytes - run.seeded_bytes),
             input_gradients=run.input_gradients,
         )
-        return Probed(sizes, forward, replay, run.backward.at_most(warm), run.layouts)
+        backward = run.backward.at_most(warm).without_host(self._clock.idle_backward_s)
+        return Probed(sizes, forward, replay, backward, run.layouts)
 
     def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Return private saved bytes, and which reads and results of the block its saved tensors alias."""
@@ -214,7 +215,7 @@ class Probe:
         empty()
         return spent
 
-    def _save_and_backward(self, mark: Callable[[str], None]) -> "_BackwardRun":
+    def _save_and_backward(self, mark: Callable[[str], None], *, is_held: bool = True) -> "_BackwardRun":
         state = self._state()
         reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
         reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -236,7 +237,8 @@ class Probe:
         grads: list[torch.Tensor | None] = []
         mark("backward")
         spent = self._clock.time(
-            lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True))
+            lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)),
+            is_held=is_held,
         )
         numbers: dict[int, int] = {}
         mine = tuple(
