@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.schedule.helped import HelperTree
 from tinybp_lightning.schedule.layers import Layers
-from tinybp_lightning.schedule.rows import INFINITE, Slots, Times
+from tinybp_lightning.schedule.rows import INFINITE, Slots, Times, first_true
 from tinybp_lightning.schedule.tables import State, Tables
 from tinybp_lightning.schedule.unfold import Node
 
@@ -127,8 +127,7 @@ class LayeredTree(HelperTree):
         if boundary < tables.num_blocks - 1:
             held = self._held_ends(tables.states[here[0]], first)
             # With few slots left times are infinite: a fork is offered from where the first end is finite.
-            possible = np.isfinite(held).any(axis=0)
-            lowest_slots = np.where(possible.any(axis=0), possible.argmax(axis=0), self._slots.width).tolist()
+            lowest_slots = first_true(np.isfinite(held).any(axis=0), width=self._slots.width)
         for index in here:
             rows = self._new_rows(index, first, held, lowest_slots)
             first_own = self._first_own(index)

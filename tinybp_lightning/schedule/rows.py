@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from tinybp_lightning.schedule.sharing import Sharing
 from tinybp_lightning.schedule.tables import State, Tables
 
-__all__ = ["INFINITE", "SegmentRows", "Slots", "Splits", "Times", "first_finite", "offer_keeps", "offer_splits"]
+__all__ = [
+    "INFINITE",
+    "SegmentRows",
+    "Slots",
+    "Splits",
+    "Times",
+    "first_finite",
+    "first_true",
+    "offer_keeps",
+    "offer_splits",
+]
 
 Times = NDArray[np.float32]
 """Seconds for 0, 1, 2, … slots left."""
@@ -175,6 +185,13 @@ class SegmentRows:
         for k in np.flatnonzero(need_slots > np.maximum(lowest, start)):
             through[k, : need_slots[k] - start] = INFINITE
         np.minimum(times[:, start:], through, out=times[:, start:])
+
+
+def first_true(found: NDArray[np.bool_], *, width: int) -> list[int]:
+    """Return by column of `found` its first row that is true; `width` where none is."""
+    if not len(found):
+        return [width] * found.shape[1]
+    return np.where(found.any(axis=0), found.argmax(axis=0), width).tolist()
 
 
 def first_finite(times: Times) -> int:

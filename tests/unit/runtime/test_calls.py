@@ -14,6 +14,10 @@ def calls(units: str, *, input_bytes: int = 100, saved_bytes: int = 1000) -> lis
     ]
 
 
+def saved(book: CallBook) -> list[int]:
+    return [block.options[0].saved_bytes for block in book.chain(None, []).blocks]
+
+
 def units(book: CallBook) -> str:
     return "".join(block.name for block in book.chain(None, []).blocks)
 
@@ -24,45 +28,60 @@ def units(book: CallBook) -> str:
 )
 def test_each_call_that_some_step_made_is_known(steps: list[str], expected: str) -> None:
     book = CallBook()
-    assert all(book.learn(calls(step)) or step == "a" for step in steps)
+    for step in steps:
+        book = book.with_calls(calls(step))
     assert units(book) == expected
     for step in steps:
-        assert not book.learn(calls(step))
+        assert book.with_calls(calls(step)) is book
         assert [units(book)[book.place(call) or 0] for call in calls(step)] == list(step)
 
 
 def test_the_most_that_a_call_saved_counts() -> None:
-    book = CallBook()
-    book.learn(calls("ab"))
-    assert not book.learn(calls("ab", saved_bytes=1010))
-    assert not book.learn(calls("ab", saved_bytes=0))
-    assert book.learn(calls("b", saved_bytes=2000))
-    assert [block.options[0].saved_bytes for block in book.chain(None, []).blocks] == [1000, 2000]
+    book = CallBook(calls("ab"))
+    assert book.with_calls(calls("ab", saved_bytes=1010)) is book
+    assert book.with_calls(calls("ab", saved_bytes=0)) is book
+    larger = book.with_calls(calls("b", saved_bytes=2000))
+    assert saved(larger) == [1000, 2000]
+    assert saved(book) == [1000, 1000]
 
 
 def test_a_call_that_is_given_more_is_not_the_one_that_is_known() -> None:
-    book = CallBook()
-    book.learn(calls("ab"))
+    book = CallBook(calls("ab"))
     (larger,) = calls("a", input_bytes=200, saved_bytes=2000)
     assert book.place(larger) is None
-    assert book.learn([larger])
-    assert book.place(larger) == 0
-    assert not book.learn(calls("ab"))
+    grown = book.with_calls([larger])
+    assert grown.place(larger) == 0
+    assert grown.with_calls(calls("ab")) is grown
 
 
 def test_a_step_is_whole_that_makes_all_calls_with_as_much() -> None:
-    book = CallBook()
-    book.learn(calls("ab"))
+    book = CallBook(calls("ab"))
     assert book.is_whole(calls("ab"))
     assert not book.is_whole(calls("b"))
     assert not book.is_whole(calls("ab", input_bytes=50))
 
 
+def test_units_that_are_no_blocks_any_more_are_left_out() -> None:
+    book = CallBook(calls("abab"))
+    assert units(book.without({"a"})) == "bb"
+    assert book.without({"c"}) is book
+    assert book.without({"a"}).is_whole(calls("bb"))
+
+
 def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
-    book, dropped = CallBook(), calls("ab")
-    book.learn(dropped)
-    book.learn(calls("abc"))
-    chain = book.chain(Measured(1800, 516, 0, 0), dropped)
+    dropped = calls("ab")
+    chain = CallBook(dropped).chain(Measured(1800, 516, 0, 0), dropped)
     assert chain.storage_bytes == (500,)
-    assert chain.workspace_bytes == 24
-    assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 3
+    assert chain.workspace_bytes == 16
+    assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 2
+
+
+def test_more_is_alive_beside_the_blocks_of_a_larger_step() -> None:
+    """As many times as much as more is given to all its calls, or to the one that is given most."""
+    dropped = calls("ab")
+    book = CallBook(dropped).with_calls(calls("abc"))
+    assert book.chain(Measured(1800, 516, 0, 0), dropped).storage_bytes == (750,)
+    book = CallBook(dropped).with_calls(calls("a", input_bytes=300, saved_bytes=3000))
+    chain = book.chain(Measured(1800, 516, 0, 0), dropped)
+    assert chain.storage_bytes == (1000,)
+    assert chain.blocks[1].options[0].backward_peak_bytes == 3 * 284

@@ -290,6 +290,62 @@ def test_a_larger_batch_than_the_first_keeps_the_budget() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
+def test_a_large_batch_that_comes_rarely_keeps_the_budget() -> None:
+    def loss_of(rows: int) -> LossOf:
+        return lambda model: model(BATCH[:rows]).square().mean()
+
+    budget_bytes = int(0.8 * peak_bytes(made(Broken), loss_of(ROWS)))
+    model = tbp.hcb(made(Broken), activation_budget=budget_bytes)
+    for rows in [ROWS // 8] * 3 + [ROWS] + [ROWS // 8] * 8:
+        train(model, loss_of(rows), steps=1)
+    assert peak_bytes(model, loss_of(ROWS)) <= budget_bytes
+
+
+@pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
+def test_after_a_step_that_no_plan_fits_smaller_ones_go_on() -> None:
+    def loss_of(rows: int) -> LossOf:
+        return lambda model: model(BATCH[:rows]).square().mean()
+
+    budget_bytes = int(0.9 * peak_bytes(made(Broken), loss_of(ROWS // 8)))
+    model, plain = tbp.hcb(made(Broken), activation_budget=budget_bytes), made(Broken)
+    train(model, loss_of(ROWS // 8), steps=3, lr=0.0)
+    with pytest.raises(tbp.BudgetTooSmallError):
+        train(model, loss_of(ROWS), steps=4, lr=0.0)
+    want = train(plain, loss_of(ROWS // 8), steps=3)
+    assert_all_same(train(model, loss_of(ROWS // 8), steps=3), want)
+    assert peak_bytes(model, loss_of(ROWS // 8)) <= budget_bytes
+
+
+class Graphs(Broken):
+    """Blocks that take a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Spreading() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        edges = torch.eye(len(x)).to_sparse()
+        for block in self.blocks:
+            x = self.between(block(edges, x))
+        return self.head(x)
+
+
+class Spreading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+    def forward(self, edges: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(torch.sparse.mm(edges, x))
+
+
+@pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
+def test_blocks_may_take_sparse_tensors() -> None:
+    want = train(made(Graphs), square_loss, steps=4)
+    assert_all_same(train(tbp.hcb(made(Graphs), activation_budget="90%"), square_loss, steps=4), want)
+
+
+@pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
 def test_a_norm_that_starts_to_learn_later() -> None:
     """Statistics are frozen in the first steps, so nothing changes then: they must not be counted twice later."""
 

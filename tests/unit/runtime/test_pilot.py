@@ -1,5 +1,6 @@
 """What a pilot learns from measured steps: plans that were seen to exceed the budget, and steps that lack blocks."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -100,9 +101,14 @@ def test_a_step_that_lacks_blocks_makes_no_room(chain: Chain) -> None:
     fly(pilot, as_predicted(pilot) + budget_bytes // 10)
     planned = fly(pilot, budget_bytes // 2, is_whole=False)
     assert pilot.report.schedule == planned
-    for _ in range(8):
+    for _ in range(10):
         fly(pilot, budget_bytes // 2, is_whole=False)
     assert pilot.report.schedule == planned
+    assert pilot.is_measuring, "no whole step has been seen"
+    for _ in range(50):
+        fly(pilot, budget_bytes // 2, is_whole=False)
+    assert not pilot.is_measuring, "none may ever come"
+    assert pilot.report.predicted_peak_bytes > budget_bytes // 2
 
 
 def test_a_whole_step_after_one_that_lacks_blocks_is_learned_from(chain: Chain) -> None:
@@ -111,3 +117,22 @@ def test_a_whole_step_after_one_that_lacks_blocks_is_learned_from(chain: Chain) 
     planned = fly(pilot, budget_bytes // 2, is_whole=False)
     fly(pilot, budget_bytes + 10)
     assert pilot.report.schedule != planned
+
+
+@pytest.mark.parametrize("block", [0, 3, 5])
+def test_where_not_even_the_smallest_plan_fits_estimated_options_are_measured(chain: Chain, block: int) -> None:
+    """One that nobody would take, as far as is known."""
+    first = chain.blocks[block].options[0]
+    estimate = replace(first, saved_bytes=3 * first.saved_bytes, backward_s=3 * first.backward_s, is_estimated=True)
+    larger = replace(estimate, save_peak_bytes=3 * first.save_peak_bytes, replay_peak_bytes=3 * first.replay_peak_bytes)
+    blocks = [replace(b, options=(*b.options, larger)) if k == block else b for k, b in enumerate(chain.blocks)]
+    chain = replace(chain, blocks=tuple(blocks))
+    budget_bytes = int(1.04 * Planner(chain).smallest_bytes)
+    room = cast("Any", FixedRoom(budget_bytes))
+    budget = HCBConfig(activation_budget=budget_bytes).budget
+    pilot = Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[])
+    fly(pilot, as_predicted(pilot))
+    for _ in range(3):
+        fly(pilot, int(1.2 * budget_bytes))
+    assert pilot.wants_all_options
+    assert pilot.is_measuring

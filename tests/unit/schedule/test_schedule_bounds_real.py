@@ -1,6 +1,7 @@
 """Gaps on chains of real networks, and bounds under the optimum on many small ones: what the certificate is worth."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -207,3 +208,18 @@ def _skip_in_the_way() -> Chain:
         ),
         boundaries=tuple(Boundary(tuple(map(StorageId, s)), 0) for s in ((0,), (1, 2), (1, 3), (1, 4), (5,))),
     )
+
+
+@pytest.mark.parametrize("num_blocks", [16, 24])
+def test_a_boundary_as_heavy_as_all_that_is_left_is_no_boundary_to_hold(num_blocks: int) -> None:
+    """What every backward needs beside leaves less to plan with than it weighs."""
+    chain = uniform_chain(num_blocks, saved_bytes=2)
+    sizes = [1000 if s == 2 else size for s, size in enumerate(chain.storage_bytes)]
+    blocks = [
+        replace(b, options=(replace(b.options[0], storages=()),)) if k == 2 else b for k, b in enumerate(chain.blocks)
+    ]
+    chain = replace(chain, storage_bytes=tuple(sizes), blocks=tuple(blocks), tail_live_bytes=1000, tail_peak_bytes=1000)
+    planner = Planner(chain)
+    for more_bytes in (0, 2, 4, 8, 12):
+        found = planner.plan(budget_bytes=planner.smallest_bytes + more_bytes)
+        assert found.certificate.lower_bound_s <= found.total_s * _ROUNDING

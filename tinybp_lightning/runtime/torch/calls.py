@@ -5,7 +5,7 @@ A step need not make all that another makes (stochastic depth, a branch on data)
 that it was given and saved. A plan for that serves every smaller step, by which call is meant and not by its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
@@ -36,11 +36,11 @@ class CallCost:
 
 
 class CallBook:
-    """The calls of the largest step there may be, in one order."""
+    """The calls of the largest step there may be, in one order. It does not change: what is learned makes another."""
 
-    def __init__(self) -> None:
-        self._calls: list[CallCost] = []
-        self._places: dict[tuple[str, int], int] = {}
+    def __init__(self, calls: Sequence[CallCost] = ()) -> None:
+        self._calls = tuple(calls)
+        self._places = {(call.unit, call.number): place for place, call in enumerate(calls)}
 
     def place(self, call: CallCost) -> int | None:
         """Return the block that `call` is; `None` where it is not known, or larger than it was known to be."""
@@ -49,28 +49,31 @@ class CallBook:
             return None
         return place
 
-    def learn(self, calls: Sequence[CallCost]) -> bool:
-        """Take in the calls of a step; return whether the largest step there may be has become larger."""
-        has_grown, at = False, -1
+    def with_calls(self, calls: Sequence[CallCost]) -> "CallBook":
+        """Return the book with the calls of a step taken in: this one where the largest step is what it was."""
+        known, places, at = list(self._calls), dict(self._places), -1
         for call in calls:
-            place = self._places.get((call.unit, call.number))
+            place = places.get((call.unit, call.number))
             if place is None:
                 at += 1
-                self._calls.insert(at, replace(call))
-                self._places = {(known.unit, known.number): k for k, known in enumerate(self._calls)}
-                has_grown = True
+                known.insert(at, replace(call))
+                places = {(k.unit, k.number): n for n, k in enumerate(known)}
                 continue
-            at, known = place, self._calls[place]
-            is_larger = call.input_bytes > _LARGER * known.input_bytes
-            if is_larger or call.saved_bytes > _LARGER * known.saved_bytes:
-                self._calls[place] = replace(
+            at, largest = place, known[place]
+            is_larger = call.input_bytes > _LARGER * largest.input_bytes
+            if is_larger or call.saved_bytes > _LARGER * largest.saved_bytes:
+                known[place] = replace(
                     call,
-                    input_bytes=max(call.input_bytes, known.input_bytes),
-                    saved_bytes=max(call.saved_bytes, known.saved_bytes),
-                    guard_bytes=max(call.guard_bytes, known.guard_bytes),
+                    input_bytes=max(call.input_bytes, largest.input_bytes),
+                    saved_bytes=max(call.saved_bytes, largest.saved_bytes),
+                    guard_bytes=max(call.guard_bytes, largest.guard_bytes),
                 )
-                has_grown = True
-        return has_grown
+        return self if tuple(known) == self._calls else CallBook(known)
+
+    def without(self, units: Collection[str]) -> "CallBook":
+        """Return the book without the calls of `units`: this one where it has none."""
+        left = [call for call in self._calls if call.unit not in units]
+        return self if len(left) == len(self._calls) else CallBook(left)
 
     def is_whole(self, calls: Sequence[CallCost]) -> bool:
         """Return whether a step was as large as any may be."""
@@ -84,7 +87,8 @@ class CallBook:
         """Return the calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
 
         What was alive when the forward ended, less what guards the replays, is alive in plain training too (boundary 0,
-        held throughout); what backward had beside that and the widest saved set is any block's backward.
+        held throughout); what backward had beside that and the widest saved set is any block's backward. A larger step
+        has more of both: as much as more is given to its calls.
 
         **Arguments:** `measured`: a step with every block dropped, and `dropped` its calls.
         """
@@ -93,6 +97,11 @@ class CallBook:
         if measured is not None:
             held_bytes = max(0, measured.forward_end_bytes - sum(c.guard_bytes for c in dropped))
             working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes)
+        given = [(call, self._places.get((call.unit, call.number))) for call in dropped if call.input_bytes]
+        times = [self._calls[p].input_bytes / call.input_bytes for call, p in given if p is not None]
+        given_bytes = sum(call.input_bytes for call, _ in given)
+        more = max(1.0, sum(c.input_bytes for c in self._calls) / given_bytes) if given_bytes else 1.0
+        held_bytes, working_bytes = int(held_bytes * more), int(working_bytes * max([1.0, *times]))
         boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(self._calls) + 1))
         blocks = tuple(_block(call, working_bytes) for call in self._calls)
         return Chain((held_bytes,), blocks, boundaries, workspace_bytes=sum(c.guard_bytes for c in self._calls))

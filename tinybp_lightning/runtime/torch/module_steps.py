@@ -236,7 +236,7 @@ class ModuleSteps:
             total.replayed_blocks += s.replayed_blocks
             total.rescued_blocks += s.rescued_blocks
             total.replay_s += s.replay_s
-        has_grown = self._book.learn(calls)
+        book = self._book.with_calls(calls).without(self._kept_units)
         if self.pilot is None and not calls:
             self._say_nothing_is_planned()
         elif self.pilot is None:
@@ -248,17 +248,22 @@ class ModuleSteps:
                     HCBWarning,
                     stacklevel=2,
                 )
-            self.pilot = self._new_pilot(device)
-        elif has_grown:
-            self.pilot = self._new_pilot(device)
+            self._plan_for(book, device)
+        elif book is not self._book:
+            if watch.measured is not None and all(call.is_dropped for call in calls):
+                self._dropped = (watch.measured, calls)
+            self._plan_for(book, device)
         else:
             self.profile = self.pilot.end_step(watch, total, is_whole=self._book.is_whole(calls))
 
-    def _new_pilot(self, device: torch.device) -> Pilot:
-        """Plan for the largest step that has been seen."""
+    def _plan_for(self, book: CallBook, device: torch.device) -> None:
+        """Plan for the largest step that has been seen; where no plan fits, the last one stays in force."""
         room = Room(self._config, device, [*self._parameters, *self._buffers], self._memory)
-        chain = self._book.chain(*self._dropped)
-        return Pilot(self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers)
+        chain = book.chain(*self._dropped)
+        self.pilot = Pilot(
+            self._name, chain, budget=self._config.budget, room=room, device=device, observers=self._observers
+        )
+        self._book = book
 
     def _say_nothing_is_planned(self) -> None:
         if self._has_blocks:
@@ -277,7 +282,7 @@ class ModuleSteps:
         leaves, spec = tree_flatten((args, kwargs))
         started = time.perf_counter()
         number = sum(call.unit == unit for call in self._calls)
-        cost = CallCost(unit, number, sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor)))
+        cost = CallCost(unit, number, sum(map(_size_bytes, leaves)))
         self._calls.append(cost)
         if self._kept(cost) or not self._replayable(unit, module, leaves):
             result = impl(*args, **kwargs)
@@ -367,6 +372,11 @@ class _Interceptor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._owner.intercept(self._name, self._module, self._impl, args, kwargs)
+
+
+def _size_bytes(leaf: Any) -> int:
+    """The bytes of a tensor's elements, of a sparse one those it would have; 0 for anything else."""
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else 0
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -53,6 +53,8 @@ _MARGIN = 0.03
 # A prediction this far under the measurement is worth a new plan that uses the room.
 _SLACK = 0.02
 _MAX_TRACES = 5
+# Where the largest step that may come is rare, or never comes: branches of which each takes one.
+_MAX_PARTIAL = 50
 
 
 class _Phase(Enum):
@@ -97,6 +99,7 @@ class Pilot:
         self._optimizer_bytes = room.optimizer_bytes  # what the plan in force takes it to be
         self._phase = _Phase.CALIBRATE
         self._traces = 0
+        self._num_partial = 0
         self._steps = 0
         self._good: Flight | None = None
         self._plain_fits = True  # until it is seen not to
@@ -262,7 +265,9 @@ class Pilot:
         fits = measured.peak_bytes <= flown.budget_bytes
         if not fits:
             self._refuted[flown.schedule] = measured.peak_bytes
-        if fits and not is_whole and self._traces < _MAX_TRACES:
+        if fits and not is_whole and self._num_partial < _MAX_PARTIAL:
+            self._num_partial += 1
+            self._traces -= 1
             return  # a whole step is still to be measured
         known, self._known = self._known, None
         if known is not None and fits:
@@ -273,16 +278,20 @@ class Pilot:
         self._plain_fits = self._plain_fits and (fits or not is_plain)
         before = self._chain.workspace_bytes
         self._learn_residual(flown.schedule, measured.peak_bytes, may_shrink=fits and is_whole)
-        shown = replace(flown, chain=self._chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
+        seen_bytes = measured.peak_bytes if is_whole else max(measured.peak_bytes, flown.predicted_peak_bytes)
+        shown = replace(flown, chain=self._chain, predicted_peak_bytes=seen_bytes, reason="measured")
         flight = replace(self._flight, report=shown)
         if fits and (self._good is None or flown.predicted_step_s <= self._good.report.predicted_step_s):
             self._good = flight
         slack = before - self._chain.workspace_bytes
         if self._traces < _MAX_TRACES and (not fits or slack > _SLACK * flown.budget_bytes):
             better = self._for_budget("measured")
-            while self._is_refuted(better) and self._good is None:
+            while self._is_refuted(better) and self._good is None and not self.wants_all_options:
                 self._learn_residual(better.report.schedule, self._refuted[better.report.schedule], may_shrink=False)
                 better = self._for_budget("measured")
+            if self.wants_all_options:
+                self._fly(better)  # not before they are measured, and another plan is made
+                return
             is_other = better.report.schedule != flown.schedule and not self._is_refuted(better)
             if is_other and (not fits or better.report.predicted_step_s < flown.predicted_step_s):
                 self._fly(better)
