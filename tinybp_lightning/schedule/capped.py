@@ -141,7 +141,7 @@ class _Capped:
         shift = self._shift(held_bytes)
         tops = self._later(after.segment[:, target], shift, forward)
         # With few slots left what follows is infinite: a fork is offered from where the first end is finite.
-        lowest_slots = first_true((tops < _NEVER).any(axis=0), width=self._width)
+        lowest_slots = first_true(tops < _NEVER, width=self._width)
         for fork in range(i + 1, self._relaxed.num_blocks + 1):
             from_end, lowest = max(start, fork), lowest_slots[fork - i - 1]
             lefts, kept_lefts = self._column(i, here, first, fork)
@@ -214,7 +214,7 @@ class _Capped:
                 target, held_bytes = self._held.after_hold(i, index, counted)
                 ends = after.segment[-num_ends:, target, :, fork - i - 1]
                 ends = self._later(ends, self._shift(held_bytes), self._forward[i])
-                ends = ends[:, first_true((ends < _NEVER).any(axis=0)[:, None], width=self._width)[0] :]
+                ends = ends[:, first_true((ends < _NEVER)[..., None], width=self._width)[0] :]
                 if index < num_passing:
                     self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
                 else:

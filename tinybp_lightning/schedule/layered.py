@@ -127,7 +127,7 @@ class LayeredTree(HelperTree):
         if boundary < tables.num_blocks - 1:
             held = self._held_ends(tables.states[here[0]], first)
             # With few slots left times are infinite: a fork is offered from where the first end is finite.
-            lowest_slots = first_true(np.isfinite(held).any(axis=0), width=self._slots.width)
+            lowest_slots = first_true(np.isfinite(held), width=self._slots.width)
         for index in here:
             rows = self._new_rows(index, first, held, lowest_slots)
             first_own = self._first_own(index)

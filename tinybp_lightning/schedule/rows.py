@@ -188,10 +188,11 @@ class SegmentRows:
 
 
 def first_true(found: NDArray[np.bool_], *, width: int) -> list[int]:
-    """Return by column of `found` its first row that is true; `width` where none is."""
-    if not len(found):
-        return [width] * found.shape[1]
-    return np.where(found.any(axis=0), found.argmax(axis=0), width).tolist()
+    """Return by place on the last axis of `found` the first on axis 1 that is true anywhere; `width` where none is."""
+    anywhere: NDArray[np.bool_] = np.logical_or.reduce(found, axis=0)
+    if not len(anywhere):
+        return [width] * anywhere.shape[1]
+    return np.where(anywhere.any(axis=0), anywhere.argmax(axis=0), width).tolist()
 
 
 def first_finite(times: Times) -> int:
