@@ -39,8 +39,7 @@ _AS_NARROW = 1.05
 def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
     """Return `cuts` and those behind products that a replay of their block would repeat.
 
-    A cut that stands just behind such a place and is no narrower, or just before it and no narrower, is moved there: a
-    block has `MIN_OPS` ops at least.
+    A cut that stands close to such a place, and is no narrower, is moved there: a block has `MIN_OPS` ops at least.
     Where more than `_MAX_BLOCKS` blocks would result, cuts are moved and none is added.
 
     **Arguments:** `cuts`: increasing, allowed positions.

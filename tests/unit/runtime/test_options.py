@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.unit.runtime.rooms import FixedRoom
 from tests.unit.schedule.chains_by_hand import transformer_chain
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError
@@ -47,22 +48,9 @@ def _chain(*, saved: float, slower: float, is_estimated: bool, held: float = 1.0
     return replace(chain, blocks=tuple(with_option(block) for block in chain.blocks))
 
 
-class _Room:
-    """A fixed budget."""
-
-    cap_bytes: int | None = None
-    optimizer_bytes = 0
-
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
-
-    def __call__(self, plain_peak_bytes: int) -> int:
-        return self._budget_bytes
-
-
 def _pilot(chain: Chain, budget_bytes: int, known: KnownPlan | None = None) -> Pilot:
     budget = HCBConfig(activation_budget=budget_bytes).budget
-    room = cast("Any", _Room(budget_bytes))
+    room = cast("Any", FixedRoom(budget_bytes))
     return Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[], known=known)
 
 

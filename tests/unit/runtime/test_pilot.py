@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.unit.runtime.rooms import FixedRoom
 from tests.unit.schedule.chains_by_hand import transformer_chain
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.chain import Chain
@@ -16,19 +17,6 @@ from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import keep_all
 from tinybp_lightning.schedule.plan import Planner
 from tinybp_lightning.schedule.simulate import simulate
-
-
-class FixedRoom:
-    """A budget that nothing changes."""
-
-    cap_bytes: int | None = None
-    optimizer_bytes = 0
-
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
-
-    def __call__(self, plain_peak_bytes: int) -> int:
-        return self._budget_bytes
 
 
 class Flown:
