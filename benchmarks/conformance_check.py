@@ -123,7 +123,8 @@ def check(
 
     **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
     """
-    reference = _reference(architecture, executor, device, autocast=autocast)
+    begin = functools.partial(Training, architecture, device, autocast=autocast)
+    reference = _reference(begin, executor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tbp.HCBWarning)  # a compiled reference says what is said below
         plain_peak_bytes = reference.peak_bytes()
@@ -132,7 +133,7 @@ def check(
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", tbp.HCBWarning)
-                compared = _compare(reference, architecture, executor, allowed_bytes, device, autocast=autocast)
+                compared = _compare(reference, begin, executor, allowed_bytes)
         except tbp.BudgetTooSmallError as error:
             # What the first steps teach about the step's end may raise the smallest budget once more.
             if attempt == _MAX_RAISES - 1:
@@ -156,13 +157,13 @@ def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: 
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
-def _reference(architecture: Architecture, executor: Executor, device: torch.device, *, autocast: bool) -> Training:
+def _reference(begin: Callable[..., Training], executor: Executor) -> Training:
     """Return the training that `executor` has to equal: plain for eager; the same compiled blocks, none replayed."""
     match executor:
         case Executor.EAGER:
-            return Training(architecture, device, autocast=autocast)
+            return begin()
         case Executor.INDUCTOR:
-            training = Training(architecture, device, around=_keeping, autocast=autocast)
+            training = begin(around=_keeping)
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
         case _:
@@ -228,20 +229,12 @@ class _Compared:
     planning_s: float
 
 
-def _compare(
-    plain: Training,
-    architecture: Architecture,
-    executor: Executor,
-    allowed_bytes: int,
-    device: torch.device,
-    *,
-    autocast: bool,
-) -> _Compared:
+def _compare(plain: Training, begin: Callable[..., Training], executor: Executor, allowed_bytes: int) -> _Compared:
     plain.restart()
     _FLOWN.clear()
     noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
-    ours, listener = Training(architecture, device, around, autocast=autocast), Listener()
+    ours, listener = begin(around=around), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
     told: list[str] = []
     fields: set[str] = set()

@@ -39,8 +39,8 @@ _WINDOW = 16
 def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
     """Return `graph` with ops that run before a product moved behind it, to where their result is first read.
 
-    Only those whose inputs are saved anyway, so that nothing lives longer for it, and whose move changes no bit. Values
-    and storages keep their ids.
+    Only those whose inputs are saved anyway, so that nothing lives longer for it, or copies of them, which are made
+    later then; and whose move changes no bit. Values and storages keep their ids.
 
     **Arguments:** `may_move_parameters`: whether ops may be moved that read parameters, which nobody waits for then.
     """

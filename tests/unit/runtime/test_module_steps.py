@@ -32,6 +32,10 @@ def square_loss(model: nn.Module) -> torch.Tensor:
     return model(BATCH).square().mean()
 
 
+def loss_of_rows(rows: int) -> LossOf:
+    return lambda model: model(BATCH[:rows]).square().mean()
+
+
 class Broken(nn.Module):
     """Blocks with something between them that no tracer follows."""
 
@@ -277,43 +281,34 @@ def test_a_step_of_more_blocks_than_the_first_keeps_the_budget(
 
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
 def test_a_larger_batch_than_the_first_keeps_the_budget() -> None:
-    def loss_of(rows: int) -> LossOf:
-        return lambda model: model(BATCH[:rows]).square().mean()
-
-    budget_bytes = int(0.5 * peak_bytes(made(Broken), loss_of(ROWS)))
+    budget_bytes = int(0.5 * peak_bytes(made(Broken), loss_of_rows(ROWS)))
     model = tbp.hcb(made(Broken), activation_budget=budget_bytes)
-    train(model, loss_of(ROWS // 4), steps=4)
-    train(model, loss_of(ROWS), steps=1)
+    train(model, loss_of_rows(ROWS // 4), steps=4)
+    train(model, loss_of_rows(ROWS), steps=1)
     for _ in range(4):
-        assert peak_bytes(model, loss_of(ROWS)) <= budget_bytes
-    assert peak_bytes(model, loss_of(ROWS // 4)) <= budget_bytes
+        assert peak_bytes(model, loss_of_rows(ROWS)) <= budget_bytes
+    assert peak_bytes(model, loss_of_rows(ROWS // 4)) <= budget_bytes
 
 
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
 def test_a_large_batch_that_comes_rarely_keeps_the_budget() -> None:
-    def loss_of(rows: int) -> LossOf:
-        return lambda model: model(BATCH[:rows]).square().mean()
-
-    budget_bytes = int(0.8 * peak_bytes(made(Broken), loss_of(ROWS)))
+    budget_bytes = int(0.8 * peak_bytes(made(Broken), loss_of_rows(ROWS)))
     model = tbp.hcb(made(Broken), activation_budget=budget_bytes)
     for rows in [ROWS // 8] * 3 + [ROWS] + [ROWS // 8] * 8:
-        train(model, loss_of(rows), steps=1)
-    assert peak_bytes(model, loss_of(ROWS)) <= budget_bytes
+        train(model, loss_of_rows(rows), steps=1)
+    assert peak_bytes(model, loss_of_rows(ROWS)) <= budget_bytes
 
 
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
 def test_after_a_step_that_no_plan_fits_smaller_ones_go_on() -> None:
-    def loss_of(rows: int) -> LossOf:
-        return lambda model: model(BATCH[:rows]).square().mean()
-
-    budget_bytes = int(0.9 * peak_bytes(made(Broken), loss_of(ROWS // 8)))
+    budget_bytes = int(0.9 * peak_bytes(made(Broken), loss_of_rows(ROWS // 8)))
     model, plain = tbp.hcb(made(Broken), activation_budget=budget_bytes), made(Broken)
-    train(model, loss_of(ROWS // 8), steps=3, lr=0.0)
+    train(model, loss_of_rows(ROWS // 8), steps=3, lr=0.0)
     with pytest.raises(tbp.BudgetTooSmallError):
-        train(model, loss_of(ROWS), steps=4, lr=0.0)
-    want = train(plain, loss_of(ROWS // 8), steps=3)
-    assert_all_same(train(model, loss_of(ROWS // 8), steps=3), want)
-    assert peak_bytes(model, loss_of(ROWS // 8)) <= budget_bytes
+        train(model, loss_of_rows(ROWS), steps=4, lr=0.0)
+    want = train(plain, loss_of_rows(ROWS // 8), steps=3)
+    assert_all_same(train(model, loss_of_rows(ROWS // 8), steps=3), want)
+    assert peak_bytes(model, loss_of_rows(ROWS // 8)) <= budget_bytes
 
 
 class Graphs(Broken):

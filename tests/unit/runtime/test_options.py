@@ -1,14 +1,11 @@
 """Options that are not compiled: a plan by their estimates is a question, and is never flown."""
 
 from dataclasses import replace
-from typing import Any, cast
 
 import pytest
-import torch
 
-from tests.unit.runtime.rooms import FixedRoom
+from tests.unit.runtime.pilots import middle_bytes, pilot_of
 from tests.unit.schedule.chains_by_hand import transformer_chain
-from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Block, Chain, SavedSet
 from tinybp_lightning.graph.ids import OptionId
@@ -19,10 +16,9 @@ from tinybp_lightning.runtime.torch.options import (
     prefer_measured,
     with_measured,
 )
-from tinybp_lightning.runtime.torch.pilot import Pilot
 from tinybp_lightning.schedule.actions import Backward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import keep_all, per_block
-from tinybp_lightning.schedule.known import KnownPlan, known_plan
+from tinybp_lightning.schedule.known import known_plan
 from tinybp_lightning.schedule.plan import Planner
 from tinybp_lightning.schedule.simulate import simulate
 from tinybp_lightning.schedule.verify import verify_schedule
@@ -48,17 +44,6 @@ def _chain(*, saved: float, slower: float, is_estimated: bool, held: float = 1.0
     return replace(chain, blocks=tuple(with_option(block) for block in chain.blocks))
 
 
-def _pilot(chain: Chain, budget_bytes: int, known: KnownPlan | None = None) -> Pilot:
-    budget = HCBConfig(activation_budget=budget_bytes).budget
-    room = cast("Any", FixedRoom(budget_bytes))
-    return Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[], known=known)
-
-
-def _middle_bytes(chain: Chain) -> int:
-    planner = Planner(chain)
-    return (planner.smallest_bytes + planner.largest_bytes) // 2
-
-
 def _options(chain: Chain, budget_bytes: int) -> list[OptionId]:
     found = prefer_measured(Planner(chain).plan(budget_bytes=budget_bytes), chain)
     verify_schedule(chain, found.schedule)
@@ -67,9 +52,9 @@ def _options(chain: Chain, budget_bytes: int) -> list[OptionId]:
 
 def test_a_plan_takes_an_estimated_option_where_it_promises_much_and_not_for_little() -> None:
     good = _chain(saved=0.3, slower=1.01, is_estimated=True)
-    assert 1 in _options(good, _middle_bytes(good))
+    assert 1 in _options(good, middle_bytes(good))
     little = _chain(saved=0.97, slower=1.0, is_estimated=True)
-    budget_bytes = _middle_bytes(little)
+    budget_bytes = middle_bytes(little)
     assert any(
         isinstance(a, Backward) and a.option for a in Planner(little).plan(budget_bytes=budget_bytes).schedule.actions
     )
@@ -78,7 +63,7 @@ def test_a_plan_takes_an_estimated_option_where_it_promises_much_and_not_for_lit
 
 def test_the_promise_of_a_measured_option_is_taken_however_small() -> None:
     chain = _chain(saved=0.3, slower=1.01, is_estimated=False)
-    found = Planner(chain).plan(budget_bytes=_middle_bytes(chain))
+    found = Planner(chain).plan(budget_bytes=middle_bytes(chain))
     assert prefer_measured(found, chain) is found
 
 
@@ -92,7 +77,7 @@ def test_a_schedule_of_the_measured_part_is_one_of_the_whole_chain() -> None:
     chain = replace(chain, blocks=tuple(with_estimate(block) for block in chain.blocks))
     part = measured_part(chain)
     assert estimated_options(part.chain) == frozenset()
-    found = Planner(part.chain).plan(budget_bytes=_middle_bytes(part.chain))
+    found = Planner(part.chain).plan(budget_bytes=middle_bytes(part.chain))
     whole = part.renumbered(found.schedule)
     verify_schedule(chain, whole)
     assert {a.option for a in whole.actions if isinstance(a, Backward)} == {0, 2}
@@ -163,7 +148,7 @@ def test_what_another_process_measured_is_kept_beside_what_is_estimated_here() -
 
 def test_the_first_step_goes_by_measured_options_alone() -> None:
     chain = _chain(saved=0.1, slower=1.0, is_estimated=True, held=0.1)
-    pilot = _pilot(chain, _middle_bytes(chain) * 2)
+    pilot = pilot_of(chain, middle_bytes(chain) * 2)
     assert set(pilot.script.options) == {0}
     assert not pilot.unmeasured
 
@@ -172,7 +157,7 @@ def test_a_budget_that_only_estimated_options_meet_has_them_measured_first() -> 
     chain = _chain(saved=0.1, slower=1.0, is_estimated=True, held=0.1)
     measured_bytes = Planner(measured_part(chain).chain).smallest_bytes
     assert Planner(chain).smallest_bytes < 0.9 * measured_bytes
-    pilot = _pilot(chain, int(0.95 * measured_bytes))
+    pilot = pilot_of(chain, int(0.95 * measured_bytes))
     assert pilot.unmeasured == estimated_options(chain)
 
 
@@ -181,7 +166,7 @@ def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too
     measured = _chain(saved=0.1, slower=1.0, is_estimated=False, held=0.1)
     budget_bytes = int(1.05 * Planner(measured).smallest_bytes)
     known = known_plan(estimated, keep_all(estimated), room_bytes=2 * Planner(estimated).largest_bytes)
-    pilot = _pilot(estimated, budget_bytes, known)
+    pilot = pilot_of(estimated, budget_bytes, known)
     assert pilot.unmeasured == estimated_options(estimated)
     pilot.learn_options(measured)
     assert pilot.report.predicted_peak_bytes <= budget_bytes
@@ -194,13 +179,13 @@ def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
     smallest_bytes = Planner(measured).smallest_bytes
     assert smallest_bytes < 0.9 * Planner(estimated).smallest_bytes
     budget_bytes = int(1.05 * smallest_bytes)
-    pilot = _pilot(estimated, budget_bytes)
+    pilot = pilot_of(estimated, budget_bytes)
     assert pilot.unmeasured == estimated_options(estimated)
     pilot.learn_options(measured)
     assert not pilot.unmeasured
     assert pilot.report.predicted_peak_bytes <= budget_bytes
 
-    pilot = _pilot(estimated, smallest_bytes // 2)
+    pilot = pilot_of(estimated, smallest_bytes // 2)
     with pytest.raises(BudgetTooSmallError) as caught:
         pilot.learn_options(measured)
     assert caught.value.smallest_bytes == pytest.approx(1.03 * smallest_bytes, rel=0.01)

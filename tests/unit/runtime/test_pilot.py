@@ -1,14 +1,12 @@
 """What a pilot learns from measured steps: plans that were seen to exceed the budget, and steps that lack blocks."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
 
-from tests.unit.runtime.rooms import FixedRoom
+from tests.unit.runtime.pilots import middle_bytes, pilot_of
 from tests.unit.schedule.chains_by_hand import transformer_chain
-from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.torch.engine import RunStats
 from tinybp_lightning.runtime.torch.pilot import Pilot
@@ -31,18 +29,6 @@ class Flown:
         self.measured = measured if pilot.is_measuring else None
 
 
-def half_budget(chain: Chain) -> int:
-    planner = Planner(chain)
-    return (planner.smallest_bytes + planner.largest_bytes) // 2
-
-
-def pilot_of(chain: Chain) -> Pilot:
-    budget_bytes = half_budget(chain)
-    room = cast("Any", FixedRoom(budget_bytes))
-    budget = HCBConfig(activation_budget=budget_bytes).budget
-    return Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[])
-
-
 def fly(pilot: Pilot, peak_bytes: int, *, is_whole: bool = True) -> Schedule:
     """Let a step end that needed so much; return what it flew."""
     flown = pilot.report.schedule
@@ -62,7 +48,8 @@ def chain() -> Chain:
 
 def test_a_plan_that_was_seen_to_exceed_the_budget_is_not_flown_again(chain: Chain) -> None:
     """It alone needs more than the model says: others need less than it taught, so that it seems to fit again."""
-    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    budget_bytes = middle_bytes(chain)
+    pilot = pilot_of(chain, budget_bytes)
     fly(pilot, as_predicted(pilot))
     greedy = fly(pilot, int(1.3 * budget_bytes))
     flown = [pilot.report.schedule]
@@ -75,7 +62,8 @@ def test_a_plan_that_was_seen_to_exceed_the_budget_is_not_flown_again(chain: Cha
 
 
 def test_where_every_plan_so_far_exceeded_the_budget_the_next_is_another(chain: Chain) -> None:
-    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    budget_bytes = middle_bytes(chain)
+    pilot = pilot_of(chain, budget_bytes)
     fly(pilot, as_predicted(pilot))
     first = fly(pilot, budget_bytes + 10)
     second = fly(pilot, budget_bytes + 1)
@@ -85,7 +73,8 @@ def test_where_every_plan_so_far_exceeded_the_budget_the_next_is_another(chain: 
 
 def test_a_step_that_lacks_blocks_makes_no_room(chain: Chain) -> None:
     """It needed half the budget, and has not shown what a whole one needs."""
-    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    budget_bytes = middle_bytes(chain)
+    pilot = pilot_of(chain, budget_bytes)
     fly(pilot, as_predicted(pilot) + budget_bytes // 10)
     planned = fly(pilot, budget_bytes // 2, is_whole=False)
     assert pilot.report.schedule == planned
@@ -100,7 +89,8 @@ def test_a_step_that_lacks_blocks_makes_no_room(chain: Chain) -> None:
 
 
 def test_a_whole_step_after_one_that_lacks_blocks_is_learned_from(chain: Chain) -> None:
-    pilot, budget_bytes = pilot_of(chain), half_budget(chain)
+    budget_bytes = middle_bytes(chain)
+    pilot = pilot_of(chain, budget_bytes)
     fly(pilot, as_predicted(pilot))
     planned = fly(pilot, budget_bytes // 2, is_whole=False)
     fly(pilot, budget_bytes + 10)
@@ -116,9 +106,7 @@ def test_where_not_even_the_smallest_plan_fits_estimated_options_are_measured(ch
     blocks = [replace(b, options=(*b.options, larger)) if k == block else b for k, b in enumerate(chain.blocks)]
     chain = replace(chain, blocks=tuple(blocks))
     budget_bytes = int(1.04 * Planner(chain).smallest_bytes)
-    room = cast("Any", FixedRoom(budget_bytes))
-    budget = HCBConfig(activation_budget=budget_bytes).budget
-    pilot = Pilot("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[])
+    pilot = pilot_of(chain, budget_bytes)
     fly(pilot, as_predicted(pilot))
     for _ in range(3):
         fly(pilot, int(1.2 * budget_bytes))

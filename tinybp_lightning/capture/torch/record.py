@@ -26,12 +26,10 @@ from tinybp_lightning.graph.verify import verify_graph
 __all__ = ["enters_transform", "is_op", "module_path", "record_graph"]
 
 _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
-# These change their running statistics without raising the version counter (seen on torch 2.13, CPU and fake).
 # Dynamo spells a module's place as `L['self']._modules['layers'][0]` or `L['fn'].__self__.layers.0`, by version.
 _NOISE = frozenset({"", "L", "__dict__", "_modules", "__self__"})
+# Norms change these without raising the version counter (seen on torch 2.13, CPU and fake).
 _SILENT_WRITES = ("running_mean", "running_var")
-
-
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 

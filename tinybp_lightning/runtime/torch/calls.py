@@ -56,7 +56,7 @@ class CallBook:
             place = places.get((call.unit, call.number))
             if place is None:
                 at += 1
-                known.insert(at, replace(call))
+                known.insert(at, call)
                 places = {(k.unit, k.number): n for n, k in enumerate(known)}
                 continue
             at, largest = place, known[place]
@@ -97,14 +97,20 @@ class CallBook:
         if measured is not None:
             held_bytes = max(0, measured.forward_end_bytes - sum(c.guard_bytes for c in dropped))
             working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes)
-        given = [(call, self._places.get((call.unit, call.number))) for call in dropped if call.input_bytes]
-        times = [self._calls[p].input_bytes / call.input_bytes for call, p in given if p is not None]
-        given_bytes = sum(call.input_bytes for call, _ in given)
-        more = max(1.0, sum(c.input_bytes for c in self._calls) / given_bytes) if given_bytes else 1.0
-        held_bytes, working_bytes = int(held_bytes * more), int(working_bytes * max([1.0, *times]))
+        all_calls, one_call = self._times_larger(dropped)
         boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(self._calls) + 1))
-        blocks = tuple(_block(call, working_bytes) for call in self._calls)
-        return Chain((held_bytes,), blocks, boundaries, workspace_bytes=sum(c.guard_bytes for c in self._calls))
+        blocks = tuple(_block(call, int(one_call * working_bytes)) for call in self._calls)
+        guard_bytes = sum(c.guard_bytes for c in self._calls)
+        return Chain((int(all_calls * held_bytes),), blocks, boundaries, workspace_bytes=guard_bytes)
+
+    def _times_larger(self, dropped: Sequence[CallCost]) -> tuple[float, float]:
+        """How many times what a step's calls were given is given to all of the largest step, and to any one of it."""
+        given_bytes = sum(call.input_bytes for call in dropped)
+        if not given_bytes:
+            return 1.0, 1.0
+        largest = [(call, self._places.get((call.unit, call.number))) for call in dropped if call.input_bytes]
+        each = [self._calls[place].input_bytes / call.input_bytes for call, place in largest if place is not None]
+        return max(1.0, sum(call.input_bytes for call in self._calls) / given_bytes), max([1.0, *each])
 
 
 def _block(call: CallCost, working_bytes: int) -> Block:

@@ -9,6 +9,7 @@ the plan decides which calls keep their saved tensors.
 import enum
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -190,6 +191,7 @@ class ModuleSteps:
         self._book = CallBook()
         self._dropped: tuple[Measured | None, list[CallCost]] = (None, [])  # the first step, which drops every block
         self._calls: list[CallCost] | None = None
+        self._num_calls = Counter[str]()  # of each unit in the step
         self._runs: list[Run] = []
         self._watch: StepWatch | None = None
         self.pilot: Pilot | None = None
@@ -210,6 +212,7 @@ class ModuleSteps:
             self._watch.abandon()
         device = self._parameters[0].device
         self._calls, self._runs = [], []
+        self._num_calls.clear()
         self._watch = watch = self._begin(device)
         try:
             result = self._plain(*args, **kwargs)
@@ -281,8 +284,8 @@ class ModuleSteps:
             return impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         started = time.perf_counter()
-        number = sum(call.unit == unit for call in self._calls)
-        cost = CallCost(unit, number, sum(map(_size_bytes, leaves)))
+        cost = CallCost(unit, self._num_calls[unit], sum(map(_size_bytes, leaves)))
+        self._num_calls[unit] += 1
         self._calls.append(cost)
         if self._kept(cost) or not self._replayable(unit, module, leaves):
             result = impl(*args, **kwargs)

@@ -238,7 +238,6 @@ class Pilot:
                 self._fly(self._for_budget("budget"))
                 self._tell(self._flight.learned(), is_measured=False)
             case _Phase.SETTLE:
-                self._traces += 1
                 self._settle(measured, is_whole=is_whole)
             case _Phase.STEADY:
                 raise AssertionError("steady steps are not traced")
@@ -267,8 +266,8 @@ class Pilot:
             self._refuted[flown.schedule] = measured.peak_bytes
         if fits and not is_whole and self._num_partial < _MAX_PARTIAL:
             self._num_partial += 1
-            self._traces -= 1
             return  # a whole step is still to be measured
+        self._traces += 1
         known, self._known = self._known, None
         if known is not None and fits:
             self._phase = _Phase.STEADY
