@@ -27,11 +27,10 @@ from benchmarks.zoo import Architecture, Blocks
 from recipes.budget import budget_bytes
 from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
-from tinybp_lightning.runtime.torch import module_steps, program
-from tinybp_lightning.runtime.torch.engine import Run
-from tinybp_lightning.runtime.torch.pilot import Pilot
-from tinybp_lightning.runtime.torch.script import Script
-from tinybp_lightning.runtime.torch.session import targets
+from tinybp_lightning.runtime.torch.api import targets
+from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.replay.engine import Run
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Backward
 
 __all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
@@ -177,7 +176,7 @@ _FLOWN: deque[tuple[OptionId, ...]] = deque()
 class _NotingRun(Run):
     """An engine run that notes the options of its blocks."""
 
-    def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
         _FLOWN.append(script.options)
         super().__init__(script, *args, **kwargs)
 
@@ -185,35 +184,35 @@ class _NotingRun(Run):
 class _KeepingRun(Run):
     """An engine run that keeps what every block saves, whatever the plan says."""
 
-    def __init__(self, script: Script, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
         super().__init__(_keeping_script(script.options), *args, **kwargs)
         if _FLOWN:
             _FLOWN.popleft()
 
 
 @functools.cache
-def _keeping_script(options: tuple[OptionId, ...]) -> Script:
+def _keeping_script(options: tuple[OptionId, ...]) -> ReplayProgram:
     num_blocks = len(options)
-    return Script((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
+    return ReplayProgram((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
 
 
-class _KeepingPilot(Pilot):
-    """A pilot whose next step goes by the options noted: they are compiled before it, as a plan's are."""
+class _KeepingPilot(Controller):
+    """A controller whose next step goes by the options noted: they are compiled before it, as a plan's are."""
 
     @property
-    def script(self) -> Script:
+    def script(self) -> ReplayProgram:
         return _keeping_script(_FLOWN[0] if _FLOWN else super().script.options)
 
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(program, "Pilot", _KeepingPilot):
+    with _running(_KeepingRun), patch.object(program, "Controller", _KeepingPilot):
         yield
 
 
 @contextlib.contextmanager
 def _running(run: type[Run]) -> Generator[None]:
-    with patch.object(program, "Run", run), patch.object(module_steps, "Run", run):
+    with patch.object(traced_module, "Run", run), patch.object(submodules, "Run", run):
         yield
 
 

@@ -27,7 +27,7 @@ from recipes.modes import Mode
 from recipes.peers import apply_mode
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
-from tinybp_lightning.runtime.torch.explain import Explanation, explain
+from tinybp_lightning.runtime.torch.explanation import Explanation, explain
 
 __all__ = ["MINIMUM", "BelowMinimum", "Execution", "execute", "first_difference", "first_told"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tinybp_lightning.runtime.torch.engine import Run
-from tinybp_lightning.runtime.torch.steps import Step
+from tinybp_lightning.runtime.torch.replay.blocks import Step
+from tinybp_lightning.runtime.torch.replay.engine import Run
 
 __all__ = ["Faults", "Place", "out_of_memory"]
 

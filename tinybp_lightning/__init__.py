@@ -22,7 +22,7 @@ from tinybp_lightning.integrations import _import_hook
 if TYPE_CHECKING:
     from tinybp_lightning.capture.torch import capture_graph
     from tinybp_lightning.runtime.torch import attach, hcb, keep, restore, run_step
-    from tinybp_lightning.runtime.torch.explain import Explanation, explain
+    from tinybp_lightning.runtime.torch.explanation import Explanation, explain
     from tinybp_lightning.schedule import Pareto, pareto, plan, simulate
 
     HCBStrategy: Any
@@ -55,11 +55,11 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
-    "Explanation": "tinybp_lightning.runtime.torch.explain",
+    "Explanation": "tinybp_lightning.runtime.torch.explanation",
     "Pareto": "tinybp_lightning.schedule",
     "attach": "tinybp_lightning.runtime.torch",
     "capture_graph": "tinybp_lightning.capture.torch",
-    "explain": "tinybp_lightning.runtime.torch.explain",
+    "explain": "tinybp_lightning.runtime.torch.explanation",
     "hcb": "tinybp_lightning.runtime.torch",
     "keep": "tinybp_lightning.runtime.torch",
     "pareto": "tinybp_lightning.schedule",

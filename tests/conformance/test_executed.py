@@ -16,7 +16,7 @@ from benchmarks.executed import app
 from benchmarks.executed_check import BelowMinimum, Execution, execute, first_difference, first_told
 from benchmarks.executed_table import Flown, Row, Stopped, TooSmall, is_good, markdown_table
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
-from tinybp_lightning.runtime.torch.explain import Explanation
+from tinybp_lightning.runtime.torch.explanation import Explanation
 from tinybp_lightning.schedule import keep_all
 
 _MIB = 2**20

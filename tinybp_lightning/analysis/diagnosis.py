@@ -10,7 +10,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from tinybp_lightning.analysis.bounds import WidestOp, widest_op
-from tinybp_lightning.graph.cuts import Granularity, choose_cuts
+from tinybp_lightning.graph.cuts.narrow import Granularity, choose_cuts
 from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind

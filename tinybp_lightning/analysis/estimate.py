@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from tinybp_lightning.errors import ConfigError, GraphError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
-from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.cuts.skippable import skippable_ops
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
-from tinybp_lightning.graph.spare import spare_ops
 from tinybp_lightning.graph.verify import verify_chain
 
 __all__ = ["OPERATIONS_PER_S", "BlockSeconds", "count_operations", "estimate_chain"]
@@ -136,7 +136,7 @@ class _Estimate:
         return BlockSeconds(forward_s, replay_s, _BACKWARD * forward_s)
 
     def _replayed(self, start: int, stop: int) -> list[Node]:
-        spare = spare_ops(self._graph, start, stop)
+        spare = skippable_ops(self._graph, start, stop)
         return [node for node in self._graph.nodes[start:stop] if node.id not in spare]
 
     def _peak_bytes(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> int:

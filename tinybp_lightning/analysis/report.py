@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 
 from tinybp_lightning.analysis.bounds import WidestOp
 from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestPoint, diagnose
-from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
-from tinybp_lightning.graph.structure import graph_signature
+from tinybp_lightning.graph.signature import graph_signature
 
 __all__ = ["MAX_ROWS", "BlockGroup", "GraphReport", "format_bytes", "report_graph"]
 

@@ -1,12 +1,11 @@
 """What is computed: the frozen graph of one forward pass, its frontiers, cuts, blocks and the chain cut from it."""
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
-from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.dot import to_dot
+from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.frontier import CutObstacle, FrontierProfile, Life, frontier_profile
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, NodeId, OptionId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
-from tinybp_lightning.graph.structure import block_signature, graph_signature, layout_signature
+from tinybp_lightning.graph.signature import block_signature, graph_signature, layout_signature
 from tinybp_lightning.graph.verify import verify_chain, verify_graph
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "frontier_profile",
     "graph_signature",
     "layout_signature",
-    "to_dot",
     "verify_chain",
     "verify_graph",
 ]

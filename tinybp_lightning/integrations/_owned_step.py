@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tinybp_lightning.integrations._metrics import metrics_in, note_metrics
-from tinybp_lightning.runtime.torch.oom import StepRescue, explaining, fresh_containers, why_not_rerun
-from tinybp_lightning.runtime.torch.rewind import Rewinder
+from tinybp_lightning.runtime.torch.recovery.oom import OomRetry, explaining, fresh_containers, why_not_rerun
+from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 
 if TYPE_CHECKING:
     from tinybp_lightning.runtime.torch import Session
@@ -35,7 +35,7 @@ class OwnedStep:
         self._trainer = trainer
         module: nn.Module = strategy.lightning_module
         self._metrics = metrics_in(module)
-        self._rescue = StepRescue(Rewinder(module), lambda: session.targets, self._note_metrics)
+        self._rescue = OomRetry(StepSnapshot(module), lambda: session.targets, self._note_metrics)
         self._forward_again: Callable[[], Any] | None = None
         self._returned: list[weakref.ref[torch.Tensor]] = []
 

@@ -22,12 +22,12 @@ from tinybp_lightning.schedule.baselines import (
     saved_knapsack,
     selective,
 )
-from tinybp_lightning.schedule.certificate import Certificate, certify
-from tinybp_lightning.schedule.offload import OffloadPlan, plan_offload
-from tinybp_lightning.schedule.pareto import Pareto, ParetoPoint, ParetoReference, pareto
-from tinybp_lightning.schedule.plan import Plan, Planner, plan, smallest_budget
-from tinybp_lightning.schedule.simulate import Moment, Timeline, simulate
-from tinybp_lightning.schedule.text import from_text, to_text
+from tinybp_lightning.schedule.bounds.certificate import Certificate, certify
+from tinybp_lightning.schedule.notation import from_text, to_text
+from tinybp_lightning.schedule.offload.planner import OffloadPlan, plan_offload
+from tinybp_lightning.schedule.pareto_front import Pareto, ParetoPoint, ParetoReference, pareto
+from tinybp_lightning.schedule.planner.planner import Plan, Planner, plan, smallest_budget
+from tinybp_lightning.schedule.simulator import Moment, Timeline, simulate
 from tinybp_lightning.schedule.verify import verify_schedule
 
 __all__ = [

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tinybp_lightning.errors import MissingPackageError
-from tinybp_lightning.schedule.pareto import Pareto
+from tinybp_lightning.schedule.pareto_front import Pareto
 
 __all__ = ["plot_pareto"]
 

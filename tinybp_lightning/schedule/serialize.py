@@ -19,23 +19,23 @@ from typing import NoReturn, cast
 
 from tinybp_lightning.errors import PlanFileError, ScheduleError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.certificate import Certificate
+from tinybp_lightning.schedule.bounds.certificate import Certificate
 from tinybp_lightning.schedule.chain_json import chain_from_data, chain_to_data
-from tinybp_lightning.schedule.known import KnownPlan
-from tinybp_lightning.schedule.plan import Plan
-from tinybp_lightning.schedule.simulate import simulate
-from tinybp_lightning.schedule.text import from_text, to_text
+from tinybp_lightning.schedule.measured import MeasuredPlan
+from tinybp_lightning.schedule.notation import from_text, to_text
+from tinybp_lightning.schedule.planner.planner import Plan
+from tinybp_lightning.schedule.simulator import simulate
 
 __all__ = [
     "SCHEMA_VERSION",
     "chain_digest",
-    "known_plan_from_json",
-    "known_plan_to_json",
-    "load_known_plan",
+    "load_measured_plan",
     "load_plan",
+    "measured_plan_from_json",
+    "measured_plan_to_json",
     "plan_from_json",
     "plan_to_json",
-    "save_known_plan",
+    "save_measured_plan",
     "save_plan",
 ]
 
@@ -55,7 +55,7 @@ _FIELDS: dict[str, type] = {
     "certificate": dict,
     "checksum": str,
 }
-_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "room_bytes": int, "costs": dict}
+_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "headroom_bytes": int, "costs": dict}
 
 
 def chain_digest(chain: Chain) -> str:
@@ -82,22 +82,24 @@ def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None
     return _plan_of(_payload(text, _FIELDS), chain, context)
 
 
-def known_plan_to_json(known: KnownPlan, *, context: Mapping[str, str] | None = None) -> str:
+def measured_plan_to_json(known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> str:
     """Return `known` as JSON text; see `plan_to_json`."""
     costs = chain_to_data(known.chain)
-    return _sealed({**_data_of(known.plan, known.chain, context), "room_bytes": known.room_bytes, "costs": costs})
+    return _sealed(
+        {**_data_of(known.plan, known.chain, context), "headroom_bytes": known.headroom_bytes, "costs": costs}
+    )
 
 
-def known_plan_from_json(text: str, *, context: Mapping[str, str] | None = None) -> KnownPlan:
+def measured_plan_from_json(text: str, *, context: Mapping[str, str] | None = None) -> MeasuredPlan:
     """Return the known plan that `text` holds.
 
     **Raises:** `PlanFileError` that says what is wrong with the text.
     """
     payload = _payload(text, _KNOWN_FIELDS)
     chain = chain_from_data(payload["costs"])
-    known = KnownPlan(chain, _plan_of(payload, chain, context), cast(int, payload["room_bytes"]))
-    if known.room_bytes < known.plan.budget_bytes:
-        _refuse(f"`room_bytes={known.room_bytes}` is less than `budget_bytes={known.plan.budget_bytes}`")
+    known = MeasuredPlan(chain, _plan_of(payload, chain, context), cast(int, payload["headroom_bytes"]))
+    if known.headroom_bytes < known.plan.budget_bytes:
+        _refuse(f"`headroom_bytes={known.headroom_bytes}` is less than `budget_bytes={known.plan.budget_bytes}`")
     return known
 
 
@@ -114,17 +116,17 @@ def load_plan(path: Path, chain: Chain, *, context: Mapping[str, str] | None = N
     return plan_from_json(_text_of(path), chain, context=context)
 
 
-def save_known_plan(path: Path, known: KnownPlan, *, context: Mapping[str, str] | None = None) -> None:
+def save_measured_plan(path: Path, known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> None:
     """Write `known` to `path`, wholly or not at all; folders are made as needed."""
-    _write(path, known_plan_to_json(known, context=context))
+    _write(path, measured_plan_to_json(known, context=context))
 
 
-def load_known_plan(path: Path, *, context: Mapping[str, str] | None = None) -> KnownPlan:
-    """Return the known plan in the file at `path`; see `known_plan_from_json`.
+def load_measured_plan(path: Path, *, context: Mapping[str, str] | None = None) -> MeasuredPlan:
+    """Return the known plan in the file at `path`; see `measured_plan_from_json`.
 
     **Raises:** `PlanFileError` when the file holds no valid one; `FileNotFoundError` when there is none.
     """
-    return known_plan_from_json(_text_of(path), context=context)
+    return measured_plan_from_json(_text_of(path), context=context)
 
 
 def _write(path: Path, text: str) -> None:

@@ -222,7 +222,7 @@ def models_by_composition(base: type[Any]) -> tuple[type[Any], ...]:
             self.losses.append(loss.detach().clone())
             return loss
 
-    class Measured(base):
+    class StepMeasurement(base):
         """A loss and a metric that are modules without parameters: nothing to plan there."""
 
         def __init__(self) -> None:
@@ -249,4 +249,4 @@ def models_by_composition(base: type[Any]) -> tuple[type[Any], ...]:
             self.losses.append(loss.detach().clone())
             return loss
 
-    return Parts, Measured, Distilled
+    return Parts, StepMeasurement, Distilled

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from benchmarks.faults import Faults, Place
 from tinybp_lightning.config import HCBConfig
-from tinybp_lightning.runtime.torch.engine import Run
+from tinybp_lightning.runtime.torch.replay.engine import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*` ran out of device memory:tinybp_lightning.errors.HCBWarning"),

@@ -19,7 +19,7 @@ CASES = {
     "manual": ("Manual", {}),
     "two optimizers": ("GAN", {}),
     "two parts": ("Parts", {}),
-    "loss and metric modules": ("Measured", {}),
+    "loss and metric modules": ("StepMeasurement", {}),
     "frozen teacher": ("Distilled", {}),
     "a profiler": ("Model", {"profiler": "simple"}),
 }

@@ -20,8 +20,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import tinybp_lightning as tbp
-from tinybp_lightning.runtime.torch.engine import Run
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
+from tinybp_lightning.runtime.torch.replay.engine import Run
 
 WIDTH, ROWS, DEPTH, STEPS = 32, 64, 8, 4
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from tests.unit.capture.graphs import Traced, trace_graph
 from tests.unit.runtime.training import residual_net
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Program, cut_program, fill_template
-from tinybp_lightning.graph.cuts import Granularity
+from tinybp_lightning.graph.cuts.narrow import Granularity
 
 WIDTH = 16
 X = torch.randn(4, WIDTH)

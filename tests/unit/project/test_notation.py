@@ -9,7 +9,7 @@ from tinybp_lightning.errors import ScheduleError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, StorageId
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Schedule, Store
-from tinybp_lightning.schedule.text import from_text, to_text
+from tinybp_lightning.schedule.notation import from_text, to_text
 from tinybp_lightning.schedule.verify import verify_schedule
 
 _DOCS = Path(__file__).parents[3] / "docs"

@@ -8,7 +8,7 @@ from torch import nn
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import LossOf, Recorder, assert_same, outcome_of, residual_net
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 WIDTH = 16
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tinybp_lightning.runtime.torch.calls import CallBook, CallCost
-from tinybp_lightning.runtime.torch.watch import Measured
+from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement
 
 
 def calls(units: str, *, input_bytes: int = 100, saved_bytes: int = 1000) -> list[CallCost]:
@@ -70,7 +70,7 @@ def test_units_that_are_no_blocks_any_more_are_left_out() -> None:
 
 def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
     dropped = calls("ab")
-    chain = CallBook(dropped).chain(Measured(1800, 516, 0, 0), dropped)
+    chain = CallBook(dropped).chain(StepMeasurement(1800, 516, 0, 0), dropped)
     assert chain.storage_bytes == (500,)
     assert chain.workspace_bytes == 16
     assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 2
@@ -80,8 +80,8 @@ def test_more_is_alive_beside_the_blocks_of_a_larger_step() -> None:
     """As many times as much as more is given to all its calls, or to the one that is given most."""
     dropped = calls("ab")
     book = CallBook(dropped).with_calls(calls("abc"))
-    assert book.chain(Measured(1800, 516, 0, 0), dropped).storage_bytes == (750,)
+    assert book.chain(StepMeasurement(1800, 516, 0, 0), dropped).storage_bytes == (750,)
     book = CallBook(dropped).with_calls(calls("a", input_bytes=300, saved_bytes=3000))
-    chain = book.chain(Measured(1800, 516, 0, 0), dropped)
+    chain = book.chain(StepMeasurement(1800, 516, 0, 0), dropped)
     assert chain.storage_bytes == (1000,)
     assert chain.blocks[1].options[0].backward_peak_bytes == 3 * 284

@@ -3,7 +3,7 @@
 from tests.unit.schedule.chains_by_hand import uniform_chain
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.runtime.profile import PlanReport
-from tinybp_lightning.runtime.torch.explain import Explanation
+from tinybp_lightning.runtime.torch.explanation import Explanation
 from tinybp_lightning.schedule import keep_all, pareto
 
 

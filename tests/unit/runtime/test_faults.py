@@ -20,8 +20,8 @@ from tests.unit.runtime import layered
 from tests.unit.runtime.layered import Broken, Net
 from tests.unit.runtime.training import Outcome, Residual, assert_same, outcome_of, train
 from tinybp_lightning.errors import HCBWarning
-from tinybp_lightning.runtime.torch import program, targets
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch import targets, traced_module
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 WIDTH = 16
 X = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -132,7 +132,7 @@ def test_a_thread_whose_turn_it_was_not_does_not_measure_when_the_other_has_just
     config = tbp.HCBConfig(activation_budget="2MiB", plan_cache=False)
     model = tbp.hcb(Net(Block() for _ in range(5)), config=config)
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(program, "tracing_turn", lambda: contextlib.nullcontext(False))
+        meanwhile.setattr(traced_module, "tracing_lock", lambda: contextlib.nullcontext(False))
         with pytest.warns(HCBWarning, match="not planned in this step"):
             square_loss(model).backward()
     assert not targets(model)[0].reports

@@ -15,10 +15,10 @@ from torch import nn
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import residual_net
-from tinybp_lightning.runtime.torch import engine
-from tinybp_lightning.runtime.torch.slot_book import SlotBook
-from tinybp_lightning.runtime.torch.slots import Slot
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
+from tinybp_lightning.runtime.torch.replay import engine
+from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors
+from tinybp_lightning.runtime.torch.replay.slots import Slot
 
 WIDTH = 16
 X = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,7 @@ def alive(kind: type) -> int:
 
 def counts() -> tuple[int, ...]:
     gc.collect()
-    return alive(torch.Tensor), alive(Slot), alive(SlotBook), alive(engine.Run), alive(torch.autograd.graph.Node)
+    return alive(torch.Tensor), alive(Slot), alive(SavedTensors), alive(engine.Run), alive(torch.autograd.graph.Node)
 
 
 def step(model: nn.Module, *, backward: bool = True) -> None:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Recorder, assert_all_same, train
-from tinybp_lightning.runtime.torch.pilot import Pilot
-from tinybp_lightning.runtime.torch.script import Script, split_schedule
+from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, replay_program_of
 from tinybp_lightning.schedule.baselines import per_block
 
 WIDTH, ROWS = 384, 128  # wide, so that a product takes far longer than what is made of its result
@@ -138,10 +138,10 @@ def test_no_replay_repeats_a_product(
     """Every block is replayed from its own boundary, whatever the seconds say."""
 
     @functools.cache
-    def script(pilot: Pilot) -> Script:
-        return split_schedule(per_block(pilot.chain))
+    def script(controller: Controller) -> ReplayProgram:
+        return replay_program_of(per_block(controller.chain))
 
-    monkeypatch.setattr(Pilot, "script", property(script))
+    monkeypatch.setattr(Controller, "script", property(script))
     plain = net_of(kind)
     recorder = Recorder()
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget="80%", check=checks, observers=[recorder])

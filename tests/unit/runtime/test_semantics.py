@@ -16,8 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Outcome, Recorder, Residual, assert_all_same, outcome_of, residual_net
-from tinybp_lightning.runtime.torch.keep import kept_paths
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.kept_modules import kept_paths
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 WIDTH, ROWS, STEPS = 16, 128, 20
 X = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ import tinybp_lightning as tbp
 from tests.unit.runtime.training import Recorder, assert_all_same, peak_bytes, residual_net, train
 from tinybp_lightning.config import MAX_LIVE_GRAPHS
 from tinybp_lightning.runtime.profile import PlanCounts
-from tinybp_lightning.runtime.torch import dispatch, targets
+from tinybp_lightning.runtime.torch import dispatcher, targets
 
 LENGTHS = (64, 60, 52, 50, 33, 47, 30, 26, 62, 49, 25, 57)
 BUDGET_BYTES = 150_000
@@ -61,8 +61,8 @@ def test_a_smaller_shape_flies_the_plan_of_a_larger_one_that_is_near(monkeypatch
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("measured, with the plan of a larger shape at hand")
 
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.program.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.pilot.Planner", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.traced_module.measure_chain", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.controller.Planner", refuse)
     recorder.profiles.clear()
     train(model, loss_at(60))
     smaller = targets(model)[0].reports[-1]
@@ -97,7 +97,7 @@ def test_only_plans_of_a_program_s_own_are_on_disk() -> None:
 def test_live_graphs_are_bounded_and_come_back_without_measuring(
     plan_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "MAX_LIVE_GRAPHS", 2)
+    monkeypatch.setattr(dispatcher, "MAX_LIVE_GRAPHS", 2)
     plain, (model, recorder) = residual_net(), under_budget(plan_cache=plan_cache)
     lengths = (64, 40, 24)
     for length in lengths:
@@ -117,24 +117,24 @@ def test_live_graphs_are_bounded_and_come_back_without_measuring(
 
 
 def test_the_graph_used_longest_ago_goes_and_what_it_held_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MAX_LIVE_GRAPHS", 2)
+    monkeypatch.setattr(dispatcher, "MAX_LIVE_GRAPHS", 2)
     model, _ = under_budget()
     train(model, loss_at(64))
     train(model, loss_at(40))
     (target,) = targets(model)
     first, second = (weakref.ref(program) for program in target.programs)
-    pilots = [weakref.ref(program.pilot) for program in target.programs if program.pilot is not None]
+    controllers = [weakref.ref(program.controller) for program in target.programs if program.controller is not None]
     train(model, loss_at(64))
     train(model, loss_at(24))
     gc.collect()
     assert first() in target.programs
     assert second() is None
-    assert [pilot() is None for pilot in pilots] == [False, True]
+    assert [controller() is None for controller in controllers] == [False, True]
 
 
 def test_a_graph_that_goes_between_its_forward_and_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step that is under way keeps what it needs."""
-    monkeypatch.setattr(dispatch, "MAX_LIVE_GRAPHS", 1)
+    monkeypatch.setattr(dispatcher, "MAX_LIVE_GRAPHS", 1)
 
     def both_lengths(model: nn.Module) -> torch.Tensor:
         return loss_at(64)(model) + loss_at(40)(model)
@@ -192,4 +192,4 @@ def test_a_session_counts_each_target() -> None:
 
 
 def test_the_bound_is_the_documented_one() -> None:
-    assert dispatch.MAX_LIVE_GRAPHS == MAX_LIVE_GRAPHS == 16
+    assert dispatcher.MAX_LIVE_GRAPHS == MAX_LIVE_GRAPHS == 16

@@ -13,11 +13,11 @@ from tests.unit.runtime.training import Recorder, residual_net
 from tinybp_lightning.capture.torch import Program
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import HCBWarning
-from tinybp_lightning.runtime.torch import program, targets
-from tinybp_lightning.runtime.torch.plan_book import Origin, Page, PlanBook
-from tinybp_lightning.runtime.torch.plan_key import ProgramKey, program_key
-from tinybp_lightning.runtime.torch.session import Target
-from tinybp_lightning.schedule.known import KnownPlan
+from tinybp_lightning.runtime.torch import targets, traced_module
+from tinybp_lightning.runtime.torch.api import Target
+from tinybp_lightning.runtime.torch.cache.key import ProgramKey, program_key
+from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin, PlanCache
+from tinybp_lightning.schedule.measured import MeasuredPlan
 
 WIDTH = 16
 X = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -139,7 +139,7 @@ def test_steps_that_cannot_be_planned_yet_hash_their_program_once(monkeypatch: p
         hashed.append(program_key(pieces))
         return hashed[-1]
 
-    monkeypatch.setattr(program, "program_key", counted)
+    monkeypatch.setattr(traced_module, "program_key", counted)
     model = tbp.hcb(residual_net(6, dropout=0.0), activation_budget="60%")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         for _ in range(3):
@@ -157,10 +157,10 @@ def test_the_disk_ends_with_the_plan_that_was_learned_last() -> None:
         def put(self, _: object, known: Any) -> None:
             written.append(known)
 
-    book = PlanBook(HCBConfig(plan_cache=False))
+    book = PlanCache(HCBConfig(plan_cache=False))
     book._cache = cast(Any, Disk())
-    first, second = cast(KnownPlan, "A"), cast(KnownPlan, "B")
-    page = Page({}, "", (), 0, Origin.CACHED, second, is_kept=True)
+    first, second = cast(MeasuredPlan, "A"), cast(MeasuredPlan, "B")
+    page = CacheEntry({}, "", (), 0, Origin.CACHED, second, is_kept=True)
     for known in (second, first, first, second):
         book.note(page, known, True)
     assert written == [first, second]

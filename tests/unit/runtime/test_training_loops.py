@@ -22,7 +22,7 @@ from tests.unit.runtime.training import (
 )
 from tinybp_lightning.errors import HCBWarning, ReplayError
 from tinybp_lightning.runtime.torch import targets
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 WIDTH, ROWS = 16, 64
 X = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))

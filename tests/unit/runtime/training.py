@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinybp_lightning.capture.torch.allocator import open_trace
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
-from tinybp_lightning.runtime.torch.watch import settle_pending
+from tinybp_lightning.runtime.torch.measure.allocator import open_trace
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 __all__ = [
     "LossOf",

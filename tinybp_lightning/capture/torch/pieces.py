@@ -13,14 +13,14 @@ from typing import Any
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] - torch 2.11 to 2.14
 
+from tinybp_lightning.capture.torch.op_filter import call_through_filter
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
-from tinybp_lightning.capture.torch.spare import call_through_keeper
 from tinybp_lightning.capture.torch.write_only import write_only_buffers
-from tinybp_lightning.graph.cuts import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
+from tinybp_lightning.graph.cuts.skippable import is_activation, worthwhile_skippable_ops
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.ir import Graph, Node
-from tinybp_lightning.graph.spare import is_activation, worthwhile_spare_ops
 
 __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template", "reorder"]
 
@@ -42,7 +42,7 @@ class Piece:
 
     `calls` has one entry for each option. Each takes one list (boxed): the values named by `reads`, in that order; it
     returns the values that the piece makes. They differ in what autograd is given to save. `module` is the same code,
-    without `SpareOp`s.
+    without `SkippableOp`s.
     `state` says, for each leaf of the next boundary, whether it is carried over or made here.
     `volatile`: positions in the externals it reads that some block of the forward changes in place (running
     statistics); `written`: those that this one does; `write_only`: those whose values nothing it makes depends on.
@@ -182,10 +182,10 @@ def _piece(
     arguments, results = [node_of[v] for v in reads], [node_of[v] for v in made]
     body, _ = _code(module, arguments, calls, results)
     run = body
-    spare = worthwhile_spare_ops(graph, span.start, span.stop)
+    spare = worthwhile_skippable_ops(graph, span.start, span.stop)
     if spare:
         run, copied = _code(module, arguments, calls, results)
-        call_through_keeper(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in spare.items()})
+        call_through_filter(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in spare.items()})
     position = {v: i for i, v in enumerate(before)}
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)

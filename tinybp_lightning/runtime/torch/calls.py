@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId
-from tinybp_lightning.runtime.torch.watch import Measured
+from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement
 
 __all__ = ["CallBook", "CallCost"]
 
@@ -83,7 +83,7 @@ class CallBook:
             for place, known in enumerate(self._calls)
         )
 
-    def chain(self, measured: Measured | None, dropped: Sequence[CallCost]) -> Chain:
+    def chain(self, measured: StepMeasurement | None, dropped: Sequence[CallCost]) -> Chain:
         """Return the calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
 
         What was alive when the forward ended, less what guards the replays, is alive in plain training too (boundary 0,

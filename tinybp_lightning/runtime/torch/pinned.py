@@ -12,10 +12,10 @@ from dataclasses import replace
 from tinybp_lightning.graph.chain import Block, Boundary, Chain
 from tinybp_lightning.graph.ids import BoundaryId, StorageId
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.torch.script import Move, Script
+from tinybp_lightning.runtime.torch.replay.program import Move, ReplayProgram
 from tinybp_lightning.schedule.actions import Drop, Forward, ForwardSave, Store
 
-__all__ = ["blocks_of_modules", "pin_chain", "pin_script"]
+__all__ = ["blocks_of_modules", "pin_chain", "pin_program"]
 
 
 def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: Collection[str]) -> frozenset[int]:
@@ -68,13 +68,13 @@ def _with_nothing_to_save(block: Block) -> Block:
     return replace(block, signature=f"{block.signature} pinned", options=(nothing,))
 
 
-def pin_script(script: Script, blocks: Collection[int]) -> Script:
+def pin_program(script: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
     """Return `script` with `blocks` pinned: saved by the first sweep, never run by a segment, stored behind."""
     if not blocks:
         return script
     pinned = frozenset(blocks)
     behind = frozenset(BoundaryId(b + 1) for b in pinned if b + 1 < len(script.kept))
-    return Script(
+    return ReplayProgram(
         kept=tuple(kept or i in pinned for i, kept in enumerate(script.kept)),
         options=script.options,
         stored=script.stored | behind,

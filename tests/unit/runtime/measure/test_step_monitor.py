@@ -1,0 +1,69 @@
+"""A step that cannot be measured is trained all the same, and the next one is measured."""
+
+import copy
+from typing import NoReturn
+
+import pytest
+import torch
+from torch import nn
+
+import tinybp_lightning as tbp
+from tests.unit.runtime.training import Recorder, assert_all_same, residual_net, train
+from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.torch.measure import allocator, step_monitor
+from tinybp_lightning.runtime.torch.measure.allocator import AllocatorTrace, LostTraceError, open_trace
+
+X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+
+
+class _LosingTrace:
+    """A trace that has no result."""
+
+    def __init__(self, trace: AllocatorTrace) -> None:
+        self._trace = trace
+        self.mark, self.leave_out, self.abandon = trace.mark, trace.leave_out, trace.abandon
+
+    def close(self) -> NoReturn:
+        self._trace.close()
+        raise LostTraceError("the history has 2 of 4 marks")
+
+
+def _loss_of(net: nn.Module) -> torch.Tensor:
+    return net(X).square().mean()
+
+
+def test_a_step_whose_trace_is_lost_is_not_measured_and_the_next_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = residual_net(4, width=16, dropout=0.1)
+    model, recorder = copy.deepcopy(plain), Recorder()
+    tbp.hcb(model, activation_budget="60%", observers=[recorder])
+    opened = list[AllocatorTrace]()
+
+    def open_and_lose(device: torch.device) -> AllocatorTrace:
+        opened.append(open_trace(device))
+        return _LosingTrace(opened[-1]) if len(opened) == 1 else opened[-1]
+
+    monkeypatch.setattr(step_monitor, "open_trace", open_and_lose)
+    with pytest.warns(HCBWarning, match="could not be measured: the history has 2 of 4 marks"):
+        found = train(model, _loss_of, steps=6)
+    assert_all_same(found, train(plain, _loss_of, steps=6))
+    measured = [profile.measured_peak_bytes is not None for profile in recorder.profiles]
+    assert measured[:3] == [False, True, True]
+    assert not measured[-1]
+
+
+def test_marks_that_are_gone_from_the_allocators_history_are_a_lost_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+
+    def empty(*_: int, **__: object) -> torch.Tensor:
+        made.append(torch.zeros(1, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(allocator, "cuda_history_is_on", lambda: True)
+    monkeypatch.setattr(allocator.torch, "empty", empty)
+    # Restarted after the first mark: that one is not in it.
+    monkeypatch.setattr(allocator, "cuda_history", lambda _: [(t.data_ptr(), 512) for t in made[1:]])
+    trace = open_trace(torch.device("cuda", 0))
+    trace.mark("forward")
+    with pytest.raises(LostTraceError, match="has 1 of 2 marks"):
+        trace.close()
+    assert allocator.can_trace(torch.device("cpu"))

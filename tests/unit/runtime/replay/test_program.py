@@ -1,0 +1,60 @@
+"""A schedule is split at its backwards into what autograd can drive."""
+
+import pytest
+
+from tests.unit.schedule.chains_by_hand import uniform_chain
+from tinybp_lightning.errors import ScheduleError
+from tinybp_lightning.runtime.torch.replay.program import replay_program_of
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.baselines import revolve
+from tinybp_lightning.schedule.notation import from_text, to_text
+
+
+def words(text: str) -> list[str]:
+    """Each block's segment, with `!` behind a `K` whose outputs nobody reads."""
+    script = replay_program_of(from_text(text))
+    return [
+        " ".join(to_text(Schedule(1, (move.action,))) + ("!" if move.stops_early else "") for move in segment)
+        for segment in script.segments
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kept", "stored", "segments"),
+    [
+        ("K0 K1 B1 B0", (True, True), set(), ["", ""]),
+        ("F0 S1 F1 K1 D1 B1 K0 B0", (False, False), {1}, ["K0!", "K1! D1"]),
+        ("F0 S1 K1 D1 B1 K0 B0", (False, True), {1}, ["K0!", "D1"]),
+        # A boundary that the sweep itself lets go of is not stored from it.
+        ("F0 S1 F1 D1 F0 K1 B1 K0 B0", (False, False), {1}, ["K0!", "D1 F0 K1!"]),
+        ("F0 S1 F1 D1 S2 F2 K2 D2 B2 F0 K1 B1 K0 B0", (False, False, False), {2}, ["K0!", "F0 K1!", "K2! D2"]),
+        # The outputs of a replay that the next action reads keep it from stopping early.
+        ("F0 F1 K2 B2 K0 K1 B1 B0", (False, False, True), set(), ["", "K0 K1!", ""]),
+        ("F0 F1 F2 K0 S1 F1 K2 B2 K1 D1 B1 B0", (False, False, False), set(), ["", "K1! D1", "K0 S1 F1 K2!"]),
+    ],
+)
+def test_split(schedule: str, kept: tuple[bool, ...], stored: set[int], segments: list[str]) -> None:
+    script = replay_program_of(from_text(schedule))
+    assert script.kept == kept
+    assert script.stored == stored
+    assert words(schedule) == segments
+
+
+def test_every_action_of_a_long_schedule_finds_its_segment() -> None:
+    schedule = revolve(uniform_chain(40), num_slots=4)
+    script = replay_program_of(schedule)
+    num_moves = sum(len(segment) for segment in script.segments)
+    assert num_moves + len(script.kept) + len(script.stored) + 40 == len(schedule.actions)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "goes by option `0`")],
+)
+def test_what_the_engine_cannot_play_is_an_error(schedule: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        replay_program_of(from_text(schedule))
+
+
+def test_every_run_of_a_block_goes_by_the_option_of_its_backward() -> None:
+    assert replay_program_of(from_text("F0 S1 F1 K1.2 D1 B1.2 K0.1 B0.1")).options == (1, 2)

@@ -1,0 +1,89 @@
+"""Which ops can as well run later, so that a cut behind a product helps?
+
+In `act(gate(x)) * up(x)` the activation function runs before the second product, and what it makes is saved behind it:
+a replay from a cut behind both products could not make it, and one from before repeats the first of them. So does a
+norm at the end of one branch of a residual block, before the convolution on the other. Such an op can as well run when
+its result is asked for. `delay_ops` puts it there, and no bit changes.
+
+Note [Order of gradients]
+    Autograd runs backward in descending order of creation, and sums the gradients of one value in that order. An op
+    that is created later than it was runs earlier in backward. That changes the order of a sum only where an op that it
+    was moved past reads what it reads; such ops stay. The gradients of *different* parameters may come in another
+    order. Hooks can tell, so ops that read parameters stay unless it is known that there are none.
+
+Only ops that are known to draw nothing and to change nothing in their backward are moved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+from tinybp_lightning.graph.cuts.balance import made_at
+from tinybp_lightning.graph.cuts.products import is_compute_heavy
+from tinybp_lightning.graph.cuts.skippable import is_activation
+from tinybp_lightning.graph.ids import NodeId, StorageId
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+
+__all__ = ["delay_ops"]
+
+_MOVABLE = frozenset(
+    {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu", "sigmoid", "tanh", "softplus"}
+    | {"hardswish", "hardtanh", "hardsigmoid", "softmax", "log_softmax"}
+    | {"mul", "div", "truediv", "pow", "square", "exp", "log", "sqrt", "rsqrt"}
+    | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+)
+# Ops that another is moved past: what one residual sum puts together. Farther, it would leave its layer.
+_WINDOW = 16
+
+
+def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
+    """Return `graph` with ops that run before a product moved behind it, to where their result is first read.
+
+    Only those whose inputs are saved anyway, so that nothing lives longer for it, or copies of them, which are made
+    later then; and whose move changes no bit. Values and storages keep their ids.
+
+    **Arguments:** `may_move_parameters`: whether ops may be moved that read parameters, which nobody waits for then.
+    """
+    order = list(graph.nodes)
+    made = made_at(graph)
+    for node in reversed(graph.nodes):
+        if not _may_be_delayed(graph, node, made) or (_has_parameter(graph, node) and not may_move_parameters):
+            continue
+        at = order.index(node)
+        mine = {graph.values[v].storage for v in node.makes}
+        window = order[at + 1 : at + 1 + _WINDOW]
+        passed = list(takewhile(lambda other, mine=mine: mine.isdisjoint(_reads(graph, other)), window))
+        is_read = len(passed) < len(window)
+        if is_read and any(is_compute_heavy(graph, p) for p in passed) and _may_pass(graph, node, passed):
+            order.insert(at + len(passed), order.pop(at))
+    return replace(graph, nodes=tuple(replace(node, id=NodeId(index)) for index, node in enumerate(order)))
+
+
+def _may_be_delayed(graph: Graph, node: Node, made: dict[StorageId, int]) -> bool:
+    makes = [graph.values[v].storage for v in node.makes]
+    saved = {*node.saved, *(source for _, source in node.copies)}
+    return (
+        node.op in _MOVABLE
+        and not (node.flops or node.is_random or node.is_collective)
+        and all(s is not None and (s in saved or not is_activation(graph, s)) for s in _reads(graph, node))
+        and all(graph.storages[s].kind is StorageKind.BUFFER for s in node.writes)
+        and all(s is not None and made.get(s) == node.id for s in makes)
+    )
+
+
+def _may_pass(graph: Graph, node: Node, passed: Sequence[Node]) -> bool:
+    """Return whether moving `node` behind `passed` changes nothing. See Note [Order of gradients]."""
+    touched = {*_reads(graph, node), *node.writes}
+    return not any(
+        any(graph.values[v].storage is None for v in other.makes)  # the ends of a region
+        or not touched.isdisjoint((*other.writes, *_reads(graph, other)))
+        for other in passed
+    )
+
+
+def _has_parameter(graph: Graph, node: Node) -> bool:
+    return any(graph.storages[s].kind is StorageKind.PARAMETER for s in _reads(graph, node) if s is not None)
+
+
+def _reads(graph: Graph, node: Node) -> list[StorageId | None]:
+    return [graph.values[v].storage for v in node.reads]

@@ -1,0 +1,198 @@
+"""How does a module come under height-compressed backpropagation, and out again?
+
+`hcb` takes one module as the target. `attach(discover=True)` takes a whole tree (a LightningModule) and waits: the
+outermost modules that are called in training become targets, one plan each.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from tinybp_lightning.capture.torch.private import compiled_call_impl
+from tinybp_lightning.config import BudgetKind, HCBConfig
+from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
+from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.dispatcher import Dispatcher, Target, dispatcher_of
+from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState
+from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported, refuse_wrong_options
+
+__all__ = ["Session", "attach", "hcb", "restore", "targets"]
+
+M = TypeVar("M", bound=nn.Module)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Session:
+    """What `attach` put in place: its targets so far, their profiles, and the way back (`detach`)."""
+
+    def __init__(self, root: nn.Module, config: HCBConfig, observers: Sequence[Observer], *, discover: bool) -> None:
+        self.config = config
+        self._claimed: list[Dispatcher] = []
+        # Losses and metrics have no parameters: they are no targets, but part of what surrounds one.
+        own = [m for m in root.modules() if not isinstance(m, _CONTAINERS) and next(m.parameters(), None) is not None]
+        modules = own if discover else [root]
+        is_counted = config.budget.kind is BudgetKind.MEMORY
+        state = OptimizerState(root.parameters()) if is_counted else None  # the dispatchers' alone, and gone with them
+        self._dispatchers = [Dispatcher(m, config, observers, self._claim, state) for m in modules]
+
+    def _claim(self, dispatcher: Dispatcher) -> None:
+        """An outermost module was called: what lies below it is part of it."""
+        self._claimed.append(dispatcher)
+        below = {id(m) for m in dispatcher.module.modules()} - {id(dispatcher.module)}
+        for other in self._dispatchers:
+            if id(other.module) in below:
+                other.remove()
+        self._dispatchers = [d for d in self._dispatchers if id(d.module) not in below]
+        for module in dispatcher.module.modules():
+            inner = dispatcher_of(module)
+            if inner is not None and inner is not dispatcher:
+                warnings.warn(
+                    f"`hcb` was called on `{type(module).__name__}`, which is part of "
+                    f"`{type(dispatcher.module).__name__}`: they are planned together, under the outer one's budget.",
+                    HCBWarning,
+                    stacklevel=2,
+                )
+                inner.remove()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets claimed so far, in order of their first call."""
+        return tuple(d.target for d in self._claimed if d.target is not None)
+
+    @property
+    def profile(self) -> StepProfile | None:
+        """The last finished step of the first target that has one; with several targets, see `targets`."""
+        return next((t.profile for t in self.targets if t.profile is not None), None)
+
+    @property
+    def reports(self) -> tuple[PlanReport, ...]:
+        """The plans in force."""
+        return tuple(report for target in self.targets for report in target.reports)
+
+    @property
+    def counts(self) -> tuple[PlanCounts, ...]:
+        """Of each target: how many graphs and plans there were, and where the plans came from."""
+        return tuple(target.counts for target in self.targets)
+
+    def detach(self) -> None:
+        """Put every forward back as it was. Harmless when called again."""
+        for dispatcher in [*self._dispatchers, *self._claimed]:
+            dispatcher.remove()
+        self._dispatchers, self._claimed = [], []
+
+
+def attach(
+    root: nn.Module, *, config: HCBConfig | None = None, observers: Sequence[Observer] = (), discover: bool = False
+) -> Session:
+    """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
+
+    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward,
+    is compiled as a whole, or has parts that cannot be trained this way; `ConfigError` for options of a wrong type.
+    """
+    refuse_wrong_options(config, observers, discover=discover)
+    _check(root)
+    if not discover:  # otherwise each target, when it is found: a part that is never trained does no harm
+        refuse_unsupported(root)
+    if not discover and type(root).forward is nn.Module.forward and "forward" not in vars(root):
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}` has no forward of its own, so it is never called: pass the module that calls it."
+        )
+    for module in root.modules():
+        if (old := dispatcher_of(module)) is not None:
+            old.remove()
+    _warn_of_compiled_parts(root)
+    _take_over_checkpointing(root)
+    return Session(root, config or HCBConfig(), observers, discover=discover)
+
+
+def hcb(
+    module: M,
+    *,
+    memory_budget: int | str | None = None,
+    activation_budget: int | str | None = None,
+    executor: str = "auto",
+    on_oom: str = "replan",
+    check: bool = False,
+    observers: Sequence[Observer] = (),
+    config: HCBConfig | None = None,
+) -> M:
+    """Train `module` under a byte budget. Returns the same object; its state-dict keys do not change.
+
+    **Arguments:** see `HCBConfig`, which `config` may give as a whole instead. `observers` hear of every plan and
+    every finished step. A second call replaces the first.
+
+    **Raises:** `BudgetError`, `ConfigError`, `UnsupportedModuleError` now; `BudgetTooSmallError` at the first training
+    step, when the smallest feasible budget is known.
+    """
+    given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom, check=check)
+    if config is not None and given != HCBConfig():
+        raise ConfigError("`config` was given together with single options: expected one or the other.")
+    refuse_wrong_options(config, observers, discover=False)
+    attach(module, config=config or given, observers=observers)
+    return module
+
+
+def restore(module: M) -> M:
+    """Undo `hcb` on `module` and on everything below it. Returns the same object, as it was."""
+    refuse_other_than_module(module)
+    for part in module.modules():
+        if (dispatcher := dispatcher_of(part)) is not None:
+            dispatcher.remove()
+    return module
+
+
+def targets(module: nn.Module) -> tuple[Target, ...]:
+    """Return the targets at or below `module` that have been called in training."""
+    refuse_other_than_module(module)
+    found = [dispatcher_of(part) for part in module.modules()]
+    return tuple(d.target for d in found if d is not None and d.target is not None)
+
+
+def _check(root: nn.Module) -> None:
+    if isinstance(root, OptimizedModule):
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}` is the result of torch.compile: pass the module inside it, "
+            'and use `executor="inductor"` to have blocks compiled.'
+        )
+    refuse_other_than_module(root)
+    if compiled_call_impl(root) is not None:
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}.compile()` was called: leave it out, "
+            'and use `executor="inductor"` to have blocks compiled.'
+        )
+    if next(root.parameters(), None) is None:
+        raise UnsupportedModuleError(
+            f"`{type(root).__name__}` has no parameters, so there is no backward to save memory in: pass a model."
+        )
+
+
+def _warn_of_compiled_parts(root: nn.Module) -> None:
+    """Say so once, after an earlier `hcb` on `root` is gone: it uses the same place in a module."""
+    compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
+    if compiled:
+        warnings.warn(
+            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run as the "
+            'executor says instead. Leave the compile call out, or use `executor="inductor"`.',
+            HCBWarning,
+            stacklevel=4,
+        )
+
+
+def _take_over_checkpointing(root: nn.Module) -> None:
+    """Switch off a model's own checkpointing: two schemes at once would replay everything twice."""
+    if not any(getattr(m, "gradient_checkpointing", False) is True for m in root.modules()):
+        return
+    for module in root.modules():
+        disable = getattr(module, "gradient_checkpointing_disable", None)
+        if disable is not None:
+            warnings.warn(
+                f"`{type(module).__name__}` had gradient checkpointing enabled: it is disabled, the plan decides "
+                "what to recompute.",
+                HCBWarning,
+                stacklevel=3,
+            )
+            disable()
+            return

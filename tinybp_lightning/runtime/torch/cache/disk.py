@@ -1,0 +1,131 @@
+"""Where do plans outlive their process? In a folder of small files, one for each thing that a plan depends on.
+
+A file is believed only after `serialize` and the caller have checked it. Whatever is wrong with it or with the folder
+costs a warning that names the file and the reason, and the time to measure and plan anew; never the training.
+
+Note [Two processes at once]
+    A file is written beside its place and moved there, so a reader sees all of the old one or all of the new one. Who
+    writes last wins: both have measured. A file that another process removed in between is one that is not there.
+
+Note [Bounded size]
+    A file's time is that of its last use. After each write the files that were used longest ago are removed until the
+    folder holds at most `MAX_CACHE_BYTES`. Only names that this module gives are looked at, so a folder that holds
+    other things loses none of them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tinybp_lightning.errors import HCBWarning, PlanFileError
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.measured import MeasuredPlan
+from tinybp_lightning.schedule.serialize import SCHEMA_VERSION, load_measured_plan, save_measured_plan
+
+__all__ = ["MAX_CACHE_BYTES", "DiskCache", "cache_folder", "open_cache"]
+
+MAX_CACHE_BYTES = 64 * 2**20
+"""A plan for a hundred blocks takes about 100 KiB."""
+_PLAN_FILE = re.compile(r"[0-9a-f]{32}\.json")
+_UNFINISHED_FILE = re.compile(r"\.[0-9a-f]{32}\.json\..+")
+_UNFINISHED_S = 3600.0  # no write takes this long: what is older was left by a process that died
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ, *, platform: str = sys.platform) -> Path:
+    """Return the folder of `plan_cache=True`: `$TINYBP_CACHE`, or `tinybp_lightning` in the user's cache folder."""
+    if named := environ.get("TINYBP_CACHE", "").strip():
+        return Path(named).expanduser()
+    if platform == "darwin":
+        caches = "~/Library/Caches"
+    elif platform == "win32":
+        caches = environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "tinybp_lightning" / "plans"
+
+
+def open_cache(wanted: bool | str) -> "DiskCache | None":
+    """Return the cache that `HCBConfig.plan_cache` asks for: none for `False`."""
+    if wanted is False:
+        return None
+    try:
+        return DiskCache(cache_folder() if wanted is True else Path(wanted).expanduser())
+    except RuntimeError as error:
+        _warn(
+            f"`plan_cache={wanted!r}` finds no folder, so plans are not kept on disk: {error} "
+            "Set `TINYBP_CACHE` to one, or use `plan_cache=False`."
+        )
+        return None
+
+
+class DiskCache:
+    """Plans in the folder `folder`, which is made when the first one is put there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path_of(self, context: Mapping[str, str]) -> Path:
+        """Return where the plan for `context` is, if there is one."""
+        key = json.dumps({**context, "schema_version": SCHEMA_VERSION}, sort_keys=True)
+        return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+
+    def find(self, context: Mapping[str, str], check: Callable[[Chain], None]) -> MeasuredPlan | None:
+        """Return the plan for `context`, or `None`: there is none, or (with a warning) none that can be used.
+
+        **Arguments:** `context`: all that the plan depends on; `check`: raises `PlanFileError` for a chain that is not
+        the caller's.
+        """
+        path = self.path_of(context)
+        try:
+            known = load_measured_plan(path, context=context)
+            check(known.chain)
+        except FileNotFoundError:
+            return None
+        except (PlanFileError, OSError) as error:
+            _warn(f"`{path}` cannot be used, so the program is measured and planned anew: {error}")
+            return None
+        with contextlib.suppress(OSError):  # a folder that cannot be written to can be read all the same
+            os.utime(path)
+        return known
+
+    def put(self, context: Mapping[str, str], known: MeasuredPlan) -> None:
+        """Write the plan for `context`, and make room where the folder has grown too large; see the notes above."""
+        path = self.path_of(context)
+        try:
+            save_measured_plan(path, known, context=context)
+            self._make_room()
+        except OSError as error:
+            _warn(
+                f"`{path}` cannot be written, so the next process will measure and plan again: {error}. Set "
+                "`TINYBP_CACHE` to a folder that can be written to, or use `plan_cache=False`."
+            )
+
+    def _make_room(self) -> None:
+        found: list[tuple[float, int, Path]] = []
+        for path in self.folder.iterdir():
+            is_plan = _PLAN_FILE.fullmatch(path.name) is not None
+            if not is_plan and _UNFINISHED_FILE.fullmatch(path.name) is None:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # See Note [Two processes at once]
+                status = path.stat()
+                if is_plan:
+                    found.append((status.st_mtime, status.st_size, path))
+                elif time.time() - status.st_mtime > _UNFINISHED_S:
+                    path.unlink()
+        size_bytes = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found)[:-1]:  # never the one just used
+            if size_bytes <= MAX_CACHE_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            size_bytes -= size
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, HCBWarning, stacklevel=2)

@@ -1,0 +1,111 @@
+"""What does a plan depend on? The program and its cut, the device, the software, and what was asked.
+
+Two steps with equal keys may share measured costs and a plan. What is left out (the weights' values, the learning rate,
+other processes on the device) changes neither, or is seen by the traced first step.
+"""
+
+import functools
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tinybp_lightning.capture.torch.pieces import Program
+from tinybp_lightning.config import Executor, HCBConfig
+from tinybp_lightning.graph.signature import graph_signature, layout_signature
+from tinybp_lightning.runtime.torch.replay.ambient import Autocast
+
+__all__ = ["ProgramKey", "plan_key", "program_key"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramKey:
+    """What of a program a plan depends on, hashed: its graph, its code and where it is cut.
+
+    `layout` is equal for programs that differ in sizes only. Hashing takes long beside a step: once for each program.
+    """
+
+    graph: str
+    code: str
+    cut: str
+    layout: str
+
+
+def program_key(program: Program) -> ProgramKey:
+    """Return the hashes of `program`."""
+    return ProgramKey(
+        graph=graph_signature(program.graph),
+        # The graph's hash leaves constants and names out: the code has the ones, error messages show the others.
+        code=_digest("".join(piece.module.code for piece in program.pieces)),
+        cut=_digest(repr([(piece.span.start, piece.span.stop, piece.span.name) for piece in program.pieces])),
+        layout=layout_signature(program.graph),
+    )
+
+
+def plan_key(
+    program: ProgramKey,
+    config: HCBConfig,
+    *,
+    device: torch.device,
+    autocast: Sequence[Autocast],
+    has_gradients: bool,
+) -> dict[str, str]:
+    """Return what a plan for `program` depends on, by name.
+
+    **Arguments:** `has_gradients`: whether parameters hold gradients when the step begins.
+    """
+    budget = config.budget
+    return {
+        "graph": program.graph,
+        "code": program.code,
+        "cut": program.cut,
+        "device": _device_name(device),
+        "kernels": _kernel_settings(),
+        "torch": torch.__version__,
+        "tinybp_lightning": _source_digest(),
+        "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
+        "executor": Executor(config.executor).value,
+        "costs": config.costs,
+        "autocast": repr(tuple(autocast)),
+        "has_gradients": str(has_gradients),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        _, total_bytes = torch.cuda.mem_get_info(device)
+        return f"{torch.cuda.get_device_name(device)}, {total_bytes} bytes, CUDA {torch.version.cuda}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {platform.machine()} {capability}, {torch.get_num_threads()} threads"
+
+
+def _kernel_settings() -> str:
+    """Settings under which torch picks kernels with other scratch memory."""
+    cuda = torch.backends.cuda
+    settings = {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "flash": cuda.flash_sdp_enabled(),
+        "mem_efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Name this package's source, its version included: between releases the version alone does not change."""
+    root = Path(__file__).parents[3]
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

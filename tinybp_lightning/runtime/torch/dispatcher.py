@@ -1,0 +1,284 @@
+"""What stands in a module's `forward`? A permanent `Dispatcher`; only what it runs behind it changes.
+
+It is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module give a module
+whose forward runs its own weights, under the same configuration. State-dict keys do not change: it is no module.
+"""
+
+import inspect
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from tinybp_lightning.capture.torch.dynamo import Tracer
+from tinybp_lightning.config import MAX_LIVE_GRAPHS, BudgetKind, HCBConfig
+from tinybp_lightning.errors import CaptureError, HCBWarning
+from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.cache.memory import PlanCache
+from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.kept_modules import kept_paths
+from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
+from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
+from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
+from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
+from tinybp_lightning.runtime.torch.submodules import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.traced_module import TracedModule
+
+__all__ = ["Dispatcher", "Target", "dispatcher_of"]
+
+# As often as torch.compile traces a function before it gives up. Beyond that a forward counts in Python, say, and would
+# be traced and planned in every step.
+_MAX_TRACES = 8
+
+
+class Target:
+    """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plain: Callable[..., Any],
+        config: HCBConfig,
+        observers: Sequence[Observer],
+        memory: TargetMemory,
+    ) -> None:
+        self.name = type(module).__name__
+        self._module = module
+        self._plain = plain
+        self._config = config
+        self._observers = tuple(observers)
+        self._live: OrderedDict[int, TracedModule] = OrderedDict()
+        self._num_graphs = 0
+        self._num_evicted = 0
+        self._book = PlanCache(config)
+        self._last: TracedModule | None = None
+        self._num_traces: Counter[tuple[str, ...]] = Counter()
+        self._tracer = Tracer(plain, self._on_graph)
+        self._memory = memory
+        self.module_steps: ModuleSteps | None = None
+        if has_sharded_units(module):
+            self.module_steps = ModuleSteps(module, plain, self.name, config, observers, memory)
+
+    @property
+    def profile(self) -> StepProfile | None:
+        """The last finished step."""
+        settle_pending()
+        if self.module_steps is not None:
+            return self.module_steps.profile
+        return self._last.profile if self._last is not None else None
+
+    @property
+    def programs(self) -> tuple[TracedModule, ...]:
+        """The graphs that hold plans and pieces now, the one used last at the end; at most `MAX_LIVE_GRAPHS`."""
+        return tuple(self._live.values())
+
+    @property
+    def counts(self) -> PlanCounts:
+        """How many graphs and plans there were, and where the plans came from."""
+        return self._book.counts(
+            self.name, num_graphs=self._num_graphs, num_live=len(self._live), num_evicted=self._num_evicted
+        )
+
+    @property
+    def reports(self) -> tuple[PlanReport, ...]:
+        """The plans in force, one per live graph."""
+        controllers = [p.controller for p in self.programs]
+        if self.module_steps is not None:
+            controllers.append(self.module_steps.controller)
+        return tuple(controller.report for controller in controllers if controller is not None)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """What the live graphs compute."""
+        return tuple(g for p in self.programs if (g := p.graph) is not None)
+
+    @property
+    def flown(self) -> PlanReport | None:
+        """The plan of the last forward, if that was planned."""
+        controller = self._controller
+        return None if controller is None else controller.report
+
+    @property
+    def _controller(self) -> Controller | None:
+        if self.module_steps is not None:
+            return self.module_steps.controller
+        return None if self._last is None else self._last.controller
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The peak of the smallest plan for the inputs last seen; 0 where nothing is planned yet."""
+        controller = self._controller
+        return 0 if controller is None else controller.smallest_bytes
+
+    def tighten(self, share: float) -> bool:
+        """Tighten the plans of the inputs last seen, as `Controller.tighten` does; return whether one changed."""
+        if self.module_steps is not None:
+            controller = self.module_steps.controller
+            return controller is not None and controller.tighten(share)
+        return self._last is not None and self._last.tighten(share)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one training forward."""
+        if self.module_steps is not None:
+            return self.module_steps.call(args, kwargs)
+        if max(self._num_traces.values(), default=0) > _MAX_TRACES:
+            reason = "it is traced anew again and again for the same inputs, because a value that it reads changes"
+            return self._by_module_steps(reason, args, kwargs)
+        try:
+            return self._tracer(*args, **kwargs)
+        except CaptureError as error:  # while tracing, or while recording the trace on fake tensors: nothing has run
+            return self._by_module_steps(str(error).splitlines()[0], args, kwargs)
+
+    def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers, self._memory)
+        try:
+            result = steps.call(args, kwargs)
+        except BaseException:
+            steps.remove()  # the forward itself raises (a wrong call, say): no reason to leave the trace for good
+            raise
+        self.module_steps = steps
+        warnings.warn(
+            f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
+            "results, but whole submodules are the smallest blocks.",
+            HCBWarning,
+            stacklevel=2,
+        )
+        return result
+
+    def close(self) -> None:
+        """Let go of everything installed below the module, and beside it."""
+        self._memory.optimizer_state = None
+        if self.module_steps is not None:
+            self.module_steps.remove()
+
+    def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
+        if not any(n.op in ("call_function", "call_method", "call_module") for n in module.graph.nodes):
+            return module.forward  # it returns what it was given: there is nothing to keep, nor to repeat
+        self._num_traces[_inputs_of(module)] += 1
+        number = self._num_graphs
+        self._num_graphs += 1
+
+        def run(*args: Any) -> Any:
+            self._last = program = self._program(number, module)
+            return program(*args)
+
+        return run
+
+    def _program(self, number: int, module: fx.GraphModule) -> TracedModule:
+        """Return what trains graph `number`, made anew if it was let go of: the trace stays, plans and pieces go."""
+        program = self._live.pop(number, None)
+        if program is None:
+            kept = kept_paths(self._module)
+            program = TracedModule(module, self.name, self._config, self._observers, self._memory, self._book, kept)
+        self._live[number] = program
+        if len(self._live) > MAX_LIVE_GRAPHS:
+            _, oldest = self._live.popitem(last=False)
+            oldest.release()
+            self._num_evicted += 1
+        return program
+
+
+def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:
+    """What the inputs of a traced graph look like; values that Dynamo has made constants are not among them."""
+    examples = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+    return tuple(f"{tuple(t.shape)} {t.dtype} {t.requires_grad}" for t in examples if isinstance(t, torch.Tensor))
+
+
+class Dispatcher:
+    """Callable stored as `module.forward`.
+
+    **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward; `optimizer_state`:
+    of whatever is trained together with the module, where the budget counts it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: HCBConfig,
+        observers: Sequence[Observer] = (),
+        on_claim: "Callable[[Dispatcher], None] | None" = None,
+        optimizer_state: OptimizerState | None = None,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.observers = tuple(observers)
+        self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
+        self._on_claim = on_claim
+        self._optimizer_state = optimizer_state
+        self.target: Target | None = None
+        self.rewinder: StepSnapshot | None = None  # kept from one `run_step` to the next
+        module.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward: through the engine when it is trained, plainly otherwise."""
+        settle_pending()
+        if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        if not self._wants_gradients(args, kwargs):
+            return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
+        if self.target is None:
+            refuse_unrepeatable(self.module)
+            if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
+                self._optimizer_state = OptimizerState(self.module.parameters())  # this is a copy of another module
+            memory = TargetMemory(self._optimizer_state)
+            self.target = Target(self.module, self.plain, self.config, self.observers, memory)
+            if self._on_claim is not None:
+                self._on_claim(self)
+        refuse_capture()
+        return self.target.call(args, kwargs)
+
+    def _wants_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if any(p.requires_grad for p in self.module.parameters()):
+            return True
+        return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+        if self._own_forward is not None:
+            return self._own_forward
+        forward = cast("Callable[..., Any]", type(self.module).forward)
+        return MethodType(forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    def remove(self) -> None:
+        """Put the module's forward back as it was."""
+        if self.module.__dict__.get("forward") is self:
+            if self._own_forward is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.__dict__["forward"] = self._own_forward
+        if self.target is not None:
+            self.target.close()
+            self.target = None
+        self._optimizer_state = None
+        stop_listening()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans, graphs and observers stay behind: a copy plans for itself on its first step.
+        return {"module": self.module, "config": self.config, "own_forward": self._own_forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module = state["module"]
+        self.config = state["config"]
+        self.observers = ()
+        self._own_forward = state["own_forward"]
+        self._on_claim = None
+        self._optimizer_state = None
+        self.target = None
+        self.rewinder = None
+
+
+def dispatcher_of(module: nn.Module) -> Dispatcher | None:
+    """Return the dispatcher that stands in `module.forward`, if one does."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Dispatcher) else None

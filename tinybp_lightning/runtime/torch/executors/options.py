@@ -1,0 +1,139 @@
+"""Which options of compiled blocks must be measured? Those that a plan takes, where they promise to be worth it.
+
+An option that is not compiled has estimated costs. A plan by estimates is a question, not something to fly: it says
+which option to compile next. Of equal blocks' options the one that most blocks take is compiled first; often the plan
+made then needs no other one. Estimates of what fuses are rough, though: for the kinds of blocks that a step spends its
+time in, the layers of a transformer, all options are measured as soon as not everything is kept. They are few, and
+compiled once.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from tinybp_lightning.errors import BudgetTooSmallError
+from tinybp_lightning.graph.chain import Block, Chain
+from tinybp_lightning.graph.ids import BlockId, OptionId
+from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
+from tinybp_lightning.schedule.planner.planner import Plan, Planner
+
+__all__ = [
+    "MeasuredPart",
+    "estimated_options",
+    "measured_part",
+    "options_to_measure",
+    "prefer_measured",
+    "with_measured",
+]
+
+_HEAVY = 0.1
+"""A kind of blocks with this share of a plain step's seconds has all its options measured."""
+_WORTH = 0.01
+"""A step that promises to be faster by less does not pay for compiling: measured seconds vary as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPart:
+    """A chain without its estimated options. `numbers[block]`: the number in the whole chain of each option left."""
+
+    chain: Chain
+    numbers: tuple[tuple[OptionId, ...], ...]
+
+    def renumbered(self, schedule: Schedule) -> Schedule:
+        """Return a schedule for `chain` as one for the whole chain."""
+        actions = tuple(
+            replace(a, option=self.numbers[a.block][a.option]) if isinstance(a, (Backward, ForwardSave)) else a
+            for a in schedule.actions
+        )
+        return replace(schedule, actions=actions)
+
+
+def measured_part(chain: Chain) -> MeasuredPart:
+    """Return what of `chain` was measured."""
+    numbers = tuple(
+        tuple(OptionId(o) for o, option in enumerate(block.options) if not option.is_estimated)
+        for block in chain.blocks
+    )
+    blocks = tuple(
+        replace(block, options=tuple(block.options[o] for o in mine))
+        for block, mine in zip(chain.blocks, numbers, strict=True)
+    )
+    return MeasuredPart(replace(chain, blocks=blocks), numbers)
+
+
+def prefer_measured(found: Plan, chain: Chain) -> Plan:
+    """Return `found`, or a plan by measured options alone if that promises about the same; the certificate stays.
+
+    **Arguments:** `found`: the best plan for its budget on `chain`, estimates included.
+    """
+    backwards = [a for a in found.schedule.actions if isinstance(a, Backward)]
+    if not any(chain.blocks[a.block].options[a.option].is_estimated for a in backwards):
+        return found
+    part = measured_part(chain)
+    try:
+        other = Planner(part.chain).plan(budget_bytes=found.budget_bytes)
+    except BudgetTooSmallError:
+        return found
+    if other.total_s > found.total_s * (1 + _WORTH):
+        return found
+    return replace(other, schedule=part.renumbered(other.schedule), certificate=found.certificate)
+
+
+def estimated_options(chain: Chain) -> frozenset[tuple[int, int]]:
+    """Return the estimated options of `chain`, as pairs of a block and an option's number."""
+    return frozenset(
+        (b, o) for b, block in enumerate(chain.blocks) for o, option in enumerate(block.options) if option.is_estimated
+    )
+
+
+def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int, int]]:
+    """Return which estimated options to measure next for a plan by `schedule`; none if it needs none.
+
+    **Returns:** of each kind of block the option that most of them take, and of heavy kinds all, unless all blocks keep
+    what option 0 saves; pairs as in `estimated_options`.
+    """
+    taken = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
+    num_forwards = sum(isinstance(a, (Forward, ForwardSave)) for a in schedule.actions)
+    if num_forwards == len(chain.blocks) and not any(taken.values()):
+        return frozenset()
+    # Blocks of one structure may be compiled apart, for other constants or strides: some are measured and some are not.
+    kinds: dict[tuple[str, tuple[bool, ...]], list[int]] = {}
+    for b, block in enumerate(chain.blocks):
+        are_estimated = tuple(option.is_estimated for option in block.options)
+        kinds.setdefault((block.signature, are_estimated), []).append(b)
+    seconds = {kind: sum(_plain_s(chain.blocks[b]) for b in blocks) for kind, blocks in kinds.items()}
+    wanted: set[tuple[int, int]] = set()
+    for kind, blocks in kinds.items():
+        options = chain.blocks[blocks[0]].options
+        estimated = [o for o, option in enumerate(options) if option.is_estimated]
+        if seconds[kind] >= _HEAVY * sum(seconds.values()):
+            wanted.update((blocks[0], o) for o in estimated)
+            continue
+        counts = Counter(taken[BlockId(b)] for b in blocks if taken[BlockId(b)] in estimated)
+        if counts:
+            option = counts.most_common(1)[0][0]
+            wanted.add((next(b for b in blocks if taken[BlockId(b)] == option), option))
+    return frozenset(wanted)
+
+
+def _plain_s(block: Block) -> float:
+    return block.forward_s + block.options[0].backward_s
+
+
+def with_measured(chain: Chain, measured: Chain) -> Chain:
+    """Return `chain` with the blocks of `measured`, and what was measured in `chain` alone (by another process)."""
+    blocks = (_with_measured(mine, new) for mine, new in zip(chain.blocks, measured.blocks, strict=True))
+    return replace(chain, blocks=tuple(blocks))
+
+
+def _with_measured(mine: Block, new: Block) -> Block:
+    options = tuple(
+        replace(
+            old,
+            replay_s=min(old.replay_s, new.forward_s),
+            save_peak_bytes=max(old.save_peak_bytes, new.forward_peak_bytes),
+        )
+        if found.is_estimated and not old.is_estimated
+        else found
+        for old, found in zip(mine.options, new.options, strict=True)
+    )
+    return replace(new, options=options)

@@ -1,0 +1,104 @@
+"""How long does a call take? On a GPU there are two answers, and which one counts is known only of a whole step.
+
+The *device* needs its time to run the kernels, the *host* its own to hand them out. In a step both go on at once, so
+the slower of the two over the whole step is what the step takes: a small block that the host alone would make slow
+costs next to nothing between large ones. Waiting for the device around each call would charge every block for launches
+that overlap, so the device is held back until the call has been handed out, and then runs it without a gap. That in
+turn makes the host slower, and a call of autograd wakes its thread (0.3 ms), which a step does once for all blocks: the
+host is timed on an idle device, and without what a call that does nothing takes.
+
+On a CPU a call that is repeated finds its data in caches that hold a few blocks of a small model; in a step it does
+not, as everything else has passed through them since. A norm takes half the time then, and a plan would repeat norms
+that are not so cheap. So as much as a step touches, and caches hold, is brought in before each call.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from tinybp_lightning.capture.torch.private import hold_cuda
+
+__all__ = ["Timer", "Timing"]
+
+_HOLD_CYCLES = 20_000_000
+"""About 10 ms at 2 GHz: longer than the host takes to hand out a block."""
+_REPEATS = 3
+_IDLE_REPEATS = 5
+_CACHE_BYTES = 64 * 2**20
+"""More than the caches that one core can fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of the device and of the host; on the CPU they are the same."""
+
+    device_s: float
+    host_s: float
+
+    def without_host(self, host_s: float) -> "Timing":
+        """Return it with so much less of the host, at least nothing."""
+        return Timing(self.device_s, max(0.0, self.host_s - host_s))
+
+    def at_most(self, other: "Timing") -> "Timing":
+        """Return the lesser of each."""
+        return Timing(min(self.device_s, other.device_s), min(self.host_s, other.host_s))
+
+
+class Timer:
+    """Times calls whose work is on `device`.
+
+    **Arguments:** `step_bytes`: what a whole step touches. But for CUDA, as much host memory is held, at most 64 MiB.
+    """
+
+    def __init__(self, device: torch.device, *, step_bytes: int) -> None:
+        self.device = device
+        num_bytes = 0 if device.type == "cuda" else min(step_bytes, _CACHE_BYTES)
+        self._cold = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
+
+    @cached_property
+    def idle_backward_s(self) -> float:
+        """Host seconds of a call of autograd that does nothing, on a GPU; on the CPU it wakes no thread."""
+        if self.device.type != "cuda":
+            return 0.0
+        leaf = torch.ones((), device=self.device, requires_grad=True)
+        calls = [partial(torch.autograd.grad, leaf * 2, leaf) for _ in range(_IDLE_REPEATS)]
+        return min(self.time(call, is_held=False).host_s for call in calls)
+
+    def time(self, call: Callable[[], Any], *, is_held: bool = True) -> Timing:
+        """Run `call` once and return what it took.
+
+        **Arguments:** `is_held`: whether a GPU waits until the call has been handed out, for the seconds of the device;
+        those of the host are less where it does not.
+        """
+        if self.device.type == "cuda":
+            return self._time_cuda(call, is_held=is_held)
+        self._cold.bitwise_not_()  # reads and writes it all, and allocates nothing that a trace would see
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+        return Timing(seconds, seconds)
+
+    def time_repeatable(self, call: Callable[[], Any]) -> Timing:
+        """Run `call` as often as it takes to tell on a machine that others use too; return the least that it took."""
+        spent = self.time(call)
+        for number in range(1, _REPEATS):
+            spent = spent.at_most(self.time(call, is_held=number % 2 == 0))
+        return spent
+
+    def _time_cuda(self, call: Callable[[], Any], *, is_held: bool) -> Timing:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            if is_held:
+                hold_cuda(_HOLD_CYCLES)
+            begin.record()
+            started = time.perf_counter()
+            call()
+            host_s = time.perf_counter() - started
+            end.record()
+            torch.cuda.synchronize()
+        return Timing(begin.elapsed_time(end) * 1e-3, host_s)

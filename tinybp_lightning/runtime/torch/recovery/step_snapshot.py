@@ -1,0 +1,254 @@
+"""What must be put back before a step is run a second time, and can it be? One `StepSnapshot` per model.
+
+A step leaves traces in the random generators, in buffers, and, once backward has begun, in gradients. They are noted
+while the step runs, cheaply: of what did not change in the first steps, nothing is copied in the later ones.
+
+Note [Finished gradients]
+    Within one backward a parameter's `AccumulateGrad` runs once, with everything that belongs to it. So a backward that
+    fails half-way leaves two kinds of gradients beside the older ones: those that are finished, and those it did not
+    reach. A finished one is the value that an uninterrupted step would leave: it is set aside, and put back when the
+    second run brings its gradient again. That needs no copy of the older gradients and no sum in another order, and it
+    is the same bits in any micro-batch. Where there was no older gradient, the parameter starts again from none.
+
+Note [Buffers that change]
+    Buffers are copied (to the host) and compared in the first steps. Later, those that were seen to change are copied
+    where they are, and the others only watched by their version: a copy of an averaged model, say, is not doubled.
+    Norms change their statistics without raising the version, so those always count as changing.
+"""
+
+import random
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from tinybp_lightning.capture.torch.private import accumulation_hooks, buffers_of
+from tinybp_lightning.runtime.torch.replay.ambient import RandomState, random_state_now, set_random_state
+
+__all__ = ["StepSnapshot"]
+
+_LEARNING_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Generators:
+    """Every generator a training step may draw from."""
+
+    torch: RandomState
+    python: Any
+    numpy: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """A buffer as it was when the step began, and a copy of it if it may change."""
+
+    owner: nn.Module
+    name: str
+    tensor: torch.Tensor | None
+    version: int
+    copy: torch.Tensor | None
+
+    @property
+    def was_replaced(self) -> bool:
+        """Whether the module holds another tensor now."""
+        return buffers_of(self.owner).get(self.name) is not self.tensor
+
+    @property
+    def was_written(self) -> bool:
+        """Whether the tensor's content has changed: by its version, or by its copy if there is one."""
+        if _version(self.tensor) != self.version:
+            return True
+        if self.tensor is None or self.copy is None:
+            return False
+        return not torch.equal(self.tensor.to(self.copy.device), self.copy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    """A parameter's gradient before something that may change it; not held, as the step may do without it."""
+
+    tensor: "weakref.ref[torch.Tensor] | None"
+    version: int
+
+    @classmethod
+    def of(cls, p: nn.Parameter) -> "_Gradient":
+        gradient = p.grad
+        return _NO_GRADIENT if gradient is None else cls(weakref.ref(gradient), _version(gradient))
+
+    def is_of(self, p: nn.Parameter) -> bool:
+        """Whether `p` has the same gradient, unchanged."""
+        tensor = None if self.tensor is None else self.tensor()
+        return p.grad is tensor and _version(p.grad) == self.version
+
+
+_NO_GRADIENT = _Gradient(None, -1)
+
+
+class StepSnapshot:
+    """Notes what a step of `root` changes: `begin`, `backward_begins`, then `end`.
+
+    After a failure `obstacle` says whether the step can be run again, `rewind` prepares that, and `abandon` gives up.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._num_steps = 0
+        self._changing: set[tuple[int, str]] = set()
+        self._finished: dict[int, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._enumerate()
+        self._let_go()
+
+    def _enumerate(self) -> None:
+        self._modules = list(self.root.modules())
+        self._parameters = list(self.root.named_parameters())
+        self._devices = sorted({p.device for _, p in self._parameters}, key=str)
+
+    def _let_go(self) -> None:
+        self._generators: _Generators | None = None
+        self._buffers: list[_Buffer] = []
+        self._inputs: list[tuple[torch.Tensor, int]] = []
+        self._draws = False
+        self._versions: list[int] = []
+        self._gradients: list[_Gradient] = []
+        self._is_backward = False
+        self._finished.clear()
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    # ---- while the step runs -----------------------------------------------------------------------------------
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Note everything before the forward; `inputs` are what a second run will be given again."""
+        self._let_go()
+        self._generators = _generators_now(self._devices)
+        self._inputs = [(t, _version(t)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+        self._draws = any(isinstance(x, Iterator) for x in tree_leaves(inputs))
+        self._versions = [p._version for _, p in self._parameters]
+        self._gradients = [_Gradient.of(p) for _, p in self._parameters]
+        self._buffers = [self._note(m, name) for m in self._modules for name in buffers_of(m)]
+
+    def _note(self, owner: nn.Module, name: str) -> _Buffer:
+        """See Note [Buffers that change]."""
+        t = buffers_of(owner)[name]
+        copy: torch.Tensor | None = None
+        if t is not None and ((id(owner), name) in self._changing or getattr(owner, "track_running_stats", False)):
+            copy = t.detach().clone()
+        elif t is not None and self._num_steps < _LEARNING_STEPS:
+            copy = t.detach().to("cpu", copy=True)
+        return _Buffer(owner, name, t, _version(t), copy)
+
+    def backward_begins(self) -> None:
+        """Note the gradients that backward will add to."""
+        self._is_backward = True
+        for index, (_, p) in enumerate(self._parameters):
+            if index not in self._finished:
+                self._gradients[index] = _Gradient.of(p)
+
+    def end(self) -> None:
+        """The step has ended well: learn which buffers change, and let go of everything."""
+        learning = self._num_steps < _LEARNING_STEPS
+        for b in self._buffers:
+            if _version(b.tensor) != b.version or (learning and b.was_written):
+                self._changing.add((id(b.owner), b.name))
+        self._num_steps += 1
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of everything; the finished gradients are where an uninterrupted step would have left them."""
+        for index, finished in self._finished.items():
+            self._parameters[index][1].grad = finished
+        self._let_go()
+
+    # ---- after a failure ---------------------------------------------------------------------------------------
+
+    def obstacle(self) -> str | None:
+        """Return why the step cannot be run again as it was, or `None` if it can."""
+        now = [*self.root.modules(), *self.root.parameters()]
+        if _ids(now) != _ids([*self._modules, *(p for _, p in self._parameters)]):
+            self._enumerate()
+            return "a part of the model was added or taken away during the step"
+        if self._draws:
+            return "the step draws its batch itself, and would draw the next one"
+        if any(_version(t) != version for t, version in self._inputs):
+            return "the step changed its batch in place"
+        for (name, p), version, before in zip(self._parameters, self._versions, self._gradients, strict=True):
+            if p._version != version:
+                return f"parameter `{name}` was changed before the step had ended"
+            if self._is_backward:
+                # They may have run or not, and what they changed is not ours to know.
+                if any(not isinstance(hook, _PutBack) for hook in accumulation_hooks(p)):
+                    return f"parameter `{name}` has a hook that runs after its gradient's accumulation"
+            elif p.grad is not None and not before.is_of(p):  # set to none, it is none for the second run as well
+                return f"the gradient of `{name}` was changed in the forward"
+        lost = [b.name for b in self._buffers if b.copy is None and b.was_written]
+        return f"buffer `{lost[0]}` changed for the first time, and there is no copy of it" if lost else None
+
+    def rewind(self) -> None:
+        """Put generators, buffers and gradients back, so that the step can be run again."""
+        assert self._generators is not None, "no step has begun"
+        _set_generators(self._generators)
+        with torch.no_grad():
+            for b in self._buffers:
+                if b.tensor is not None and b.copy is not None and b.was_written:
+                    b.tensor.copy_(b.copy)
+                if b.was_replaced:
+                    buffers_of(b.owner)[b.name] = b.tensor
+        self._set_gradients_aside()
+        self._is_backward = False
+
+    def _set_gradients_aside(self) -> None:
+        """See Note [Finished gradients]."""
+        self._remove_hooks()
+        for index, ((_, p), before) in enumerate(zip(self._parameters, self._gradients, strict=True)):
+            if index not in self._finished:
+                if not self._is_backward or before.is_of(p):
+                    continue
+                if before.tensor is not None and p.grad is not None:
+                    self._finished[index] = p.grad
+            p.grad = None
+            if index in self._finished:
+                parameter: Any = p  # the method is not annotated in full
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_PutBack(self._finished[index])))
+
+
+@dataclass(frozen=True, slots=True)
+class _PutBack:
+    """A hook that puts a finished gradient in place of the one that a second run has just made."""
+
+    finished: torch.Tensor
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        parameter.grad = self.finished
+
+
+def _version(t: torch.Tensor | None) -> int:
+    return -1 if t is None or t.is_inference() else t._version
+
+
+def _ids(objects: Sequence[object]) -> list[int]:
+    return [id(x) for x in objects]
+
+
+def _generators_now(devices: Sequence[torch.device]) -> _Generators:
+    # A program that has not imported numpy draws nothing from it.
+    numpy: Any = sys.modules.get("numpy")
+    return _Generators(random_state_now(devices), random.getstate(), numpy and numpy.random.get_state())
+
+
+def _set_generators(state: _Generators) -> None:
+    set_random_state(state.torch)
+    random.setstate(state.python)
+    if state.numpy is not None:
+        numpy: Any = sys.modules["numpy"]
+        numpy.random.set_state(state.numpy)

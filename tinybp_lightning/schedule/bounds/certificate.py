@@ -1,0 +1,199 @@
+"""How far can a plan be from the best one? The best of three bounds, one of them with good prices.
+
+Prices for `bound` are found by Polyak's subgradient steps. The first prices come from the plan: the moments at which
+it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
+supergradient by `(plan - value) / |supergradient|^2`. Bad prices make the bound loose, never wrong.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.actions import Backward, Schedule
+from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
+from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
+from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, relax
+from tinybp_lightning.schedule.bounds.resolution import affordable
+from tinybp_lightning.schedule.bounds.slim import slim, slim_spans
+from tinybp_lightning.schedule.simulator import Timeline
+
+__all__ = ["Certificate", "certify", "fastest_possible_s", "is_long", "is_tight", "unpriced"]
+
+_Floats = NDArray[np.float64]
+_CLOSE = 1e-4
+"""A bound this near the plan, relative to it, is not improved further."""
+_TIGHT = 0.005
+"""A bound this near needs no second one,"""
+_TIGHT_LONG = 0.015
+_MANY_BLOCKS = 48
+"""nor one this near on a chain of more blocks, where the second can take ten seconds."""
+_NEARLY_FULL = 0.97
+_WORK = 1e7
+"""About how many elementary steps of `bound` the search may take: a second or two."""
+_STRIDES = 50
+_LONG_BLOCKS = 400
+"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search, and prices are those
+of the slim chain. The capped bound is asked only where bytes are tight, with few slots.
+"""
+_LOOSE = 0.02
+_LOWER = 0.9
+_NEAR = 0.03
+_TIGHT_BUDGET = 1.5
+"""Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
+them only if that one is not `_NEAR`.
+"""
+_SLIM_BLOCKS = 72
+"""Beyond this many blocks the capped bound looks at a slim chain first: it can afford more held sets."""
+_CAPPED_BLOCKS = 150
+"""And beyond this many at the whole chain only if the slim one is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
+
+    `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
+    and with all prices 0 the time of a step that recomputes nothing. For a long chain it is the bound of its slim one,
+    each block of which has the prices of all that it stands for (`slim_spans`). `capped_bound_s` is that of `capped`,
+    for a long chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all
+    schedules where `exact` searched them, or 0.
+    """
+
+    budget_bytes: int
+    priced_bound_s: float
+    capped_bound_s: float
+    prices: tuple[float, ...]
+    searched_bound_s: float = 0.0
+
+    @property
+    def lower_bound_s(self) -> float:
+        """The best of the three bounds."""
+        return max(self.priced_bound_s, self.capped_bound_s, self.searched_bound_s)
+
+    def least_s(self, budget_bytes: int) -> float:
+        """Return a bound for a budget that is no larger: the prices prove one there too, higher by what they cost."""
+        assert budget_bytes <= self.budget_bytes, "prices say nothing of a larger budget, which has more options"
+        return self.priced_bound_s + sum(self.prices) * (self.budget_bytes - budget_bytes)
+
+
+def unpriced(chain: Chain, *, budget_bytes: int) -> Certificate:
+    """Return what is known of any budget without a search for prices: a step that recomputes nothing is no slower."""
+    return Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+
+
+def is_long(chain: Chain) -> bool:
+    """Whether a chain is so long that its bounds and its tables take seconds each."""
+    return len(chain.blocks) > _LONG_BLOCKS
+
+
+def is_tight(chain: Chain, total_s: float) -> bool:
+    """Whether a plan takes so long that good prices are hard to find: bytes are short."""
+    return total_s > _TIGHT_BUDGET * fastest_possible_s(chain)
+
+
+def certify(
+    chain: Chain, schedule: Schedule, timeline: Timeline, *, budget_bytes: int, seconds_per_byte: float = 0.0
+) -> Certificate:
+    """Return a lower bound on the time of every schedule within `budget_bytes`.
+
+    **Arguments:** `schedule`, `timeline`: the best plan known, which the search aims at.
+    `seconds_per_byte`: a guess of how much time one more byte would save; 0 when unknown.
+
+    **Returns:** a certificate whose bound is never above the time of the best legal schedule.
+    """
+    num_blocks = len(chain.blocks)
+    plain_s = fastest_possible_s(chain)
+    if timeline.total_s <= plain_s * (1 + _CLOSE):
+        return unpriced(chain, budget_bytes=budget_bytes)
+    relaxed = relax(chain, budget_bytes=budget_bytes)
+    capped_s = 0.0
+    if is_long(chain) and is_tight(chain, timeline.total_s):
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
+        if capped_s >= timeline.total_s * (1 - _NEAR):
+            return replace(unpriced(chain, budget_bytes=budget_bytes), capped_bound_s=capped_s)
+    first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
+    if is_long(chain):
+        priced_s, scale = _try_scales(chain, budget_bytes, first, timeline.total_s)
+        prices = scale * first
+    else:
+        priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
+        num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
+        priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
+    if priced_s < plain_s:
+        priced_s, prices = plain_s, np.zeros(num_blocks + 2)
+    near = _TIGHT if num_blocks <= _MANY_BLOCKS else _TIGHT_LONG
+    if not is_long(chain) and priced_s < timeline.total_s * (1 - near):
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
+    return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
+
+
+def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
+    """Return the bound of `capped`, or 0 where it would take too long; the better one where two chains can be asked."""
+    chains = [relaxed]
+    if relaxed.num_blocks > _SLIM_BLOCKS:
+        chains.insert(0, relax(slim(relaxed.chain), budget_bytes=budget_bytes))
+    capped_s = 0.0
+    for asked in chains:
+        resolution = affordable(asked)
+        if resolution:
+            capped_s = max(capped_s, capped_bound_s(asked, resolution, limit_s=limit_s))
+            if relaxed.num_blocks > _CAPPED_BLOCKS or capped_s >= limit_s * (1 - _TIGHT):
+                break
+    return capped_s
+
+
+def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
+    """Return the best value and its prices in `num_steps` steps towards `target_s`."""
+    prices, best_s, best = first, -np.inf, first
+    step, num_stalled = 1.0, 0
+    for _ in range(num_steps):
+        priced = chain.price(prices)
+        num_stalled = 0 if priced.value_s > best_s else num_stalled + 1
+        if priced.value_s > best_s:
+            best_s, best = priced.value_s, prices
+        if num_stalled == 3:
+            step, num_stalled = step * 0.6, 0
+        excess = np.where((prices <= 0) & (priced.excess_bytes < 0), 0.0, priced.excess_bytes)
+        excess[0] = 0.0
+        missing_s, norm = target_s - priced.value_s, float(excess @ excess)
+        if missing_s <= _CLOSE * target_s or norm == 0:
+            break
+        prices = np.maximum(0.0, prices + step * missing_s / norm * excess)
+    return float(best_s), best
+
+
+def _try_scales(chain: Chain, budget_bytes: int, first: _Floats, target_s: float) -> tuple[float, float]:
+    """Return the slim chain's bound at the better of two scales of the first prices, and the scale.
+
+    The second is asked only where the first is loose.
+    """
+    spans = slim_spans(chain)
+    priced_chain = PricedChain(relax(slim(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES))
+    summed = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
+    value_s = priced_chain.value_s(summed)
+    if value_s >= target_s * (1 - _LOOSE):
+        return value_s, 1.0
+    lower_s = priced_chain.value_s(_LOWER * summed)
+    return (lower_s, _LOWER) if lower_s > value_s else (value_s, 1.0)
+
+
+def fastest_possible_s(chain: Chain) -> float:
+    """Return the time of a step without recomputation: every block once, with its fastest backward."""
+    backward_s = sum(min(option.backward_s for option in block.options) for block in chain.blocks)
+    return sum(block.forward_s for block in chain.blocks) + backward_s
+
+
+def _first_prices(
+    schedule: Schedule, timeline: Timeline, budget_bytes: int, seconds_per_byte: float, num_blocks: int
+) -> _Floats:
+    """Share `seconds_per_byte` out among the moments at which the plan nearly fills the budget."""
+    peaks = np.zeros(num_blocks + 2)
+    peaks[num_blocks + 1] = timeline.tail.peak_bytes
+    for action, moment in zip(schedule.actions, timeline.moments, strict=True):
+        if isinstance(action, Backward):
+            peaks[action.block + 1] = moment.peak_bytes
+    full = peaks >= _NEARLY_FULL * budget_bytes
+    full[0] = False
+    return np.where(full, seconds_per_byte / max(1, int(full.sum())), 0.0)

@@ -1,0 +1,160 @@
+"""What does a byte of memory buy? Time of the plan, and its lower bound, at every budget from the smallest up.
+
+One `Planner` plans all budgets. A bound at one budget holds at every smaller one too, so each point carries the best of
+its own and of those to its right; bounds fall with the budget just as times do.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinybp_lightning.analysis import estimate_chain
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.schedule.actions import Schedule
+from tinybp_lightning.schedule.arguments import check_budgets, check_count, check_path
+from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
+from tinybp_lightning.schedule.planner.planner import Planner
+from tinybp_lightning.schedule.simulator import simulate
+
+__all__ = ["Pareto", "ParetoPoint", "ParetoReference", "pareto"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoPoint:
+    """The plan for one budget: its exact peak, its time, and the time below which no schedule within the budget is."""
+
+    budget_bytes: int
+    peak_bytes: int
+    total_s: float
+    recompute_s: float
+    lower_bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """How much slower than the best possible the plan is at most: 0.01 is one percent."""
+        return self.total_s / self.lower_bound_s - 1 if self.lower_bound_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoReference:
+    """What a known method costs: keeping everything, checkpointing every block, or every sqrt(n)-th."""
+
+    name: str
+    peak_bytes: int
+    total_s: float
+    recompute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pareto:
+    """Plan and bound against budget for one chain.
+
+    `points`: by increasing budget; times and bounds never rise. `smallest_bytes`: the smallest feasible budget.
+    `plain_peak_bytes`, `plain_s`: plain training, which keeps everything. `is_estimated`: bytes and seconds come from
+    `estimate_chain` and not from the chain that was given.
+    """
+
+    points: tuple[ParetoPoint, ...]
+    references: tuple[ParetoReference, ...]
+    smallest_bytes: int
+    plain_peak_bytes: int
+    plain_s: float
+    is_estimated: bool = False
+
+    def to_json(self) -> str:
+        """Return everything as JSON with sorted keys that ends in a newline; sizes in bytes, times in seconds."""
+        points = [
+            {
+                "budget_bytes": p.budget_bytes,
+                "peak_bytes": p.peak_bytes,
+                "total_s": p.total_s,
+                "recompute_s": p.recompute_s,
+                "lower_bound_s": p.lower_bound_s,
+                "gap": p.gap,
+            }
+            for p in self.points
+        ]
+        references = [
+            {"name": r.name, "peak_bytes": r.peak_bytes, "total_s": r.total_s, "recompute_s": r.recompute_s}
+            for r in self.references
+        ]
+        record = {
+            "points": points,
+            "references": references,
+            "smallest_bytes": self.smallest_bytes,
+            "plain_peak_bytes": self.plain_peak_bytes,
+            "plain_s": self.plain_s,
+            "is_estimated": self.is_estimated,
+        }
+        return json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw plan, bound and known methods as a PNG, and return the path.
+
+        **Raises:** `ConfigError` for what is no path; `MissingPackageError` if matplotlib is not there
+        (`pip install tinybp-lightning[recipes]`).
+        """
+        check_path(path)
+        from tinybp_lightning.schedule.pareto_plot import plot_pareto  # noqa: PLC0415 - matplotlib is an extra
+
+        return plot_pareto(self, Path(path))
+
+
+def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequence[int] | None = None) -> Pareto:
+    """Return plan and bound against budget.
+
+    **Arguments:** `chain`: with measured costs, or a `Graph`, which stands for `estimate_chain(graph)`;
+    `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training needs;
+    `budgets_bytes`: budgets of your own in place of these.
+
+    **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan.
+
+    **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
+    is no number of bytes; `BudgetTooSmallError` for one that no plan meets.
+    """
+    check_count("num_points", num_points, at_least=2, meaning="the smallest and the largest budget")
+    if budgets_bytes is not None:
+        check_budgets(budgets_bytes)
+    is_estimated = isinstance(chain, Graph)
+    if isinstance(chain, Graph):
+        chain = estimate_chain(chain)
+    planner = Planner(chain)
+    methods = (("keep all", keep_all), ("per block", per_block), ("every sqrt(n)", every_sqrt_n))
+    references = tuple(_reference(chain, name, method(chain)) for name, method in methods)
+    plain = references[0]
+    if budgets_bytes is None:
+        chosen = _budgets(planner.smallest_bytes, max(plain.peak_bytes, planner.largest_bytes), num_points)
+    else:
+        chosen = sorted(dict.fromkeys(budgets_bytes))
+    return Pareto(
+        points=_points(planner, chosen),
+        references=references,
+        smallest_bytes=planner.smallest_bytes,
+        plain_peak_bytes=plain.peak_bytes,
+        plain_s=plain.total_s,
+        is_estimated=is_estimated,
+    )
+
+
+def _budgets(smallest_bytes: int, largest_bytes: int, num_points: int) -> list[int]:
+    ratio = largest_bytes / max(1, smallest_bytes)
+    inner = [round(smallest_bytes * ratio ** (k / (num_points - 1))) for k in range(1, num_points - 1)]
+    # Rounding must not take a budget outside.
+    return sorted({smallest_bytes, largest_bytes, *(min(max(b, smallest_bytes), largest_bytes) for b in inner)})
+
+
+def _points(planner: Planner, budgets_bytes: Sequence[int]) -> tuple[ParetoPoint, ...]:
+    points = list[ParetoPoint]()
+    lower_bound_s = 0.0
+    for budget_bytes in reversed(budgets_bytes):
+        plan = planner.plan(budget_bytes=budget_bytes)
+        lower_bound_s = max(lower_bound_s, plan.lower_bound_s)
+        points.append(ParetoPoint(budget_bytes, plan.peak_bytes, plan.total_s, plan.recompute_s, lower_bound_s))
+    return tuple(reversed(points))
+
+
+def _reference(chain: Chain, name: str, schedule: Schedule) -> ParetoReference:
+    timeline = simulate(chain, schedule)
+    return ParetoReference(name, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
