@@ -27,6 +27,7 @@ from benchmarks.zoo import Architecture, Blocks
 from recipes.budget import budget_bytes
 from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
+from tinybp_lightning.runtime.torch import submodules, traced_module
 from tinybp_lightning.runtime.torch.api import targets
 from tinybp_lightning.runtime.torch.controller import Controller
 from tinybp_lightning.runtime.torch.replay.engine import Run
@@ -206,7 +207,7 @@ class _KeepingPilot(Controller):
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(program, "Controller", _KeepingPilot):
+    with _running(_KeepingRun), patch.object(traced_module, "Controller", _KeepingPilot):
         yield
 
 

@@ -19,8 +19,8 @@ _MUCH = 0.02
 class MeasuredPlan:
     """A plan that was measured to fit, and the chain as it was known then, tail and workspace included.
 
-    `headroom_bytes` is the budget it was flown under. `plan.budget_bytes`, for which its certificate holds on this chain,
-    is less where less workspace was measured than the planner had assumed.
+    `headroom_bytes` is the budget it ran under. `plan.budget_bytes`, for which its certificate holds on this chain, is
+    less where less workspace was measured than the planner had assumed.
     """
 
     chain: Chain

@@ -1,4 +1,4 @@
-"""What a controller learns from measured steps: plans that were seen to exceed the budget, and steps that lack blocks."""
+"""What a controller learns from measured steps: plans seen to exceed the budget, and steps that lack blocks."""
 
 from dataclasses import replace
 from typing import Any

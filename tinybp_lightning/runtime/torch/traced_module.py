@@ -1,6 +1,6 @@
 """How is one traced forward trained? A `TracedModule` is what Dynamo calls in place of the graph it captured.
 
-On its first call it records the graph, cuts it, measures the blocks and asks a `Controller` for a plan; on every call it
+On its first call it records the graph, cuts it, measures the blocks and asks a `Controller` for a plan; every call
 runs the pieces through the engine. Plans are kept per situation (autocast, gradients already there or not); shapes,
 dtypes and `requires_grad` are Dynamo's guards, which make a new program when they change.
 """
@@ -337,7 +337,7 @@ class TracedModule:
     def _cached_controller(
         self, make: Callable[..., Controller], page: CacheEntry, room: Headroom
     ) -> Controller | None:
-        """Return a controller that flies what is known for the page; none where that is nothing, or does not fit here."""
+        """Return a controller that starts from the cached plan; `None` where none is known or none fits here."""
         if page.known is None:
             return None
         is_other = page.origin is Origin.LARGER

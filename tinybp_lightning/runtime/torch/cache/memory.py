@@ -95,7 +95,7 @@ class PlanCache:
         self._num_plans[origin] += 1
 
     def note(self, page: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
-        """Note what a controller has learned for its page, on disk once it was measured; not what is another shape's."""
+        """Note what a controller has learned for its entry, on disk once it was measured; not another shape's plan."""
         if page.origin is Origin.LARGER:  # See Note [Larger shapes]
             return
         name = _name(page.key)
