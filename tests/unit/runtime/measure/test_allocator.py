@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tinybp_lightning.capture.torch.private import is_profiling
 from tinybp_lightning.runtime.torch.measure import allocator
-from tinybp_lightning.runtime.torch.measure.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.runtime.torch.measure.allocator import AllocatorTrace, Interval, can_trace, open_trace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KILO = 1000
@@ -25,7 +25,7 @@ def floats(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes // 4)
 
 
-def test_segments_are_exact() -> None:
+def test_intervals_are_exact() -> None:
     before = floats(8 * KILO)  # alive before the trace: not counted
     trace = open_trace(CPU)
     trace.mark("one")
@@ -38,9 +38,9 @@ def test_segments_are_exact() -> None:
     trace.mark("three")
     del c
     _, one, two, three = trace.close()
-    assert one == Segment("one", 0, 6 * KILO, 2 * KILO)
-    assert two == Segment("two", 2 * KILO, 3 * KILO, KILO)
-    assert three == Segment("three", KILO, KILO, 0)
+    assert one == Interval("one", 0, 6 * KILO, 2 * KILO)
+    assert two == Interval("two", 2 * KILO, 3 * KILO, KILO)
+    assert three == Interval("three", KILO, KILO, 0)
     del before
 
 
@@ -51,7 +51,7 @@ def test_a_tensor_from_before_that_is_freed_does_not_lower_the_level() -> None:
     trace.mark("one")
     del before
     after = floats(KILO)
-    assert trace.close()[1] == Segment("one", 0, KILO, KILO)
+    assert trace.close()[1] == Interval("one", 0, KILO, KILO)
     del after
 
 
@@ -70,7 +70,7 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace = open_trace(CPU)
     trace.mark("one")
     small.clear()
-    assert trace.close()[1] == Segment("one", 0, 0, 0)
+    assert trace.close()[1] == Interval("one", 0, 0, 0)
 
 
 def test_calls_of_a_gpus_driver_between_allocations_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_calls_of_a_gpus_driver_between_allocations_are_passed_over(monkeypatch:
     trace.mark("one")
     held = floats(2 * KILO)
     _, one = trace.close()
-    assert one == Segment("one", 0, 2 * KILO, 2 * KILO)
+    assert one == Interval("one", 0, 2 * KILO, 2 * KILO)
     del held
 
 
@@ -101,7 +101,6 @@ def test_what_is_left_out_never_was() -> None:
     assert [(s.label, s.peak_bytes) for s in trace.close()] == [
         ("start", 0),
         ("one", KILO),
-        ("two", 3 * KILO),
         ("two", 3 * KILO),
     ]
     del kept
@@ -324,6 +323,6 @@ def test_a_trace_of_a_thread_that_has_ended_does_not_stop_this_ones(capfd: pytes
     assert is_profiling()
     assert not others_can_trace()
     kept = floats(KILO)
-    assert mine.close()[1] == Segment("one", 0, KILO, KILO)
+    assert mine.close()[1] == Interval("one", 0, KILO, KILO)
     capfd.readouterr()
     del kept

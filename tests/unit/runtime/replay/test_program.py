@@ -49,7 +49,7 @@ def test_every_action_of_a_long_schedule_finds_its_segment() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
-    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "goes by option `0`")],
+    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "uses option `0`")],
 )
 def test_what_the_engine_cannot_play_is_an_error(schedule: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):

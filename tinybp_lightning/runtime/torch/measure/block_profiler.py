@@ -12,7 +12,7 @@ import torch
 from tinybp_lightning.capture.torch.op_filter import filtered_by
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
-from tinybp_lightning.runtime.torch.measure.allocator import Segment, open_trace
+from tinybp_lightning.runtime.torch.measure.allocator import Interval, open_trace
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockSizes
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs, fresh_leaves, has_storage
@@ -265,17 +265,17 @@ class _BackwardRun:
     parameter_gradients: tuple[torch.Tensor, ...]
 
 
-def _peak(segment: Segment) -> int:
+def _peak(segment: Interval) -> int:
     return max(0, segment.peak_bytes - segment.start_bytes)
 
 
-def _joined(segments: Sequence[Segment]) -> list[Segment]:
+def _joined(segments: Sequence[Interval]) -> list[Interval]:
     """Join neighbours of one label (a mark set by `leave_out` splits a segment)."""
-    joined: list[Segment] = []
+    joined: list[Interval] = []
     for s in segments:
         if joined and joined[-1].label == s.label:
             last = joined.pop()
-            joined.append(Segment(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes))
+            joined.append(Interval(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes))
         else:
             joined.append(s)
     return joined
