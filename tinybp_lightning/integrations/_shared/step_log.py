@@ -1,8 +1,8 @@
-"""How do a step's peak and recompute share reach the progress bar and the logger?
+"""Log a step's peak and recompute share to the progress bar and the logger.
 
-An observer of the session collects the profiles of a batch; a callback, first in the Trainer's list, logs their summary
-in `on_train_batch_end`. That hook runs for automatic and manual optimisation alike and before the bars read their
-metrics; `LightningModule.log` keeps `log_every_n_steps` and the row of the user's own metrics.
+An observer of the session collects the profiles of a batch. A callback, first in the Trainer's list, logs their summary
+in `on_train_batch_end`: that hook runs for automatic and manual optimisation alike, before the bars read their metrics.
+`LightningModule.log` respects `log_every_n_steps` and writes into the row of the user's own metrics.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ __all__ = ["BatchSummary", "StepLogMixin", "summarise"]
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """What one batch is logged as."""
+    """The values that are logged for one batch."""
 
     peak_mib: float
     recompute_share: float
 
 
 def summarise(profiles: Sequence["StepProfile"]) -> BatchSummary:
-    """Return the highest peak and the share of time spent in replay over the `profiles` of one batch.
+    """Return the highest peak, and the share of time spent in replays, of the `profiles` of one batch.
 
-    A batch has several when `training_step` runs several backwards. The peak is the measured one; where the device
-    measures none (CPU), it is the plan's prediction.
+    A batch has several profiles when `training_step` runs several backwards. The peak is the measured one, or the
+    plan's prediction for a step in which it was not measured.
     """
     peaks_bytes = [
         profile.predicted_peak_bytes if profile.measured_peak_bytes is None else profile.measured_peak_bytes
@@ -41,7 +41,7 @@ def summarise(profiles: Sequence["StepProfile"]) -> BatchSummary:
 class StepLogMixin:
     """Logs `hcb/peak_mib` and `hcb/recompute_share`: an observer and, with the namespace's `Callback`, a callback.
 
-    It has no state of its own in checkpoints.
+    It adds no state to checkpoints.
     """
 
     def __init__(self) -> None:
@@ -49,23 +49,23 @@ class StepLogMixin:
         self._profiles: list[StepProfile] = []
 
     def on_plan(self, plan: "PlanReport") -> None:
-        """Take no note: the plan is shown where it is made."""
+        """Do nothing: only finished steps are logged."""
 
     def on_replay(self, profile: "StepProfile") -> None:
         """Keep the profile until the batch ends."""
         self._profiles.append(profile)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the batch's summary; a batch without a profile logs nothing."""
+        """Log the batch's summary, if the batch has a profile."""
         del outputs, batch, batch_idx
         profiles, self._profiles = self._profiles, []
-        # A barebones Trainer has neither bar nor logger, and warns at every `log`.
+        # A barebones Trainer has neither a bar nor a logger, and warns at every `log`.
         if not profiles or trainer.barebones:
             return
         summary = summarise(profiles)
         values = {"hcb/peak_mib": summary.peak_mib, "hcb/recompute_share": summary.recompute_share}
-        # `batch_size` is given so that Lightning neither guesses nor caches one for the user's metrics; `logger` only
-        # where there is one, or Lightning warns.
+        # Without `batch_size`, Lightning would guess one and cache it for the user's metrics. It warns of `logger=True`
+        # where there is no logger.
         pl_module.log_dict(
             values, prog_bar=True, logger=trainer.logger is not None, on_step=True, on_epoch=False, batch_size=1
         )

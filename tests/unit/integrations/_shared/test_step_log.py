@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tinybp_lightning.integrations._step_log import BatchSummary, StepLogMixin, summarise
+from tinybp_lightning.integrations._shared.step_log import BatchSummary, StepLogMixin, summarise
 from tinybp_lightning.runtime.profile import StepProfile
 
 MIB = 2**20
