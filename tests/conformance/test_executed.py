@@ -138,7 +138,7 @@ def test_a_budget_that_no_plan_meets_is_told_with_the_smallest() -> None:
 
 def test_the_prediction_is_what_was_told_before_the_plan_was_measured() -> None:
     chain = uniform_chain(4)
-    told = PlanReport("net", chain, keep_all(chain), 90, 80, 80, 0.0, 1.0, 1.0, 4, "budget")
+    told = PlanReport("net", chain, keep_all(chain), 90, 80, 80, 0.0, 1.0, 4, "budget")
     corrected = replace(told, predicted_peak_bytes=85, reason="measured")
     explained = Explanation((), (corrected,), (PlanCounts("net", 1, 1, 0, 1, 0, 0, 0),))
     assert first_told([told, corrected], explained) is told

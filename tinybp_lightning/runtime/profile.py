@@ -19,10 +19,6 @@ _OBSERVER_METHODS = ("on_plan", "on_replay")
 class PlanReport:
     """A plan in force for one target.
 
-    `lower_bound_s`: no schedule within the budget takes less, by the plan's certificate. Options of compiled blocks
-    that no plan has asked for count with estimated costs in it (`SavedSet.is_estimated`).
-    A plan that takes such options is told too, and made again with measured ones before a step goes by it.
-
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
     training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`,
     `optimizer state`, `out of memory`), or where it was known from (`cached`, `larger shape`; then the predicted peak
@@ -38,15 +34,9 @@ class PlanReport:
     plain_peak_bytes: int
     predicted_recompute_s: float
     predicted_step_s: float
-    lower_bound_s: float
     num_kept: int
     reason: str
     costs: Costs = Costs.SECONDS
-
-    @property
-    def gap(self) -> float:
-        """How much slower than the best possible the plan is at most: 0.01 is one percent."""
-        return self.predicted_step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
 
     @property
     def summary(self) -> str:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.bounds.certificate import Certificate, unpriced
 from tinybp_lightning.schedule.planner.planner import Plan
 from tinybp_lightning.schedule.simulator import simulate
 
@@ -19,17 +18,15 @@ _MUCH = 0.02
 class MeasuredPlan:
     """A plan that was measured to fit, and the chain as it was known then, tail and workspace included.
 
-    `headroom_bytes` is the budget it ran under. `plan.budget_bytes`, for which its certificate holds on this chain, is
-    less where less workspace was measured than the planner had assumed.
+    `plan.budget_bytes` is the budget it ran under.
     """
 
     chain: Chain
     plan: Plan
-    headroom_bytes: int
 
     def suits(self, headroom_bytes: int) -> bool:
         """Whether the plan fits into `headroom_bytes`, and was made for about as much."""
-        return self.plan.peak_bytes <= headroom_bytes <= self.headroom_bytes * (1 + _MUCH)
+        return self.plan.peak_bytes <= headroom_bytes <= self.plan.budget_bytes * (1 + _MUCH)
 
 
 def plain_peak_bytes(chain: Chain) -> int:
@@ -37,28 +34,11 @@ def plain_peak_bytes(chain: Chain) -> int:
     return simulate(replace(chain, workspace_bytes=0), keep_all(chain)).peak_bytes
 
 
-def measured_plan(
-    chain: Chain,
-    schedule: Schedule,
-    *,
-    headroom_bytes: int,
-    certificate: Certificate | None = None,
-    assumed_workspace_bytes: int = 0,
-) -> MeasuredPlan:
+def measured_plan(chain: Chain, schedule: Schedule, *, headroom_bytes: int) -> MeasuredPlan:
     """Return what is known of `schedule` after it was measured to fit into `headroom_bytes`.
 
-    **Arguments:** `chain`: with what was learned; `certificate`: the planner's, for `headroom_bytes` and a chain with
-    `assumed_workspace_bytes`; none for a schedule that recomputes nothing.
-
-    **Returns:** a known plan whose certificate holds on `chain`. Less workspace than assumed means more room than the
-    certificate is for: it is one for a budget smaller by as much.
+    **Arguments:** `chain`: with the costs that were measured.
     """
-    budget_bytes = headroom_bytes
-    if certificate is None:
-        certificate = unpriced(chain, budget_bytes=budget_bytes)
-    else:
-        budget_bytes -= max(0, assumed_workspace_bytes - chain.workspace_bytes)
-        certificate = replace(certificate, budget_bytes=budget_bytes)
     timeline = simulate(chain, schedule)
-    found = Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s, certificate)
-    return MeasuredPlan(chain, found, headroom_bytes)
+    found = Plan(schedule, headroom_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
+    return MeasuredPlan(chain, found)

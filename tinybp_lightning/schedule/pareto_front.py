@@ -15,6 +15,7 @@ from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.arguments import check_budgets, check_count, check_path
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
+from tinybp_lightning.schedule.bounds.certificate import certify
 from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import simulate
 
@@ -109,7 +110,7 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
     `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training needs;
     `budgets_bytes`: budgets of your own in place of these.
 
-    **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan.
+    **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan and its bound.
 
     **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
     is no number of bytes; `BudgetTooSmallError` for one that no plan meets.
@@ -150,7 +151,7 @@ def _points(planner: Planner, budgets_bytes: Sequence[int]) -> tuple[ParetoPoint
     lower_bound_s = 0.0
     for budget_bytes in reversed(budgets_bytes):
         plan = planner.plan(budget_bytes=budget_bytes)
-        lower_bound_s = max(lower_bound_s, plan.lower_bound_s)
+        lower_bound_s = max(lower_bound_s, certify(planner.chain, plan, planner=planner).lower_bound_s)
         points.append(ParetoPoint(budget_bytes, plan.peak_bytes, plan.total_s, plan.recompute_s, lower_bound_s))
     return tuple(reversed(points))
 

@@ -10,7 +10,6 @@ that was learned about it: its reader need not measure.
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from typing import NoReturn, cast
 
 from tinybp_lightning.errors import PlanFileError, ScheduleError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.bounds.certificate import Certificate
 from tinybp_lightning.schedule.chain_json import chain_from_data, chain_to_data
 from tinybp_lightning.schedule.measured import MeasuredPlan
 from tinybp_lightning.schedule.notation import from_text, to_text
@@ -39,7 +37,7 @@ __all__ = [
     "save_plan",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised whenever a field is added, removed or changes its meaning."""
 
 _FIELDS: dict[str, type] = {
@@ -52,10 +50,9 @@ _FIELDS: dict[str, type] = {
     "peak_bytes": int,
     "total_s": float,
     "recompute_s": float,
-    "certificate": dict,
     "checksum": str,
 }
-_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "headroom_bytes": int, "costs": dict}
+_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "costs": dict}
 
 
 def chain_digest(chain: Chain) -> str:
@@ -85,9 +82,7 @@ def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None
 def measured_plan_to_json(known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> str:
     """Return `known` as JSON text; see `plan_to_json`."""
     costs = chain_to_data(known.chain)
-    return _sealed(
-        {**_data_of(known.plan, known.chain, context), "headroom_bytes": known.headroom_bytes, "costs": costs}
-    )
+    return _sealed({**_data_of(known.plan, known.chain, context), "costs": costs})
 
 
 def measured_plan_from_json(text: str, *, context: Mapping[str, str] | None = None) -> MeasuredPlan:
@@ -97,10 +92,7 @@ def measured_plan_from_json(text: str, *, context: Mapping[str, str] | None = No
     """
     payload = _payload(text, _KNOWN_FIELDS)
     chain = chain_from_data(payload["costs"])
-    known = MeasuredPlan(chain, _plan_of(payload, chain, context), cast(int, payload["headroom_bytes"]))
-    if known.headroom_bytes < known.plan.budget_bytes:
-        _refuse(f"`headroom_bytes={known.headroom_bytes}` is less than `budget_bytes={known.plan.budget_bytes}`")
-    return known
+    return MeasuredPlan(chain, _plan_of(payload, chain, context))
 
 
 def save_plan(path: Path, plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> None:
@@ -161,13 +153,6 @@ def _data_of(plan: Plan, chain: Chain, context: Mapping[str, str] | None) -> dic
         "peak_bytes": plan.peak_bytes,
         "total_s": float(plan.total_s),
         "recompute_s": float(plan.recompute_s),
-        "certificate": {
-            "budget_bytes": plan.certificate.budget_bytes,
-            "priced_bound_s": float(plan.certificate.priced_bound_s),
-            "capped_bound_s": float(plan.certificate.capped_bound_s),
-            "searched_bound_s": float(plan.certificate.searched_bound_s),
-            "prices": [float(price) for price in plan.certificate.prices],
-        },
     }
 
 
@@ -197,8 +182,7 @@ def _plan_of(payload: Mapping[str, object], chain: Chain, context: Mapping[str, 
     budget_bytes = cast(int, payload["budget_bytes"])
     if timeline.peak_bytes > budget_bytes:
         _refuse(f"`peak_bytes={timeline.peak_bytes}` exceeds `budget_bytes={budget_bytes}`")
-    certificate = _certificate(cast(dict[str, object], payload["certificate"]), budget_bytes, len(chain.blocks))
-    return Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s, certificate)
+    return Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
 
 
 def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
@@ -223,20 +207,6 @@ def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
     if payload.pop("checksum") != _checksum(payload):
         _refuse("its `checksum` does not hold, so it was edited or damaged")
     return payload
-
-
-def _certificate(found: dict[str, object], budget_bytes: int, num_blocks: int) -> Certificate:
-    prices = found.get("prices")
-    bounds_s = [found.get(f"{kind}_bound_s") for kind in ("priced", "capped", "searched")]
-    if found.get("budget_bytes") != budget_bytes:
-        _refuse(f"its certificate is for `budget_bytes={found.get('budget_bytes')}`, not `{budget_bytes}`")
-    if not isinstance(prices, list) or len(cast(list[object], prices)) != num_blocks + 2:
-        _refuse(f"its certificate's `prices` are not {num_blocks + 2} numbers")
-    numbers = [*cast(list[object], prices), *bounds_s]
-    if not all(isinstance(number, float) and math.isfinite(number) and number >= 0 for number in numbers):
-        _refuse("its certificate has a number that is negative or none")
-    priced_s, capped_s, searched_s = cast(list[float], bounds_s)
-    return Certificate(budget_bytes, priced_s, capped_s, tuple(cast(list[float], prices)), searched_s)
 
 
 def _checksum(payload: Mapping[str, object]) -> str:

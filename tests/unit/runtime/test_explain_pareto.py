@@ -8,7 +8,7 @@ from tinybp_lightning.schedule import keep_all, pareto
 
 
 def _report(chain: Chain) -> PlanReport:
-    return PlanReport("net", chain, keep_all(chain), 100, 90, 90, 0.0, 8.0, 8.0, len(chain.blocks), "budget")
+    return PlanReport("net", chain, keep_all(chain), 100, 90, 90, 0.0, 8.0, len(chain.blocks), "budget")
 
 
 def test_one_curve_for_each_plan_in_order() -> None:

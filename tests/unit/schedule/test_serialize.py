@@ -39,7 +39,6 @@ def _forged(**changes: object) -> str:
 def test_reads_back_the_same_plan() -> None:
     found = plan_from_json(TEXT, CHAIN, context=CONTEXT)
     assert found == PLAN
-    assert found.gap == PLAN.gap
 
 
 def test_file_is_written_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -91,9 +90,6 @@ def test_one_changed_letter_is_refused_or_changes_nothing(position: int, letter:
         ({"total_s": PLAN.total_s / 2}, "playing its schedule gives"),
         ({"recompute_s": 0.0}, "playing its schedule gives"),
         ({"budget_bytes": PLAN.peak_bytes - 1}, "exceeds `budget_bytes"),
-        ({"certificate": {}}, "its certificate is for"),
-        ({"certificate": {"budget_bytes": PLAN.budget_bytes, "prices": [0.0]}}, "`prices` are not"),
-        ({"certificate": {"budget_bytes": PLAN.budget_bytes, "prices": [-1.0] * 12}}, "negative or none"),
         ({"surprise": 1}, "unknown fields `\\['surprise'\\]`"),
     ],
 )

@@ -8,8 +8,7 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import PlanReport
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, replay_program_of
 from tinybp_lightning.schedule.actions import ForwardSave, Schedule
-from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
-from tinybp_lightning.schedule.bounds.certificate import Certificate
+from tinybp_lightning.schedule.baselines import every_sqrt_n, per_block
 from tinybp_lightning.schedule.measured import MeasuredPlan, measured_plan
 from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import simulate
@@ -22,32 +21,20 @@ _SMALL_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class ActivePlan:
-    """A schedule in force, ready to play.
-
-    `certificate` is for a chain with `workspace_bytes`; there is none where everything is kept.
-    """
+    """A schedule in force, ready to play."""
 
     report: PlanReport
     script: ReplayProgram
-    certificate: Certificate | None
-    workspace_bytes: int
 
     def learned(self) -> MeasuredPlan:
         """What is known of this flight, measured or about to be."""
         report = self.report
-        return measured_plan(
-            report.chain,
-            report.schedule,
-            headroom_bytes=report.budget_bytes,
-            certificate=self.certificate,
-            assumed_workspace_bytes=self.workspace_bytes,
-        )
+        return measured_plan(report.chain, report.schedule, headroom_bytes=report.budget_bytes)
 
 
 def active_plan_of(
     chain: Chain,
     schedule: Schedule,
-    certificate: Certificate | None,
     *,
     target: str,
     budget_bytes: int,
@@ -55,11 +42,8 @@ def active_plan_of(
     reason: str,
     costs: Costs,
 ) -> ActivePlan:
-    """Return the flight of `schedule`; `certificate` is `None` where everything is kept, or none is known."""
+    """Return the flight of `schedule`."""
     timeline = simulate(chain, schedule)
-    # Without a certificate, nothing is faster than to keep everything.
-    plain_s = simulate(chain, keep_all(chain)).total_s
-    lower_bound_s = plain_s if certificate is None else min(certificate.lower_bound_s, timeline.total_s)
     report = PlanReport(
         target=target,
         chain=chain,
@@ -69,12 +53,11 @@ def active_plan_of(
         plain_peak_bytes=plain_peak_bytes,
         predicted_recompute_s=timeline.recompute_s,
         predicted_step_s=timeline.total_s,
-        lower_bound_s=lower_bound_s,
         num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
         reason=reason,
         costs=costs,
     )
-    return ActivePlan(report, replay_program_of(schedule), certificate, chain.workspace_bytes)
+    return ActivePlan(report, replay_program_of(schedule))
 
 
 def small_schedule(chain: Chain, *, budget_bytes: int) -> Schedule:

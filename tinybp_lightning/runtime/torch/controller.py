@@ -41,7 +41,6 @@ from tinybp_lightning.runtime.torch.replay.engine import RunStats
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.bounds.certificate import Certificate
 from tinybp_lightning.schedule.measured import MeasuredPlan, plain_peak_bytes
 from tinybp_lightning.schedule.planner.planner import Plan, Planner
 from tinybp_lightning.schedule.simulator import simulate
@@ -223,7 +222,7 @@ class Controller:
         self._room.cap_bytes = cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
         found = planner.plan(budget_bytes=cap_bytes)
         self._good = None
-        self._fly(self._flight_of(found.schedule, cap_bytes, "out of memory", found.certificate))
+        self._fly(self._flight_of(found.schedule, cap_bytes, "out of memory"))
         return True
 
     # ---- learning ----------------------------------------------------------------------------------------------
@@ -341,9 +340,9 @@ class Controller:
         budget_bytes = self._capped(self._room(plain_peak_bytes))
         # Where plain training seemed to fit and was not chosen, it was seen not to fit.
         keeps_all = known.plan.schedule == keep_all(self._chain)
-        self._plain_fits = keeps_all or plain_peak_bytes > known.headroom_bytes
+        self._plain_fits = keeps_all or plain_peak_bytes > known.plan.budget_bytes
         if known.suits(budget_bytes):
-            return self._flight_of(known.plan.schedule, budget_bytes, reason, known.plan.certificate)
+            return self._flight_of(known.plan.schedule, budget_bytes, reason)
         self._known = None
         return self._for_budget(reason)
 
@@ -354,7 +353,7 @@ class Controller:
         if self._plain_fits and plain_peak_bytes <= budget_bytes:
             return self._flight_of(keep_all(self._chain), budget_bytes, reason)
         found = self._plan(budget_bytes)
-        return self._flight_of(found.schedule, budget_bytes, reason, found.certificate)
+        return self._flight_of(found.schedule, budget_bytes, reason)
 
     def _capped(self, budget_bytes: int) -> int:
         """The budget, less where a plan of the target ran out of memory; the smallest plan is always tried."""
@@ -381,13 +380,10 @@ class Controller:
         """Peak of plain training, which needs neither the engine's bookkeeping nor a margin: predicted, or seen."""
         return max(plain_peak_bytes(self._chain), self._seen_plain_bytes)
 
-    def _flight_of(
-        self, schedule: Schedule, budget_bytes: int, reason: str, certificate: Certificate | None = None
-    ) -> ActivePlan:
+    def _flight_of(self, schedule: Schedule, budget_bytes: int, reason: str) -> ActivePlan:
         return active_plan_of(
             self._chain,
             schedule,
-            certificate,
             target=self._target,
             budget_bytes=budget_bytes,
             plain_peak_bytes=self._plain_peak(),

@@ -1,4 +1,4 @@
-"""How far can a plan be from the best one? The best of three bounds, one of them with good prices.
+"""How far can a plan be from the best one? The better of two bounds, one of them with good prices.
 
 Prices for `bound` are found by Polyak's subgradient steps. The first prices come from the plan: the moments at which
 it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.actions import Backward, Schedule
+from tinybp_lightning.schedule.actions import Backward
 from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
 from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, relax
 from tinybp_lightning.schedule.bounds.resolution import affordable
 from tinybp_lightning.schedule.bounds.slim import slim, slim_spans
-from tinybp_lightning.schedule.simulator import Timeline
+from tinybp_lightning.schedule.planner.planner import Plan, Planner
+from tinybp_lightning.schedule.simulator import simulate
 
-__all__ = ["Certificate", "certify", "fastest_possible_s", "is_long", "is_tight", "unpriced"]
+__all__ = ["Certificate", "certify", "fastest_possible_s"]
 
 _Floats = NDArray[np.float64]
 _CLOSE = 1e-4
@@ -30,6 +31,8 @@ _TIGHT_LONG = 0.015
 _MANY_BLOCKS = 48
 """nor one this near on a chain of more blocks, where the second can take ten seconds."""
 _NEARLY_FULL = 0.97
+_SLOPE_SHARE = 8
+"""What a byte is worth is taken over this part of a budget."""
 _WORK = 1e7
 """About how many elementary steps of `bound` the search may take: a second or two."""
 _STRIDES = 50
@@ -54,79 +57,76 @@ _CAPPED_BLOCKS = 150
 class Certificate:
     """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
 
-    `prices` prove `priced_bound_s`: `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound,
-    and with all prices 0 the time of a step that recomputes nothing. For a long chain it is the bound of its slim one,
-    each block of which has the prices of all that it stands for (`slim_spans`). `capped_bound_s` is that of `capped`,
-    for a long chain of its slim one (`slim`), or 0 where it was not asked. `searched_bound_s` is the least time of all
-    schedules where `exact` searched them, or 0.
+    `total_s` is the time of the plan that was certified. `prices` prove `priced_bound_s`:
+    `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound, and with all prices 0 the time of
+    a step that recomputes nothing. For a long chain it is the bound of its slim one, each block of which has the prices
+    of all that it stands for (`slim_spans`). `capped_bound_s` is that of `dp_bound`, for a long chain of its slim one
+    (`slim`), or 0 where it was not asked.
     """
 
     budget_bytes: int
+    total_s: float
     priced_bound_s: float
     capped_bound_s: float
     prices: tuple[float, ...]
-    searched_bound_s: float = 0.0
 
     @property
     def lower_bound_s(self) -> float:
-        """The best of the three bounds."""
-        return max(self.priced_bound_s, self.capped_bound_s, self.searched_bound_s)
+        """The better of the two bounds."""
+        # The bounds sum in another order than the simulator: the last bit must not make the gap negative.
+        return min(self.total_s, max(self.priced_bound_s, self.capped_bound_s))
 
-    def least_s(self, budget_bytes: int) -> float:
-        """Return a bound for a budget that is no larger: the prices prove one there too, higher by what they cost."""
-        assert budget_bytes <= self.budget_bytes, "prices say nothing of a larger budget, which has more options"
-        return self.priced_bound_s + sum(self.prices) * (self.budget_bytes - budget_bytes)
-
-
-def unpriced(chain: Chain, *, budget_bytes: int) -> Certificate:
-    """Return what is known of any budget without a search for prices: a step that recomputes nothing is no slower."""
-    return Certificate(budget_bytes, fastest_possible_s(chain), 0.0, (0.0,) * (len(chain.blocks) + 2))
+    @property
+    def gap(self) -> float:
+        """How much slower than the best possible the plan is at most, as a share: 0.01 is one percent."""
+        return self.total_s / self.lower_bound_s - 1 if self.lower_bound_s else 0.0
 
 
-def is_long(chain: Chain) -> bool:
-    """Whether a chain is so long that its bounds and its tables take seconds each."""
-    return len(chain.blocks) > _LONG_BLOCKS
+def certify(chain: Chain, plan: Plan, *, planner: Planner | None = None) -> Certificate:
+    """Return a lower bound on the time of every schedule within the budget of `plan`.
 
-
-def is_tight(chain: Chain, total_s: float) -> bool:
-    """Whether a plan takes so long that good prices are hard to find: bytes are short."""
-    return total_s > _TIGHT_BUDGET * fastest_possible_s(chain)
-
-
-def certify(
-    chain: Chain, schedule: Schedule, timeline: Timeline, *, budget_bytes: int, seconds_per_byte: float = 0.0
-) -> Certificate:
-    """Return a lower bound on the time of every schedule within `budget_bytes`.
-
-    **Arguments:** `schedule`, `timeline`: the best plan known, which the search aims at.
-    `seconds_per_byte`: a guess of how much time one more byte would save; 0 when unknown.
+    **Arguments:** `planner`: of `chain`, where there is one: its tables then need not be filled again.
 
     **Returns:** a certificate whose bound is never above the time of the best legal schedule.
     """
+    budget_bytes = plan.budget_bytes
     num_blocks = len(chain.blocks)
     plain_s = fastest_possible_s(chain)
-    if timeline.total_s <= plain_s * (1 + _CLOSE):
-        return unpriced(chain, budget_bytes=budget_bytes)
+    certificate = Certificate(budget_bytes, plan.total_s, plain_s, 0.0, (0.0,) * (num_blocks + 2))
+    if plan.total_s <= plain_s * (1 + _CLOSE):
+        return certificate
     relaxed = relax(chain, budget_bytes=budget_bytes)
-    capped_s = 0.0
-    if is_long(chain) and is_tight(chain, timeline.total_s):
-        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
-        if capped_s >= timeline.total_s * (1 - _NEAR):
-            return replace(unpriced(chain, budget_bytes=budget_bytes), capped_bound_s=capped_s)
-    first = _first_prices(schedule, timeline, budget_bytes, seconds_per_byte, num_blocks)
-    if is_long(chain):
-        priced_s, scale = _try_scales(chain, budget_bytes, first, timeline.total_s)
+    is_long = num_blocks > _LONG_BLOCKS
+    if is_long and plan.total_s > _TIGHT_BUDGET * plain_s:
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
+        certificate = replace(certificate, capped_bound_s=capped_s)
+        if capped_s >= plan.total_s * (1 - _NEAR):
+            return certificate
+    seconds_per_byte = _seconds_per_byte(planner or Planner(chain), plan)
+    first = _first_prices(chain, plan, seconds_per_byte)
+    if is_long:
+        priced_s, scale = _try_scales(chain, budget_bytes, first, plan.total_s)
         prices = scale * first
     else:
         priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
         num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
-        priced_s, prices = _search(priced_chain, first, timeline.total_s, num_steps=num_steps)
-    if priced_s < plain_s:
-        priced_s, prices = plain_s, np.zeros(num_blocks + 2)
+        priced_s, prices = _search(priced_chain, first, plan.total_s, num_steps=num_steps)
+    if priced_s > plain_s:
+        certificate = replace(certificate, priced_bound_s=priced_s, prices=tuple(prices.tolist()))
     near = _TIGHT if num_blocks <= _MANY_BLOCKS else _TIGHT_LONG
-    if not is_long(chain) and priced_s < timeline.total_s * (1 - near):
-        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=timeline.total_s)
-    return Certificate(budget_bytes, priced_s, capped_s, tuple(prices.tolist()))
+    if not is_long and priced_s < plan.total_s * (1 - near):
+        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
+        certificate = replace(certificate, capped_bound_s=capped_s)
+    return certificate
+
+
+def _seconds_per_byte(planner: Planner, plan: Plan) -> float:
+    """Return about how much time one more byte saves, from the plan for a budget that is an eighth smaller."""
+    smaller_bytes = max(planner.smallest_bytes, plan.budget_bytes - plan.budget_bytes // _SLOPE_SHARE)
+    if smaller_bytes >= plan.budget_bytes:
+        return 0.0
+    smaller = planner.plan(budget_bytes=smaller_bytes)
+    return max(0.0, smaller.total_s - plan.total_s) / (plan.budget_bytes - smaller_bytes)
 
 
 def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
@@ -185,15 +185,14 @@ def fastest_possible_s(chain: Chain) -> float:
     return sum(block.forward_s for block in chain.blocks) + backward_s
 
 
-def _first_prices(
-    schedule: Schedule, timeline: Timeline, budget_bytes: int, seconds_per_byte: float, num_blocks: int
-) -> _Floats:
+def _first_prices(chain: Chain, plan: Plan, seconds_per_byte: float) -> _Floats:
     """Share `seconds_per_byte` out among the moments at which the plan nearly fills the budget."""
-    peaks = np.zeros(num_blocks + 2)
-    peaks[num_blocks + 1] = timeline.tail.peak_bytes
-    for action, moment in zip(schedule.actions, timeline.moments, strict=True):
+    timeline = simulate(chain, plan.schedule)
+    peaks = np.zeros(len(chain.blocks) + 2)
+    peaks[-1] = timeline.tail.peak_bytes
+    for action, moment in zip(plan.schedule.actions, timeline.moments, strict=True):
         if isinstance(action, Backward):
             peaks[action.block + 1] = moment.peak_bytes
-    full = peaks >= _NEARLY_FULL * budget_bytes
+    full = peaks >= _NEARLY_FULL * plan.budget_bytes
     full[0] = False
     return np.where(full, seconds_per_byte / max(1, int(full.sum())), 0.0)

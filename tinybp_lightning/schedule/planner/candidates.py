@@ -23,7 +23,6 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, ForwardSave, Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
-from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
 from tinybp_lightning.schedule.planner.exact import faster_schedule, is_searchable
 from tinybp_lightning.schedule.planner.grid import Grid, slot_bytes, storable_boundaries
 from tinybp_lightning.schedule.planner.memory_floor import Floor, Thrifty
@@ -185,7 +184,7 @@ class Candidates:
 
     @cached_property
     def _plain_s(self) -> float:
-        return fastest_possible_s(self._chain)
+        return self.fastest.timeline.total_s
 
     @cached_property
     def _baselines(self) -> list[Candidate]:

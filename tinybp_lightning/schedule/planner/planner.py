@@ -3,40 +3,26 @@
 What it chooses from, and why time never rises with the budget, is in `candidates`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.arguments import check_budget, check_chain
-from tinybp_lightning.schedule.bounds.certificate import Certificate, certify, is_long, is_tight, unpriced
 from tinybp_lightning.schedule.planner.candidates import Candidate, Candidates
-from tinybp_lightning.schedule.planner.exact import is_searchable
 
 __all__ = ["Plan", "Planner", "plan", "smallest_budget"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A schedule, what it costs, and how far from the best possible it can be at most: `gap`."""
+    """A schedule for a budget, and what the simulator says that it costs."""
 
     schedule: Schedule
     budget_bytes: int
     peak_bytes: int
     total_s: float
     recompute_s: float
-    certificate: Certificate
-
-    @property
-    def lower_bound_s(self) -> float:
-        """No legal schedule within `budget_bytes` (offload aside) takes less time."""
-        # The bound sums in another order than the clock: keep the last bit from making the gap negative.
-        return min(self.certificate.lower_bound_s, self.total_s)
-
-    @property
-    def gap(self) -> float:
-        """How much slower than the best possible the plan is at most, as a share: 0.01 is one percent."""
-        return self.total_s / self.lower_bound_s - 1 if self.lower_bound_s else 0.0
 
 
 def plan(chain: Chain, *, budget_bytes: int) -> Plan:
@@ -86,59 +72,33 @@ class Planner:
         return self._candidates.fastest.timeline.peak_bytes
 
     def plan(self, *, budget_bytes: int) -> Plan:
-        """Return the fastest schedule found within `budget_bytes`, certified; see the function `plan`."""
+        """Return the fastest schedule found within `budget_bytes`; see the function `plan`."""
         check_budget(budget_bytes, may_be_negative=True)
-        first = self._candidates.first(budget_bytes) if is_long(self._chain) else None
-        early = None
-        if first is not None and not is_tight(self._chain, first.timeline.total_s):
-            # Its tables take longer than a certificate, which tells which of them cannot help.
-            early = self._certified(first, budget_bytes)
-        best = self._best(budget_bytes, early)
-        if is_searchable(self._chain):
-            certificate = unpriced(self._chain, budget_bytes=budget_bytes)
-            certificate = replace(certificate, searched_bound_s=best.timeline.total_s)
-        elif early is None or best is not first:
-            certificate = self._certified(best, budget_bytes)
-        else:
-            certificate = early
-        return _plan_of(best, budget_bytes, certificate)
-
-    def _certified(self, found: Candidate, budget_bytes: int) -> Certificate:
-        # What a byte is worth starts the search for the certificate's prices.
-        seconds_per_byte = self._candidates.seconds_per_byte(budget_bytes)
-        return certify(
-            self._chain,
-            found.schedule,
-            found.timeline,
-            budget_bytes=budget_bytes,
-            seconds_per_byte=seconds_per_byte,
-        )
+        return _plan_of(self._best(budget_bytes), budget_bytes)
 
     def schedule(self, *, budget_bytes: int) -> Schedule:
-        """Return the schedule of the plan for `budget_bytes`, without the work of certifying it."""
+        """Return the schedule of the plan for `budget_bytes`."""
         return self._best(budget_bytes).schedule
 
     def smallest_plan(self) -> Plan:
-        """Return the plan for the smallest budget; its certificate says only what no budget at all could beat."""
-        budget_bytes = self.smallest_bytes
-        return _plan_of(self._best(budget_bytes), budget_bytes, unpriced(self._chain, budget_bytes=budget_bytes))
+        """Return the plan for the smallest budget."""
+        return self.plan(budget_bytes=self.smallest_bytes)
 
-    def _best(self, budget_bytes: int, early: Certificate | None = None) -> Candidate:
+    def _best(self, budget_bytes: int) -> Candidate:
         check_budget(budget_bytes, may_be_negative=True)
-        best = self._candidates.best(budget_bytes, least_s=early.least_s if early else None)
+        best = self._candidates.best(budget_bytes)
         if best is None:
             raise _too_small(self._chain, self._candidates.smallest, budget_bytes)
         return best
 
 
-def _plan_of(best: Candidate, budget_bytes: int, certificate: Certificate) -> Plan:
+def _plan_of(best: Candidate, budget_bytes: int) -> Plan:
     return Plan(
         schedule=best.schedule,
         budget_bytes=budget_bytes,
         peak_bytes=best.timeline.peak_bytes,
         total_s=best.timeline.total_s,
         recompute_s=best.timeline.recompute_s,
-        certificate=certificate,
     )
 
 

@@ -11,7 +11,7 @@ from benchmarks.chains.shapes import repeated
 from tests.unit.schedule.brute_force import fastest
 from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain, with_heavy_skips
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
-from tinybp_lightning.schedule import Planner, keep_all, simulate, verify_schedule
+from tinybp_lightning.schedule import Planner, certify, keep_all, simulate, verify_schedule
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
 from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
 from tinybp_lightning.schedule.bounds.relaxation import relax
@@ -56,7 +56,7 @@ def test_gap_of_real_networks(name: str, percent: int, most: float) -> None:
     planner, plain_bytes = _planner(name)
     found = planner.plan(budget_bytes=max(planner.smallest_bytes, plain_bytes * percent // 100))
     assert found.recompute_s > 0
-    assert found.gap <= most
+    assert certify(planner.chain, found, planner=planner).gap <= most
 
 
 @pytest.mark.parametrize("seed", range(1000, 1100))
@@ -117,7 +117,7 @@ def test_gap_of_eighty_layers_at_the_smallest_budget() -> None:
     planner = Planner(chain)
     found = planner.plan(budget_bytes=planner.smallest_bytes)
     assert found.total_s > 30 * (found.total_s - found.recompute_s)
-    assert found.gap <= 0.01
+    assert certify(chain, found, planner=planner).gap <= 0.01
 
 
 def test_capped_bound_counts_a_storage_of_several_boundaries() -> None:
@@ -222,4 +222,5 @@ def test_a_boundary_as_heavy_as_all_that_is_left_is_no_boundary_to_hold(num_bloc
     planner = Planner(chain)
     for more_bytes in (0, 2, 4, 8, 12):
         found = planner.plan(budget_bytes=planner.smallest_bytes + more_bytes)
-        assert found.certificate.lower_bound_s <= found.total_s * _ROUNDING
+        certificate = certify(chain, found, planner=planner)
+        assert max(certificate.priced_bound_s, certificate.capped_bound_s) <= found.total_s * _ROUNDING

@@ -38,8 +38,8 @@ def test_no_prices_and_no_slots_give_more_than_brute_force(seed: int, num_blocks
         for scale in (0.03, 0.3, 3.0):
             prices = generator.random(num_blocks + 2) * (generator.random(num_blocks + 2) < 0.5) * scale
             bounds.append(PricedChain(relaxed).price(prices).value_s)
-        found = planner.plan(budget_bytes=budget_bytes)
-        assert max(*bounds, found.certificate.lower_bound_s) <= best_s * _ROUNDING
+        found = certify(chain, planner.plan(budget_bytes=budget_bytes), planner=planner)
+        assert max(*bounds, found.lower_bound_s) <= best_s * _ROUNDING
 
 
 @settings(deadline=None, max_examples=80)
@@ -51,9 +51,10 @@ def test_never_above_the_plan(chain: Chain, data: st.DataObject) -> None:
     found = planner.plan(budget_bytes=budget_bytes)
     relaxed = relax(chain, budget_bytes=budget_bytes)
     assert PricedChain(relaxed).price(np.array(prices)).value_s <= found.total_s * _ROUNDING + 1e-9
-    assert found.certificate.lower_bound_s <= found.total_s * _ROUNDING
-    assert found.certificate.lower_bound_s >= fastest_possible_s(chain) / _ROUNDING
-    assert found.gap >= 0
+    certificate = certify(chain, found, planner=planner)
+    assert max(certificate.priced_bound_s, certificate.capped_bound_s) <= found.total_s * _ROUNDING
+    assert certificate.lower_bound_s >= fastest_possible_s(chain) / _ROUNDING
+    assert certificate.gap >= 0
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
@@ -70,7 +71,7 @@ def test_close_to_the_plan_of_a_transformer(percent: int) -> None:
     plain_bytes = simulate(chain, keep_all(chain)).peak_bytes
     found = plan(chain, budget_bytes=plain_bytes * percent // 100)
     assert found.total_s > fastest_possible_s(chain) * 1.03
-    assert found.gap < 0.005
+    assert certify(chain, found).gap < 0.005
 
 
 def test_prices_prove_the_bound() -> None:
@@ -78,8 +79,9 @@ def test_prices_prove_the_bound() -> None:
     planner = Planner(chain)
     found = planner.plan(budget_bytes=planner.largest_bytes // 2)
     relaxed = relax(chain, budget_bytes=found.budget_bytes)
-    priced = PricedChain(relaxed).price(np.array(found.certificate.prices))
-    assert priced.value_s == found.certificate.priced_bound_s
+    certificate = certify(chain, found, planner=planner)
+    priced = PricedChain(relaxed).price(np.array(certificate.prices))
+    assert priced.value_s == certificate.priced_bound_s
 
 
 def test_supergradient_bounds_every_other_price() -> None:
@@ -96,7 +98,8 @@ def test_supergradient_bounds_every_other_price() -> None:
 def test_capped_bound_counts_whole_boundaries_where_prices_mix() -> None:
     planner = Planner(transformer_chain(4))
     found = planner.plan(budget_bytes=planner.smallest_bytes)
-    assert found.certificate.priced_bound_s * 1.05 < found.certificate.capped_bound_s <= found.total_s
+    certificate = certify(planner.chain, found, planner=planner)
+    assert certificate.priced_bound_s * 1.05 < certificate.capped_bound_s <= found.total_s
 
 
 def test_nothing_fits_is_no_bound() -> None:
@@ -106,6 +109,5 @@ def test_nothing_fits_is_no_bound() -> None:
 
 def test_certificate_of_plain_training_is_tight() -> None:
     chain = transformer_chain(2)
-    timeline = simulate(chain, keep_all(chain))
-    certificate = certify(chain, keep_all(chain), timeline, budget_bytes=timeline.peak_bytes)
-    assert certificate.lower_bound_s == pytest.approx(timeline.total_s)
+    found = plan(chain, budget_bytes=simulate(chain, keep_all(chain)).peak_bytes)
+    assert certify(chain, found).lower_bound_s == pytest.approx(found.total_s)

@@ -61,7 +61,7 @@ def measured_part(chain: Chain) -> MeasuredPart:
 
 
 def prefer_measured(found: Plan, chain: Chain) -> Plan:
-    """Return `found`, or a plan by measured options alone if that promises about the same; the certificate stays.
+    """Return `found`, or a plan by measured options alone if that promises about the same.
 
     **Arguments:** `found`: the best plan for its budget on `chain`, estimates included.
     """
@@ -75,7 +75,7 @@ def prefer_measured(found: Plan, chain: Chain) -> Plan:
         return found
     if other.total_s > found.total_s * (1 + _WORTH):
         return found
-    return replace(other, schedule=part.renumbered(other.schedule), certificate=found.certificate)
+    return replace(other, schedule=part.renumbered(other.schedule))
 
 
 def estimated_options(chain: Chain) -> frozenset[tuple[int, int]]:
