@@ -1,4 +1,4 @@
-"""Do README and docs speak of things that exist? Names, fields, errors and make targets are compared with the code."""
+"""Compare README and docs with the code (names, fields, errors, make targets), and their words with the glossary."""
 
 import ast
 import dataclasses
@@ -16,6 +16,43 @@ from tinybp_lightning import errors
 _ROOT = Path(__file__).parents[3]
 _README = _ROOT / "README.md"
 _PAGES = sorted([_README, *(_ROOT / "docs").rglob("*.md")])
+_MOST_TERMS = 25
+# Words that gave way to the field's own, as regular expressions on whole words. `docs/theory.md` has the words to use.
+_RETIRED = (
+    "pilots?",
+    "flights?",
+    "fl(?:y|ies|ew|own|ying)",
+    "lessons?",
+    "prob(?:e|es|ed|ing)",
+    "clocks?",
+    "rooms?",
+    "plan books?",
+    "known plans?",
+    "replay scripts?",
+    "replay segments?",
+    "spare ops?",
+    "keepers?",
+    "rescu(?:e|es|ed|ing|ed_blocks)",
+    "rewinders?",
+    "(?:its|in|the) turns?",
+    "interval trees?",
+    "helpers?",
+    "held sets?",
+    "standing bytes",
+    "slot sizes?",
+    "slots (?:left|of memory)",
+    "(?:priced|capped|quick) bounds?",
+    "(?:slim|merged) chains?",
+    "thrifty",
+    "tight(?:er|est|en|ens|ened|ening|ly)?",
+    "weav(?:e|es|ing)",
+    "unfold(?:s|ed|ing)?",
+    "workspaces?",
+    "(?<!inner )(?<!outer )products?",
+    "externals?",
+    "boundary lea(?:f|ves)",
+)
+_RETIRED_WORD = re.compile(rf"\b(?:{'|'.join(_RETIRED)})\b", re.IGNORECASE)
 _PYTHON_SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PAGES_WITH_PYTHON = [page for page in _PAGES if _PYTHON_SNIPPET.search(page.read_text())]
 
@@ -106,3 +143,34 @@ def test_extras_in_readme_are_those_of_the_package() -> None:
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     line = next(line for line in _README.read_text().splitlines() if "Extras:" in line)
     assert set(re.findall(r"`(\w+)`", line)) == set(project["optional-dependencies"])
+
+
+def _terms() -> list[str]:
+    """Return the terms that `docs/theory.md` defines, in order."""
+    theory = (_ROOT / "docs" / "theory.md").read_text()
+    return re.findall(r"^\*\*(.+)\*\*\n:   ", theory, re.MULTILINE)
+
+
+def test_theory_defines_few_terms_each_once() -> None:
+    terms = _terms()
+    definitions = (_ROOT / "docs" / "theory.md").read_text().count("\n:   ")
+    assert {"Boundary", "Persistent schedule", "Lower bound"} <= set(terms)
+    assert len(terms) == len(set(terms)) == definitions <= _MOST_TERMS
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=_page_id)
+def test_pages_use_no_retired_word(page: Path) -> None:
+    assert [found.group() for found in _RETIRED_WORD.finditer(page.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["The plan is flown.", "a rescued block", "`rescued_blocks`", "The slim chain", "there is room for it", "Helpers pay"],
+)
+def test_a_retired_word_would_be_found(sentence: str) -> None:
+    assert _RETIRED_WORD.search(sentence)
+
+
+@pytest.mark.parametrize("sentence", ["The runtime replays it.", "an inner product", "The headroom", "a second keeps it"])
+def test_a_standard_word_passes(sentence: str) -> None:
+    assert _RETIRED_WORD.search(sentence) is None
