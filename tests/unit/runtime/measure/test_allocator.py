@@ -62,7 +62,7 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace.close()
     places = {t.data_ptr() for t in large}
     del large
-    # Nearly as large: these come from the room just freed, not from small holes of which there are many.
+    # Nearly as large: these come from the memory just freed, not from small holes of which there are many.
     small = list[torch.Tensor]()
     while not any(t.data_ptr() in places for t in small[-1:]):
         assert len(small) < 20_000, "no address was given again: the test shows nothing"
@@ -192,7 +192,7 @@ def fails(*_: Any) -> Any:
 
 
 def others_can_trace(module: Any = allocator) -> bool:
-    """Whether the turn is free, as another thread sees it: within one it nests."""
+    """Whether the lock is free, as another thread sees it: within one thread it nests."""
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(module.can_trace(CPU)))
     thread.start()
@@ -205,7 +205,7 @@ class History:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_on = False
-        self.turn_was_free_at_stop = False
+        self.lock_was_free_at_stop = False
         monkeypatch.setattr(allocator, "cuda_history_is_on", lambda: self.is_on)
         monkeypatch.setattr(allocator, "start_cuda_history", self.start)
         monkeypatch.setattr(allocator, "stop_cuda_history", self.stop)
@@ -217,7 +217,7 @@ class History:
 
     def stop(self) -> None:
         self.is_on = False
-        self.turn_was_free_at_stop = others_can_trace()
+        self.lock_was_free_at_stop = others_can_trace()
 
 
 def test_a_trace_that_cannot_begin_leaves_nothing_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_a_trace_that_cannot_begin_leaves_nothing_on(monkeypatch: pytest.MonkeyP
     assert others_can_trace()
 
 
-def test_a_profiler_that_cannot_start_leaves_the_turn_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profiler_that_cannot_start_leaves_the_lock_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.profiler, "_enable_profiler", fails)
     with pytest.raises(BrokenError):
         open_trace(CPU)
@@ -245,7 +245,7 @@ def test_a_history_that_cannot_begin_is_not_left_on(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("end", [closed, abandoned])
-def test_the_turn_is_given_back_once_the_profiler_has_stopped(
+def test_the_lock_is_released_once_the_profiler_has_stopped(
     end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = allocator.profiler._disable_profiler
@@ -265,7 +265,7 @@ def test_the_turn_is_given_back_once_the_profiler_has_stopped(
 
 
 @pytest.mark.parametrize("end", [closed, abandoned])
-def test_the_turn_is_given_back_where_stopping_fails(
+def test_the_lock_is_released_where_stopping_fails(
     end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace = open_trace(CPU)
@@ -286,7 +286,7 @@ def test_a_history_that_cannot_be_read_is_not_left_on(monkeypatch: pytest.Monkey
     with pytest.raises(BrokenError):
         trace.close()
     assert not history.is_on
-    assert not history.turn_was_free_at_stop
+    assert not history.lock_was_free_at_stop
     assert others_can_trace()
 
 
@@ -298,7 +298,7 @@ def test_the_users_history_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert others_can_trace()
 
 
-def test_the_turn_is_taken_without_assertions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_acquired_without_assertions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -O` leaves out what an `assert` calls."""
     path = Path(allocator.__file__)
     optimized = ModuleType("optimized_allocator")
