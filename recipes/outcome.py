@@ -17,7 +17,7 @@ __all__ = ["Failed", "Finished", "Outcome", "median_outcome", "read_outcome", "w
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The mode trained. `source` names the network, `data_sha256` the batches; `setup_s` is the time before training."""
+    """The mode trained. `source` names the network, `data_sha256` the batches; `setup_s` precedes the first step."""
 
     mode: Mode
     measurement: Measurement
