@@ -28,7 +28,7 @@ from recipes.models import Workload
 from recipes.modes import Mode
 
 if TYPE_CHECKING:
-    from tinybp_lightning.config import CostsName, ExecutorName
+    from tinybp_lightning.config import CostsChoice, ExecutorChoice
     from tinybp_lightning.runtime.profile import Observer
 
 __all__ = ["apply_mode"]
@@ -63,7 +63,7 @@ def apply_mode(
     budget: str,
     naive_peak_bytes: int,
     observers: Sequence["Observer"] = (),
-    costs: "CostsName" = "seconds",
+    costs: "CostsChoice" = "seconds",
 ) -> Forecast:
     """Change `workload.model`, in place, so that it trains in `mode`.
 
@@ -147,9 +147,9 @@ def _hcb(
     budget: str,
     naive_peak_bytes: int,
     *,
-    executor: "ExecutorName",
+    executor: "ExecutorChoice",
     observers: Sequence["Observer"],
-    costs: "CostsName",
+    costs: "CostsChoice",
 ) -> Forecast:
     """Apply `hcb`, with a share turned into bytes of plain training's *measured* peak, by which the table judges."""
     from tinybp_lightning import hcb  # noqa: PLC0415  the other modes do not load it
