@@ -20,11 +20,11 @@ __all__ = [
     "Budget",
     "BudgetKind",
     "Costs",
-    "CostsName",
+    "CostsChoice",
     "Executor",
-    "ExecutorName",
+    "ExecutorChoice",
     "HCBConfig",
-    "OnOomName",
+    "OnOomChoice",
     "check_config",
     "config_from",
     "parse_budget",
@@ -66,9 +66,9 @@ class Costs(Enum):
 
 
 # What editors complete and type checkers check: the values of the enums above (a test compares them).
-ExecutorName = Literal["auto", "eager", "inductor"]
-CostsName = Literal["seconds", "operations"]
-OnOomName = Literal["replan", "raise"]
+ExecutorChoice = Literal["auto", "eager", "inductor"]
+CostsChoice = Literal["seconds", "operations"]
+OnOomChoice = Literal["replan", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +117,16 @@ class HCBConfig:
 
     memory_budget: int | str | None = None
     activation_budget: int | str | None = None
-    executor: ExecutorName = "auto"
+    executor: ExecutorChoice = "auto"
     optimizer_state_bytes: int | None = None
-    on_oom: OnOomName = "replan"
+    on_oom: OnOomChoice = "replan"
     plan_cache: bool | str = True
     check: bool = False
-    costs: CostsName = "seconds"
+    costs: CostsChoice = "seconds"
 
     def __post_init__(self) -> None:
         _ = self.budget
-        for name, names in (("executor", ExecutorName), ("on_oom", OnOomName), ("costs", CostsName)):
+        for name, names in (("executor", ExecutorChoice), ("on_oom", OnOomChoice), ("costs", CostsChoice)):
             value, choices = getattr(self, name), list(get_args(names))
             if value not in choices:
                 raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")

@@ -72,9 +72,11 @@ class RegisteringFinder(MetaPathFinder):
         # Another hook of this kind would ask this one again while this one asks it.
         if adapter is None or getattr(self._searching, "on", False):
             return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         self._searching.on = True
         try:
-            spec = self._spec_from_others(fullname, path, target)
+            specs = (finder.find_spec(fullname, path, target) for finder in others)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._searching.on = False
         if spec is not None and spec.loader is not None:
@@ -101,17 +103,6 @@ class RegisteringFinder(MetaPathFinder):
                 "Check the installed Lightning version, or use `tinybp_lightning.hcb(model)`."
             )
             warnings.warn(message, HCBWarning, stacklevel=2)
-
-    def _spec_from_others(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-    ) -> ModuleSpec | None:
-        for finder in tuple(sys.meta_path):
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                return spec
-        return None
 
 
 class _RegisteringLoader(Loader):

@@ -6,36 +6,25 @@ in `on_train_batch_end`: that hook runs for automatic and manual optimisation al
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 
-__all__ = ["BatchSummary", "StepLogMixin", "summarise"]
+__all__ = ["StepLogMixin", "summarise"]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSummary:
-    """The values that are logged for one batch."""
-
-    peak_mib: float
-    recompute_share: float
-
-
-def summarise(profiles: Sequence["StepProfile"]) -> BatchSummary:
-    """Return the highest peak, and the share of time spent in replays, of the `profiles` of one batch.
+def summarise(profiles: Sequence["StepProfile"]) -> dict[str, float]:
+    """Return the values to log for the `profiles` of one batch: the highest peak, and the share of time in replays.
 
     A batch has several profiles when `training_step` runs several backwards. The peak is the measured one, or the
     plan's prediction for a step in which it was not measured.
     """
-    peaks_bytes = [
-        profile.predicted_peak_bytes if profile.measured_peak_bytes is None else profile.measured_peak_bytes
-        for profile in profiles
-    ]
-    steps_s = sum(profile.step_s for profile in profiles)
-    replays_s = sum(profile.replay_s for profile in profiles)
-    return BatchSummary(peak_mib=max(peaks_bytes) / 2**20, recompute_share=replays_s / steps_s if steps_s else 0.0)
+    peak_bytes = max(
+        p.predicted_peak_bytes if p.measured_peak_bytes is None else p.measured_peak_bytes for p in profiles
+    )
+    step_s, replay_s = sum(p.step_s for p in profiles), sum(p.replay_s for p in profiles)
+    return {"hcb/peak_mib": peak_bytes / 2**20, "hcb/recompute_share": replay_s / step_s if step_s else 0.0}
 
 
 class StepLogMixin:
@@ -62,10 +51,7 @@ class StepLogMixin:
         # A barebones Trainer has neither a bar nor a logger, and warns at every `log`.
         if not profiles or trainer.barebones:
             return
-        summary = summarise(profiles)
-        values = {"hcb/peak_mib": summary.peak_mib, "hcb/recompute_share": summary.recompute_share}
         # Without `batch_size`, Lightning would guess one and cache it for the user's metrics. It warns of `logger=True`
         # where there is no logger.
-        pl_module.log_dict(
-            values, prog_bar=True, logger=trainer.logger is not None, on_step=True, on_epoch=False, batch_size=1
-        )
+        values, has_logger = summarise(profiles), trainer.logger is not None
+        pl_module.log_dict(values, prog_bar=True, logger=has_logger, on_step=True, on_epoch=False, batch_size=1)
