@@ -95,7 +95,7 @@ class Conformity:
     num_partial: int
     replayed_blocks: int
     advanced_blocks: int
-    rescued_blocks: int
+    out_of_order_blocks: int
     recompute_share: float
     plain_step_s: float
     step_s: float
@@ -313,7 +313,7 @@ def _conformity(
         ),
         replayed_blocks=_total(profile.replayed_blocks for profile in steps),
         advanced_blocks=_total(profile.advanced_blocks for profile in steps),
-        rescued_blocks=_total(profile.rescued_blocks for profile in steps),
+        out_of_order_blocks=_total(profile.out_of_order_blocks for profile in steps),
         recompute_share=sum(profile.replay_s for profile in steps) / step_s if step_s else 0.0,
         plain_step_s=compared.plain_step_s,
         step_s=step_s,

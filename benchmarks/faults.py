@@ -1,7 +1,7 @@
 """How does a step run out of memory on demand? By an error at a chosen run of a block, where no device can be filled.
 
-The engine runs blocks through the `Step` protocol, and that is the seam: while `Faults` is entered, every step that a
-run sweeps is wrapped. Nothing in the package knows of it.
+The engine runs blocks through the `RunnableBlock` protocol, and that is the seam: while `Faults` is entered, every
+block that a run sweeps is wrapped. Nothing in the package knows of it.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tinybp_lightning.runtime.torch.replay.blocks import Step
+from tinybp_lightning.runtime.torch.replay.blocks import RunnableBlock
 from tinybp_lightning.runtime.torch.replay.engine import Run
 
 __all__ = ["Faults", "Place", "out_of_memory"]
@@ -67,7 +67,7 @@ class Faults:
     def __enter__(self) -> "Faults":
         original, faults = self._sweep, self
 
-        def sweep(self: Run, step: Step, state: list[Any]) -> list[Any]:
+        def sweep(self: Run, step: RunnableBlock, state: list[Any]) -> list[Any]:
             return original(self, _FaultyStep(step, faults), state)
 
         Run.sweep = sweep
@@ -80,7 +80,7 @@ class Faults:
 class _FaultyStep:
     """A step whose runs may be struck."""
 
-    def __init__(self, step: Step, faults: Faults) -> None:
+    def __init__(self, step: RunnableBlock, faults: Faults) -> None:
         self._step = step
         self._faults = faults
 

@@ -37,7 +37,7 @@ def test_training_is_the_same_within_the_budget(architecture: Architecture, exec
     assert result.measured_peak_bytes <= result.budget_bytes
     assert result.blocks is architecture.blocks
     assert result.replayed_blocks + result.num_partial > 0
-    assert result.rescued_blocks == 0
+    assert result.out_of_order_blocks == 0
 
 
 def test_the_zoo_is_large_and_its_names_are_unique() -> None:

@@ -63,7 +63,7 @@ class StepProfile:
     measured_peak_bytes: int | None
     replayed_blocks: int
     advanced_blocks: int
-    rescued_blocks: int
+    out_of_order_blocks: int
     replay_s: float
     step_s: float
     plan_summary: str

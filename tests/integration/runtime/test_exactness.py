@@ -47,7 +47,7 @@ def check(name: str, budget_bytes: int) -> tuple[Recorder, nn.Module]:
     model = tbp.hcb(made(workload), activation_budget=budget_bytes, observers=[recorder])
     assert_all_same(train(model, workload.loss_of, steps=STEPS, lr=LR), plain(name).outcomes)
     assert recorder.profiles[0].replayed_blocks > 0
-    assert all(profile.rescued_blocks == 0 for profile in recorder.profiles)
+    assert all(profile.out_of_order_blocks == 0 for profile in recorder.profiles)
     measured_bytes = peak_bytes(model, workload.loss_of)
     assert measured_bytes <= budget_bytes
     predicted_bytes = recorder.profiles[-1].predicted_peak_bytes

@@ -53,7 +53,7 @@ class Session:
             measured_peak_bytes=None,
             replayed_blocks=1,
             advanced_blocks=0,
-            rescued_blocks=0,
+            out_of_order_blocks=0,
             replay_s=1.0,
             step_s=4.0,
             plan_summary="",

@@ -26,7 +26,7 @@ from tinybp_lightning.errors import HCBWarning, UnsupportedModuleError
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.kept_modules import is_kept, kept_paths
 from tinybp_lightning.runtime.torch.pinned import pin_chain, pin_program
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import replay_program_of
 from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
@@ -178,7 +178,7 @@ def test_pinned_blocks_are_left_out_of_segments(
     assert script.pinned == {b + 1 for b in pinned if b < 3}
     assert [
         " ".join(to_text(Schedule(1, (move.action,))) + ("!" if move.stops_early else "") for move in segment)
-        for segment in script.segments
+        for segment in script.steps
     ] == segments
 
 
@@ -187,7 +187,7 @@ def played(pinned: set[int], ways: Callable[[torch.Tensor, nn.Module], Any]) -> 
     modules, log = layers(4), Log()
     script = pin_program(replay_program_of(from_text("F0 F1 F2 K3 B3 F0 F1 K2 B2 F0 K1 B1 K0 B0")), pinned)
     x = torch.ones(2, 4)
-    externals = Externals.of([x, *modules.parameters()])
+    externals = NonBoundaryInputs.of([x, *modules.parameters()])
     run = Run(script, externals, devices=(), autocast=())
     run.begin([x])
     state: list[Any] = [x]
@@ -225,7 +225,7 @@ def test_a_pinned_block_is_run_once_whatever_is_asked_for() -> None:
 
 def test_no_schedule_runs_a_pinned_block_again() -> None:
     script = pin_program(replay_program_of(revolve(uniform_chain(30), num_slots=2)), {7, 8, 20, 29})
-    runs = [m.action.block for s in script.segments for m in s if isinstance(m.action, (Forward, ForwardSave))]
+    runs = [m.action.block for s in script.steps for m in s if isinstance(m.action, (Forward, ForwardSave))]
     assert runs
     assert not {7, 8, 20, 29} & set(runs)
 

@@ -17,8 +17,7 @@ import tinybp_lightning as tbp
 from tests.unit.runtime.training import residual_net
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 from tinybp_lightning.runtime.torch.replay import engine
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors
-from tinybp_lightning.runtime.torch.replay.slots import Slot
+from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, Slot
 
 WIDTH = 16
 X = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -160,7 +160,7 @@ def test_the_disk_ends_with_the_plan_that_was_learned_last() -> None:
     book = PlanCache(HCBConfig(plan_cache=False))
     book._cache = cast(Any, Disk())
     first, second = cast(MeasuredPlan, "A"), cast(MeasuredPlan, "B")
-    page = CacheEntry({}, "", (), 0, Origin.CACHED, second, is_kept=True)
+    page = CacheEntry({}, "", (), 0, Origin.CACHED, second, is_on_disk=True)
     for known in (second, first, first, second):
-        book.note(page, known, True)
+        book.record(page, known, True)
     assert written == [first, second]

@@ -190,7 +190,7 @@ class Controller:
             measured_peak_bytes=watch.measured.peak_bytes if watch.measured else None,
             replayed_blocks=stats.replayed_blocks,
             advanced_blocks=stats.advanced_blocks,
-            rescued_blocks=stats.rescued_blocks,
+            out_of_order_blocks=stats.out_of_order_blocks,
             replay_s=stats.replay_s,
             step_s=watch.step_s,
             plan_summary=flown.summary,

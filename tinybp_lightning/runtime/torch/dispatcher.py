@@ -212,7 +212,7 @@ class Dispatcher:
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
         self.target: Target | None = None
-        self.rewinder: StepSnapshot | None = None  # kept from one `run_step` to the next
+        self.step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
         module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +275,7 @@ class Dispatcher:
         self._on_claim = None
         self._optimizer_state = None
         self.target = None
-        self.rewinder = None
+        self.step_snapshot = None
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tinybp_lightning.graph.chain import Block, Boundary, Chain
 from tinybp_lightning.graph.ids import BoundaryId, StorageId
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.torch.replay.program import Move, ReplayProgram
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
 from tinybp_lightning.schedule.actions import Drop, Forward, ForwardSave, Store
 
 __all__ = ["blocks_of_modules", "pin_chain", "pin_program"]
@@ -78,14 +78,16 @@ def pin_program(script: ReplayProgram, blocks: Collection[int]) -> ReplayProgram
         kept=tuple(kept or i in pinned for i, kept in enumerate(script.kept)),
         options=script.options,
         stored=script.stored | behind,
-        segments=tuple(_around(segment, pinned, behind) for segment in script.segments),
+        steps=tuple(_around(segment, pinned, behind) for segment in script.steps),
         pinned=behind,
     )
 
 
-def _around(segment: tuple[Move, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]) -> tuple[Move, ...]:
+def _around(
+    segment: tuple[ReplayStep, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]
+) -> tuple[ReplayStep, ...]:
     """Leave out the pinned blocks' runs, the forwards that only led to them, and what touches the boundary behind."""
-    moves: list[Move] = []
+    moves: list[ReplayStep] = []
     needed: BoundaryId | None = None  # the boundary that the next move takes from the cursor, if none is stored
     for move in reversed(segment):
         match move.action:
@@ -98,7 +100,7 @@ def _around(segment: tuple[Move, ...], pinned: frozenset[int], behind: frozenset
                 needed = _unless_stored(block, behind)
                 moves.append(move)
             case ForwardSave(block=block) if block not in pinned:
-                moves.append(Move(move.action, stops_early=needed != block + 1))
+                moves.append(ReplayStep(move.action, stops_early=needed != block + 1))
                 needed = _unless_stored(block, behind)
             case Forward() | ForwardSave():
                 continue

@@ -29,9 +29,9 @@ from tinybp_lightning.runtime.torch.kept_modules import has_kept, is_kept, synch
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement, StepMonitor, stop_tracing
 from tinybp_lightning.runtime.torch.replay.ambient import autocast_now, device_type_of, random_state_now
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run, RunStats
-from tinybp_lightning.runtime.torch.replay.program import Move, ReplayProgram
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
 from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
 from tinybp_lightning.schedule.actions import ForwardSave
 
@@ -39,7 +39,9 @@ __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
-_REPLAYED = ReplayProgram((False,), (OptionId(0),), frozenset(), ((Move(ForwardSave(BlockId(0)), stops_early=True),),))
+_REPLAYED = ReplayProgram(
+    (False,), (OptionId(0),), frozenset(), ((ReplayStep(ForwardSave(BlockId(0)), stops_early=True),),)
+)
 # A norm that is in evaluation mode now may learn later, and does so without raising the version counter.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -106,7 +108,7 @@ class _ModuleBlock:
         impl: Callable[..., Any],
         spec: TreeSpec,
         *,
-        externals: Externals,
+        externals: NonBoundaryInputs,
         devices: Sequence[torch.device],
         volatile: set[str],
     ) -> None:
@@ -240,7 +242,7 @@ class ModuleSteps:
         total = RunStats()
         for s in stats:
             total.replayed_blocks += s.replayed_blocks
-            total.rescued_blocks += s.rescued_blocks
+            total.out_of_order_blocks += s.out_of_order_blocks
             total.replay_s += s.replay_s
         book = self._book.with_calls(calls).without(self._kept_units)
         if self.controller is None and not calls:
@@ -306,7 +308,7 @@ class ModuleSteps:
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
-        externals = Externals.of([] if _is_sharded(module) else list(module.parameters()))
+        externals = NonBoundaryInputs.of([] if _is_sharded(module) else list(module.parameters()))
         step = _ModuleBlock(unit, module, impl, spec, externals=externals, devices=devices, volatile=volatile)
         autocast = autocast_now(device_type_of(devices))
         run = Run(

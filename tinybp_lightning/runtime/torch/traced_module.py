@@ -38,7 +38,7 @@ from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, sto
 from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_program
 from tinybp_lightning.runtime.torch.progress import PlanningProgress, planning_progress
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_now, device_type_of
-from tinybp_lightning.runtime.torch.replay.blocks import Externals, GraphBlock
+from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.measured import plain_peak_bytes
@@ -150,13 +150,13 @@ class TracedModule:
         if self._watch is not None:
             self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         self._watch = watch = controller.begin_step(parameters)
-        externals = Externals.of(values)
+        externals = NonBoundaryInputs.of(values)
         script = pin_program(controller.script, self._pinned)
         run = Run(script, externals, devices=devices, autocast=autocast, checks=self._config.check)
         try:
             run.begin([])
             state: list[Any] = []
-            for piece, option in zip(program.pieces, run.script.options, strict=True):
+            for piece, option in zip(program.pieces, run.program.options, strict=True):
                 state = run.sweep(GraphBlock(piece, externals, option), state)
         except BaseException:
             watch.abandon()
@@ -259,11 +259,11 @@ class TracedModule:
                 return None
             chain = self._measure(values, device, devices, situation, progress)
             progress.stage("planning")
-            self._book.planned(Origin.MEASURED)
+            self._book.count(Origin.MEASURED)
             if page is None:
                 return make(chain)
-            mine = replace(page, origin=Origin.MEASURED, known=None, is_kept=False)
-            return make(chain, on_learned=partial(self._book.note, mine))
+            mine = replace(page, origin=Origin.MEASURED, known=None, is_on_disk=False)
+            return make(chain, on_learned=partial(self._book.record, mine))
 
     def _measure(
         self,
@@ -332,7 +332,7 @@ class TracedModule:
             autocast=situation.autocast,
             has_gradients=situation.has_gradients,
         )
-        return self._book.open(pieces, mine.layout, key)
+        return self._book.look_up(pieces, mine.layout, key)
 
     def _cached_controller(
         self, make: Callable[..., Controller], page: CacheEntry, room: Headroom
@@ -348,11 +348,11 @@ class TracedModule:
                 page.known.chain,
                 known=page.known,
                 known_from=page.origin.value,
-                on_learned=partial(self._book.note, page),
+                on_learned=partial(self._book.record, page),
             )
         except BudgetTooSmallError:
             return None  # by costs that were learned elsewhere: what is measured here decides, and names what is needed
-        self._book.planned(page.origin)
+        self._book.count(page.origin)
         return controller
 
     def release(self) -> None:

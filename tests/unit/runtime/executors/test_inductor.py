@@ -18,7 +18,7 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.cuts.narrow import Granularity
 from tinybp_lightning.runtime.torch.executors import inductor as compiled_blocks
 from tinybp_lightning.runtime.torch.executors.inductor import compile_options, compile_program, forecast_of, is_compiled
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.schedule.actions import Backward
 
 WIDTH, ROWS = 32, 256
@@ -45,7 +45,7 @@ def _net() -> nn.Sequential:
 def test_each_option_saves_less_and_computes_the_same() -> None:
     found = trace_graph(_net(), X)
     program = cut_program(found.module, found.graph, granularity=Granularity.COARSE)
-    externals = Externals.of(found.inputs)
+    externals = NonBoundaryInputs.of(found.inputs)
     devices = [torch.device("cpu")]
     compiled = compile_program(program, externals, devices, lambda done, total: None)
     index, piece = next((i, p) for i, p in enumerate(compiled.pieces) if len(p.calls) > 1)
@@ -91,7 +91,7 @@ def test_equal_blocks_are_compiled_once_whatever_the_tracer_called_their_values(
         unequal = {p.span.signature for p in program.pieces}
         assert len(program.pieces) >= len(unequal) + depth // 2
         compiles.clear()
-        compile_program(program, Externals.of(found.inputs), [torch.device("cpu")], lambda done, total: None)
+        compile_program(program, NonBoundaryInputs.of(found.inputs), [torch.device("cpu")], lambda done, total: None)
         num_compiles.append(len(compiles))
     assert num_compiles[0] == num_compiles[1]
 

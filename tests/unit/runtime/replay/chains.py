@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import replay_program_of
 from tinybp_lightning.schedule.actions import Schedule
@@ -74,7 +74,7 @@ def replayed(
     modules: Sequence[nn.Module], x: torch.Tensor, schedule: Schedule, log: Log, *, is_random: bool = False
 ) -> tuple[torch.Tensor, Run]:
     """Run the layers through the engine."""
-    externals = Externals.of([x, *(p for module in modules for p in module.parameters())])
+    externals = NonBoundaryInputs.of([x, *(p for module in modules for p in module.parameters())])
     run = Run(replay_program_of(schedule), externals, devices=(torch.device("cpu"),), autocast=())
     run.begin([x])
     state: list[Any] = [x]

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece, Source
 from tinybp_lightning.graph.cuts.narrow import BlockSpan
-from tinybp_lightning.runtime.torch.replay.blocks import Externals, GraphBlock, copies
+from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs, copies
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import replay_program_of
 from tinybp_lightning.schedule.notation import from_text
@@ -44,7 +44,7 @@ def piece(*, is_compiled: bool, reads_state: bool) -> Piece:
 def twice(schedule: str, *, is_compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Two blocks that move one buffer: return the input's gradient and the buffer."""
     buffer, x = torch.ones(3), torch.arange(3.0).requires_grad_()
-    externals = Externals.of([buffer, x])
+    externals = NonBoundaryInputs.of([buffer, x])
     run = Run(replay_program_of(from_text(schedule)), externals, devices=(), autocast=())
     run.begin([])
     state: list[Any] = []

@@ -11,7 +11,7 @@ from tests.unit.runtime.replay.chains import Layer, Log, layers, plain, replayed
 from tests.unit.schedule.chains_by_hand import uniform_chain
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import replay_program_of
 from tinybp_lightning.schedule.actions import Schedule
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_plain_autograd(plan: str, num_blocks: int, dropo
     got = gradients(modules, out.sum())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-    assert run.stats.rescued_blocks == 0
+    assert run.stats.out_of_order_blocks == 0
 
 
 @pytest.mark.parametrize(("num_blocks", "num_slots"), [(16, 2), (32, 3), (64, 6)])
@@ -156,7 +156,7 @@ def test_a_second_backward_is_rescued(plan: str, passes: int) -> None:
         got = torch.autograd.grad(out.sum(), list(modules.parameters()), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     num_dropped = sum(not kept for kept in replay_program_of(PLANS[plan](uniform_chain(6))).kept)
-    assert run.stats.rescued_blocks == num_dropped * (passes - 1)
+    assert run.stats.out_of_order_blocks == num_dropped * (passes - 1)
 
 
 def test_a_rescue_leaves_boundaries_on_its_way() -> None:
@@ -199,7 +199,7 @@ def test_a_value_changed_in_place_before_backward_is_an_error(change: Callable[.
 
 def test_a_boundary_changed_in_place_is_an_error() -> None:
     modules = layers(2)
-    externals = Externals.of(list(modules.parameters()))
+    externals = NonBoundaryInputs.of(list(modules.parameters()))
     run = Run(replay_program_of(from_text("F0 S1 F1 K1 D1 B1 K0 B0")), externals, devices=(), autocast=())
     x = torch.randn(2, 4)
     run.begin([x])
@@ -241,7 +241,7 @@ STOPS_EARLY, WHOLE = "F0 F1 F0 K1 B1 K0 B0", "F0 F1 K0 K1 B1 B0"
     ],
 )
 def test_a_step_that_does_something_else_is_an_error(again: Any, message: str, schedule: str) -> None:
-    run = Run(replay_program_of(from_text(schedule)), Externals.of([]), devices=(), autocast=())
+    run = Run(replay_program_of(from_text(schedule)), NonBoundaryInputs.of([]), devices=(), autocast=())
     x = torch.randn(2, 4, requires_grad=True)
     run.begin([x])
     state = run.sweep(Fickle(lambda x: x.exp().exp(), again), [x])

@@ -15,7 +15,7 @@ def words(text: str) -> list[str]:
     script = replay_program_of(from_text(text))
     return [
         " ".join(to_text(Schedule(1, (move.action,))) + ("!" if move.stops_early else "") for move in segment)
-        for segment in script.segments
+        for segment in script.steps
     ]
 
 
@@ -43,7 +43,7 @@ def test_split(schedule: str, kept: tuple[bool, ...], stored: set[int], segments
 def test_every_action_of_a_long_schedule_finds_its_segment() -> None:
     schedule = revolve(uniform_chain(40), num_slots=4)
     script = replay_program_of(schedule)
-    num_moves = sum(len(segment) for segment in script.segments)
+    num_moves = sum(len(segment) for segment in script.steps)
     assert num_moves + len(script.kept) + len(script.stored) + 40 == len(schedule.actions)
 
 

@@ -11,8 +11,7 @@ import torch
 from tinybp_lightning.capture.torch.op_filter import SkippableOp, filtered_by
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, StopReplay
-from tinybp_lightning.runtime.torch.replay.slots import Reference, Slot
+from tinybp_lightning.runtime.torch.replay.saved_tensors import Reference, SavedTensors, Slot, StopReplay
 
 
 def book_of(*inputs: torch.Tensor, externals: tuple[torch.Tensor, ...] = ()) -> SavedTensors:
@@ -56,7 +55,7 @@ def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Ten
     assert book.dropped_bytes([]) == 0
     # The boundary may have been stored or computed anew: somewhere else, at another offset.
     elsewhere = torch.cat([torch.zeros(2), leaf.flatten()])[2:].view(4, 6)
-    book.fill_aliases([elsewhere])
+    book.fill_views([elsewhere])
     assert slot.value is not None
     want = view(leaf)
     assert (slot.value.dtype, slot.value.stride()) == (want.dtype, want.stride())
@@ -113,7 +112,7 @@ def test_only_slots_that_autograd_holds_are_filled() -> None:
     assert isinstance(second, Slot)
     assert second.value is not None
     assert torch.equal(second.value, torch.full((2,), 4.0))
-    book.check_complete("block")
+    book.check_complete()
 
 
 def test_a_filled_slot_does_not_hold_the_replayed_graph() -> None:
@@ -173,7 +172,7 @@ def save_and_replay(
     assert ran == [*["saved"] * len(spare), "computed", "gave result"]
     book.close()
     ran.clear()
-    book.fill_aliases(first[:1])
+    book.fill_views(first[:1])
     with book.filling(stops_early=True) as pack, contextlib.suppress(StopReplay):
         block(op, pack)
     return [slot.value if isinstance(slot, Slot) else slot for slot in slots], ran
@@ -235,7 +234,7 @@ def test_another_number_of_saved_tensors_is_an_error(num_saved: int) -> None:
         with book.filling(stops_early=False) as pack:
             for _ in range(num_saved):
                 pack(torch.ones(1))
-        book.check_complete("block")
+        book.check_complete()
 
     with pytest.raises(ReplayError, match="saved"):
         replay()

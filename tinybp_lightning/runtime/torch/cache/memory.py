@@ -43,7 +43,7 @@ class CacheEntry:
     """One program in one situation: under which name its plan is noted, and what is known for it.
 
     `layout` names all programs that differ from this one in sizes only; `sizes_bytes` are those of its storages, and
-    `own_bytes` the sum of the ones that the forward makes. `is_kept`: what is known is on disk too;
+    `own_bytes` the sum of the ones that the forward makes. `is_on_disk`: what is known is on disk too;
     `is_measured`: it was seen to fit.
     """
 
@@ -53,7 +53,7 @@ class CacheEntry:
     own_bytes: int
     origin: Origin
     known: MeasuredPlan | None
-    is_kept: bool
+    is_on_disk: bool
     is_measured: bool = False
 
 
@@ -66,7 +66,7 @@ class PlanCache:
         self._pages: OrderedDict[str, CacheEntry] = OrderedDict()
         self._cache = open_cache(config.plan_cache)
 
-    def open(self, program: Program, layout: str, key: Mapping[str, str]) -> CacheEntry:
+    def look_up(self, program: Program, layout: str, key: Mapping[str, str]) -> CacheEntry:
         """Return the page of `program` under `key`: with its own known plan, or that of a larger shape, or none.
 
         **Arguments:** `layout`: of its `ProgramKey`.
@@ -81,7 +81,7 @@ class PlanCache:
         page = partial(CacheEntry, key, layout, sizes_bytes, own_bytes)
         if (mine := self._pages.get(_name(key))) is not None:
             self._pages.move_to_end(_name(key))
-            return page(Origin.CACHED, mine.known, mine.is_kept)
+            return page(Origin.CACHED, mine.known, mine.is_on_disk)
         found = None if self._cache is None else self._cache.find(key, partial(check_chain_is_of, program))
         if found is not None:
             return page(Origin.CACHED, found, True)
@@ -90,21 +90,21 @@ class PlanCache:
         larger = self._larger(empty) if set(num_options) == {1} else None
         return empty if larger is None else page(Origin.LARGER, larger, False)
 
-    def planned(self, origin: Origin) -> None:
+    def count(self, origin: Origin) -> None:
         """Count a plan."""
         self._num_plans[origin] += 1
 
-    def note(self, page: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
+    def record(self, page: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
         """Note what a controller has learned for its entry, on disk once it was measured; not another shape's plan."""
         if page.origin is Origin.LARGER:  # See Note [Larger shapes]
             return
         name = _name(page.key)
         last = self._pages.get(name, page)
-        is_kept = last.is_kept and known == last.known
-        if is_measured and not is_kept and self._cache is not None:
+        is_on_disk = last.is_on_disk and known == last.known
+        if is_measured and not is_on_disk and self._cache is not None:
             self._cache.put(page.key, known)
-            is_kept = True
-        self._pages[name] = replace(page, known=known, is_kept=is_kept, is_measured=is_measured)
+            is_on_disk = True
+        self._pages[name] = replace(page, known=known, is_on_disk=is_on_disk, is_measured=is_measured)
         self._pages.move_to_end(name)
         if len(self._pages) > _MAX_KNOWN:
             self._pages.popitem(last=False)

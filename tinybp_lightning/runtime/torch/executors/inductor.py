@@ -29,7 +29,7 @@ from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program
 from tinybp_lightning.runtime.torch.executors.forecast import Forecast, forecast_options
 from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner
 from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
 __all__ = ["compile_options", "compile_program", "forecast_of", "is_compiled", "options_to_compile"]
 
@@ -81,7 +81,7 @@ def options_to_compile(program: Program, options: Collection[tuple[int, int]]) -
 
 def compile_program(
     program: Program,
-    externals: Externals,
+    externals: NonBoundaryInputs,
     devices: Sequence[torch.device],
     on_piece: Callable[[int, int], None],
 ) -> Program:
@@ -111,7 +111,7 @@ def compile_program(
 
 def compile_options(
     program: Program,
-    externals: Externals,
+    externals: NonBoundaryInputs,
     devices: Sequence[torch.device],
     wanted: Collection[tuple[int, int]],
     on_piece: Callable[[int, int], None],

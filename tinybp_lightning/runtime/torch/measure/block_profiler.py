@@ -15,9 +15,8 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.runtime.torch.measure.allocator import Segment, open_trace
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockSizes
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
-from tinybp_lightning.runtime.torch.replay.blocks import Externals, GraphBlock, fresh_leaves, has_storage
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, StopReplay, forget, never_unpacked
-from tinybp_lightning.runtime.torch.replay.slots import Slot
+from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs, fresh_leaves, has_storage
+from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, Slot, StopReplay, forget, never_unpacked
 
 __all__ = ["BlockProfile", "BlockProfiler", "Layout", "Seed"]
 
@@ -94,7 +93,7 @@ class BlockProfiler:
         self,
         piece: Piece,
         option: int,
-        externals: Externals,
+        externals: NonBoundaryInputs,
         leaves: list[Any],
         wants: list[bool],
         seeds: tuple[Seed, ...],

@@ -25,7 +25,7 @@ from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile, 
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockCosts, chain_of
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_as, random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.replay.blocks import Externals
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
 __all__ = ["Measurements", "measure_chain", "measuring_values"]
 
@@ -64,7 +64,7 @@ def measure_chain(
     return chain
 
 
-def measuring_values(program: Program, values: Sequence[Any]) -> Externals:
+def measuring_values(program: Program, values: Sequence[Any]) -> NonBoundaryInputs:
     """Return aliases of parameters and inputs, copies of what the forward changes: measuring leaves no trace."""
     volatile = {i for piece in program.pieces for i in piece.volatile}
 
@@ -74,12 +74,12 @@ def measuring_values(program: Program, values: Sequence[Any]) -> Externals:
         fresh = value.detach().clone() if i in volatile else value.detach()
         return fresh.requires_grad_(value.requires_grad)
 
-    return Externals.of([alias(i, v) for i, v in enumerate(values)])
+    return NonBoundaryInputs.of([alias(i, v) for i, v in enumerate(values)])
 
 
 def _walk(
     program: Program,
-    externals: Externals,
+    externals: NonBoundaryInputs,
     clock: Timer,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
@@ -101,7 +101,7 @@ def _no_progress(_: int, __: int) -> None:
 def _pass(
     program: Program,
     seeds: Sequence[tuple[Seed, ...]],
-    externals: Externals,
+    externals: NonBoundaryInputs,
     clock: Timer,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],

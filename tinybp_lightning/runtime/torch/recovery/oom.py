@@ -47,17 +47,17 @@ _SHARES = (0.05, 0.15, 0.35, 1.0)
 class OomRetry:
     """Runs the steps of one model, and runs a step again that was out of memory.
 
-    **Arguments:** `rewinder`: of the model; `targets`: returns what trains under a plan in it; `keep`: called as a step
-    begins, notes what else the step changes, and returns a function that puts it back.
+    **Arguments:** `step_snapshot`: of the model; `targets`: returns what trains under a plan in it; `keep`: called as
+    a step begins, notes what else the step changes, and returns a function that puts it back.
     """
 
     def __init__(
         self,
-        rewinder: StepSnapshot,
+        step_snapshot: StepSnapshot,
         targets: Callable[[], Sequence[Target]],
         keep: Callable[[], Callable[[], None]] | None = None,
     ) -> None:
-        self._rewinder = rewinder
+        self._step_snapshot = step_snapshot
         self._targets = targets
         self._keep = keep
         self._put_back: Callable[[], None] | None = None
@@ -70,17 +70,17 @@ class OomRetry:
     def begin(self, inputs: Sequence[Any]) -> None:
         """A step begins that will read `inputs`, in every run of it."""
         self._error, self._num_failures = None, 0
-        self._rewinder.begin(inputs)
+        self._step_snapshot.begin(inputs)
         self._put_back = None if self._keep is None else self._keep()
 
     def backward_begins(self) -> None:
         """The forward has ended, and nothing has been added to a gradient yet. Called in every run."""
-        self._rewinder.backward_begins()
+        self._step_snapshot.backward_begins()
 
     def end(self) -> None:
         """The step has ended well."""
         self._error, self._put_back = None, None
-        self._rewinder.end()
+        self._step_snapshot.end()
 
     def run(self, first: Callable[[], T], again: Callable[[], T], let_go: Callable[[], None] | None = None) -> T:
         """Return what `first` returns, or `again` after it was out of memory.
@@ -104,7 +104,7 @@ class OomRetry:
                 attempt = again
         except BaseException:
             self._error, self._put_back = None, None
-            self._rewinder.abandon()
+            self._step_snapshot.abandon()
             raise
 
     def _prepare(self) -> None:
@@ -115,13 +115,13 @@ class OomRetry:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        reason = self._rewinder.obstacle()
+        reason = self._step_snapshot.obstacle()
         if reason is None and not self._make_room():
             reason = f"it was run {self._num_failures} times, the last time under the smallest plan"
         if reason is not None:
             self._error.add_note(_note(self._targets(), f"the step cannot be saved: {reason}."))
             raise self._error
-        self._rewinder.rewind()
+        self._step_snapshot.rewind()
         if self._put_back is not None:
             self._put_back()
 
@@ -185,9 +185,9 @@ def run_step(
     if reason is not None:
         with explaining(lambda: targets(model), reason):
             return attempt(inputs, lambda: None)
-    if dispatcher.rewinder is None or dispatcher.rewinder.root is not model:
-        dispatcher.rewinder = StepSnapshot(model)
-    rescue = OomRetry(dispatcher.rewinder, lambda: targets(model))
+    if dispatcher.step_snapshot is None or dispatcher.step_snapshot.root is not model:
+        dispatcher.step_snapshot = StepSnapshot(model)
+    rescue = OomRetry(dispatcher.step_snapshot, lambda: targets(model))
     untouched = fresh_containers(inputs)
     rescue.begin(inputs)
     loss = rescue.run(

@@ -1,7 +1,7 @@
-"""What does the engine run? A `Step`: one block as a function from one boundary's leaves to the next one's.
+"""What does the engine run? A `RunnableBlock`: one block as a function from one boundary's leaves to the next one's.
 
-A boundary's state is a flat list of leaves. *Externals* (parameters, buffers, the batch) are not part of any boundary:
-the caller holds them for the whole step, so they are passed by reference and cost nothing.
+A boundary's state is a flat list of leaves. `NonBoundaryInputs` (parameters, buffers, the batch) are not part of any
+boundary: the caller holds them for the whole step, so they are passed by reference and cost nothing.
 """
 
 from collections import Counter
@@ -15,10 +15,10 @@ from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["Externals", "GraphBlock", "Step", "copies", "fresh_leaves", "has_storage"]
+__all__ = ["GraphBlock", "NonBoundaryInputs", "RunnableBlock", "copies", "fresh_leaves", "has_storage"]
 
 
-class Step(Protocol):
+class RunnableBlock(Protocol):
     """One block, runnable any number of times with the same result."""
 
     @property
@@ -46,7 +46,7 @@ class Step(Protocol):
 
 
 @dataclass(slots=True)
-class Externals:
+class NonBoundaryInputs:
     """The values of one forward that no boundary carries, and the versions of those that are tensors."""
 
     values: list[Any]
@@ -54,7 +54,7 @@ class Externals:
     storages: frozenset[int]
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> "Externals":
+    def of(cls, values: Sequence[Any]) -> "NonBoundaryInputs":
         """Note the versions and storages of `values` as they are now."""
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         return cls(
@@ -118,7 +118,7 @@ def _copy(t: torch.Tensor, counts: Mapping[int, int], storages: dict[int, torch.
 class GraphBlock:
     """A piece of a traced graph, bound to the externals of one forward, and the option by which all its runs go."""
 
-    def __init__(self, piece: Piece, externals: Externals, option: int = 0) -> None:
+    def __init__(self, piece: Piece, externals: NonBoundaryInputs, option: int = 0) -> None:
         self._piece = piece
         self._call = piece.calls[option]
         self._externals = externals

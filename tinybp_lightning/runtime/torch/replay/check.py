@@ -10,16 +10,14 @@ this runs.
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tinybp_lightning.errors import ConfigError, ReplayError
 from tinybp_lightning.runtime.torch.replay.blocks import has_storage
-from tinybp_lightning.runtime.torch.replay.places import fills_after_saving, running_op
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors
-from tinybp_lightning.runtime.torch.replay.slots import ADVICE, Reference, Slot
+from tinybp_lightning.runtime.torch.replay.saved_tensors import ADVICE, Reference, SavedTensors, Slot
+from tinybp_lightning.runtime.torch.replay.source_op import fills_after_saving, running_op
 
 __all__ = ["CheckedSavedTensors", "fingerprint", "is_checking"]
 
@@ -88,27 +86,6 @@ class CheckedSavedTensors(SavedTensors):
         self._ops.append(running_op())
         return packed
 
-    def fill_aliases(self, state: Sequence[Any]) -> None:
-        """Fill the slots that are views of the boundary's leaves, which may have been computed anew."""
-        super().fill_aliases(state)
-        for alias in self._aliases:
-            slot = alias.slot()
-            if slot is not None and slot.value is not None:
-                self._note(slot.position, slot.value)
-
-    def fill_again(self, position: int, t: torch.Tensor) -> None:
-        """Fill the slots of what was saved again, which the replay need not get to."""
-        super().fill_again(position, t)
-        for alias in self._again.get(position, ()):
-            slot = alias.slot()
-            if slot is not None and slot.value is not None:
-                self._note(slot.position, slot.value)
-
-    def check(self, position: int, t: torch.Tensor) -> None:
-        """Raise `ReplayError` for another form, and take the hash."""
-        super().check(position, t)
-        self._note(position, t)
-
     def check_values(self) -> None:
         """Raise `ReplayError`, naming the first op, if the replay saved other values than the forward."""
         pairs = [(p, s, r) for p, r in sorted(self._replayed.items()) if (s := self._saved[p]) is not None]
@@ -127,7 +104,8 @@ class CheckedSavedTensors(SavedTensors):
                 f"{self._ops[first] or 'compiled code'}. {ADVICE}"
             )
 
-    def _note(self, position: int, t: torch.Tensor) -> None:
+    def note_value(self, position: int, t: torch.Tensor) -> None:
+        """Take the hash of what a replay saved at `position`."""
         value = fingerprint(t)
         if value is not None:
             self._replayed[position] = value

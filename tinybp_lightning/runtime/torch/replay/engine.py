@@ -41,11 +41,17 @@ from tinybp_lightning.runtime.torch.replay.ambient import (
     random_state_now,
     set_random_state,
 )
-from tinybp_lightning.runtime.torch.replay.blocks import Externals, Step, fresh_leaves
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs, RunnableBlock, fresh_leaves
 from tinybp_lightning.runtime.torch.replay.check import CheckedSavedTensors, is_checking
-from tinybp_lightning.runtime.torch.replay.program import Move, ReplayProgram
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, StopReplay, forget, never_unpacked
-from tinybp_lightning.runtime.torch.replay.slots import Reference, Slot
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
+from tinybp_lightning.runtime.torch.replay.saved_tensors import (
+    Reference,
+    SavedTensors,
+    Slot,
+    StopReplay,
+    forget,
+    never_unpacked,
+)
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
 __all__ = ["Run", "RunStats"]
@@ -57,7 +63,7 @@ class RunStats:
 
     replayed_blocks: int = 0
     advanced_blocks: int = 0
-    rescued_blocks: int = 0
+    out_of_order_blocks: int = 0
     replay_s: float = 0.0
 
 
@@ -82,7 +88,7 @@ class _Stored:
 class Run:
     """One forward of a chain of steps and the backwards that follow it.
 
-    **Arguments:** `script`: what to play, each block by its option there; `externals`: of this forward;
+    **Arguments:** `program`: what to play, each block by its option there; `externals`: of this forward;
     `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what is saved in the
     first sweep too, until `let_go` is called, if ever; `checks`: compare what replays save with the first sweep's, see
     `CheckedSavedTensors`.
@@ -90,8 +96,8 @@ class Run:
 
     def __init__(
         self,
-        script: ReplayProgram,
-        externals: Externals,
+        program: ReplayProgram,
+        externals: NonBoundaryInputs,
         *,
         devices: Sequence[torch.device],
         autocast: Sequence[Autocast],
@@ -100,11 +106,11 @@ class Run:
     ) -> None:
         self._held: list[weakref.ref[Slot]] | None = [] if holds else None
         self.stats = RunStats()
-        self.script = script
+        self.program = program
         self._externals = externals
         self._devices = tuple(devices)
         self._autocast = tuple(autocast)
-        self._steps: list[Step] = []
+        self._steps: list[RunnableBlock] = []
         self._random: dict[int, RandomState] = {}
         self._last_random: RandomState | None = None
         self._book = CheckedSavedTensors if is_checking(asked=checks) else SavedTensors
@@ -112,7 +118,7 @@ class Run:
         self._requires_grad: list[list[bool]] = []
         self._stored: dict[int, _Stored] = {}
         self._cursor: tuple[int, list[Any]] | None = None
-        self._next_backward = len(script.kept)
+        self._next_backward = len(program.kept)
         self._graph_task: int | None = None
         # CPU and device autograd threads may both unpack; a replay may itself meet a slot of an earlier run.
         self._lock = threading.RLock()
@@ -124,13 +130,13 @@ class Run:
         self._stored[0] = _stored(root)
         self._requires_grad.append([_wants_grad(t) for t in root])
 
-    def sweep(self, step: Step, state: list[Any]) -> list[Any]:
+    def sweep(self, step: RunnableBlock, state: list[Any]) -> list[Any]:
         """Run the next step for the first time and return the leaves of the boundary after it."""
         index = len(self._steps)
         self._steps.append(step)
         if step.is_random:
             self._random[index] = self._random_state()
-        if self.script.kept[index]:
+        if self.program.kept[index]:
             with closing_regions(), filtered_by(None):
                 out = step.first(state)
         else:
@@ -146,7 +152,7 @@ class Run:
         if not step.is_random and self._random.pop(index, None) is not None:
             self._last_random = None
         self._requires_grad.append([_wants_grad(t) for t in out])
-        if BoundaryId(index + 1) in self.script.stored:
+        if BoundaryId(index + 1) in self.program.stored:
             self._stored[index + 1] = _stored(out)
         return out
 
@@ -202,26 +208,26 @@ class Run:
                 self._graph_task = task
                 first, self._next_backward = self._next_backward - 1, int(block)
                 for b in range(first, block - 1, -1):
-                    self._play(self.script.segments[b])
+                    self._play(self.program.steps[b])
             else:
                 self._rescue(block)
         self.stats.replay_s += time.perf_counter() - started
 
     def _rescue(self, block: BlockId) -> None:
         """Fill block's slots from the nearest stored boundary, leaving stored ones on the way. See Note [Order]."""
-        self.stats.rescued_blocks += 1
+        self.stats.out_of_order_blocks += 1
         start = max(b for b in self._stored if b <= block)
         stride = math.isqrt(block - start) + 1
-        moves: list[Move] = []  # one list: the cursor does not outlive a `_play`
+        moves: list[ReplayStep] = []  # one list: the cursor does not outlive a `_play`
         for b in range(start, block):
-            moves.append(Move(Forward(BlockId(b)), stops_early=False))
+            moves.append(ReplayStep(Forward(BlockId(b)), stops_early=False))
             if (b + 1 - start) % stride == 0 and b + 1 < block:
-                moves.append(Move(Store(BoundaryId(b + 1)), stops_early=False))
-        self._play([*moves, Move(ForwardSave(block), stops_early=True)])
-        for b in [b for b in self._stored if b > block and b not in self.script.pinned]:
+                moves.append(ReplayStep(Store(BoundaryId(b + 1)), stops_early=False))
+        self._play([*moves, ReplayStep(ForwardSave(block), stops_early=True)])
+        for b in [b for b in self._stored if b > block and b not in self.program.pinned]:
             del self._stored[b]
 
-    def _play(self, moves: Sequence[Move]) -> None:
+    def _play(self, moves: Sequence[ReplayStep]) -> None:
         for move in moves:
             match move.action:
                 case Forward(block=block):
@@ -253,7 +259,7 @@ class Run:
                 self._forward(block)
             return
         state = self._read(block)
-        book.fill_aliases(state)
+        book.fill_views(state)
         if stops_early and book.num_replayed == 0:
             book.check_values()
             return
@@ -269,7 +275,7 @@ class Run:
         state.clear()
         book.check_values()
         if out is not None:
-            book.check_complete(self._steps[block].name)
+            book.check_complete()
         if out is not None and not stops_early:
             self._cursor = (block + 1, [_detached(t) for t in out])
 

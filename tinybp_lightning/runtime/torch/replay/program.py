@@ -1,11 +1,12 @@
-"""How does a schedule become something autograd can drive? It is split at its backwards, once, into a `ReplayProgram`.
+"""Split a schedule at its backwards into a `ReplayProgram`, which autograd can drive.
 
 Autograd decides when a block's backward runs; the schedule says what must have happened by then. So the actions
-between two `Backward`s become the *segment* of the later one, to be played when autograd first asks for a tensor that
-the later block saved.
+between two `Backward`s become the replay steps of the later one. The engine plays them when autograd first asks for a
+tensor that the later block saved.
 """
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from tinybp_lightning.errors import ScheduleError
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
@@ -21,12 +22,12 @@ from tinybp_lightning.schedule.actions import (
     Store,
 )
 
-__all__ = ["Move", "ReplayProgram", "replay_program_of"]
+__all__ = ["ReplayProgram", "ReplayStep", "replay_program_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One action of a segment; `stops_early` if nobody reads the outputs of this `ForwardSave`."""
+class ReplayStep:
+    """One action of a replay; `stops_early` if no later step reads the outputs of this `ForwardSave`."""
 
     action: Action
     stops_early: bool
@@ -34,68 +35,79 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgram:
-    """A schedule as the engine plays it.
+    """A schedule in the form that the engine plays.
 
-    `kept[i]`: block i saves its tensors in the first sweep, as in plain training. `options[i]`: of block i's backward,
-    and so of every run of it: the autograd graph that the first run leaves behind is the one that backward follows.
-    `stored`: boundaries kept from the first sweep. `segments[i]`: what to play just before block i's backward.
-    `pinned`: boundaries among `stored` that are never let go of, because the block before them must not run again.
+    `kept[i]`: block i saves its tensors in the first sweep, as in plain training. `options[i]`: the option of block
+    i's backward. Every run of the block uses it, because backward follows the graph that the first run left behind.
+    `stored`: the boundaries kept from the first sweep. `steps[i]`: what to play just before block i's backward.
+    `pinned`: the stored boundaries that are never released, because the block before them must not run again.
     """
 
     kept: tuple[bool, ...]
     options: tuple[OptionId, ...]
     stored: frozenset[BoundaryId]
-    segments: tuple[tuple[Move, ...], ...]
+    steps: tuple[tuple[ReplayStep, ...], ...]
     pinned: frozenset[BoundaryId] = frozenset()
 
 
 def replay_program_of(schedule: Schedule) -> ReplayProgram:
     """Return the `ReplayProgram` of a schedule that passed `verify_schedule`.
 
-    **Raises:** `ScheduleError` for an action this engine does not play (offload), or a block saved by two options.
+    **Raises:** `ScheduleError` for an action that the engine does not play (offload), and for a block that saves by
+    one option and runs backward by another.
     """
     n = schedule.num_blocks
-    kept = [False] * n
     options = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
+    kept: list[bool] = []
     stored: set[BoundaryId] = set()
-    segments: list[tuple[Move, ...]] = [()] * n
-    sweeping, pending = 0, list[Action]()
+    steps: list[tuple[ReplayStep, ...]] = [()] * n
+    pending: list[Action] = []
     for action in schedule.actions:
+        in_first_sweep = len(kept) < n
         match action:
             case Offload() | Reload():
-                raise ScheduleError(f"`{action}`: the engine does not move boundaries to host memory yet.")
+                raise ScheduleError(
+                    f"`{action}`: the engine cannot move boundaries to host memory yet. Use a schedule without offload."
+                )
             case ForwardSave(block=block, option=option) if option != options[block]:
-                raise ScheduleError(f"`{action}`: the block's backward goes by option `{options[block]}`.")
-            case Forward() | ForwardSave() if sweeping < n:
-                kept[sweeping] = isinstance(action, ForwardSave)
-                sweeping += 1
-            case Store(boundary=boundary) if sweeping < n:
+                raise ScheduleError(
+                    f"`{action}`: the block's backward uses option `{options[block]}`. Save by the same option."
+                )
+            case Forward() | ForwardSave() if in_first_sweep:
+                kept.append(isinstance(action, ForwardSave))
+            case Store(boundary=boundary) if in_first_sweep:
                 stored.add(boundary)
-            case Drop(boundary=boundary) if sweeping < n:
+            case Drop(boundary=boundary) if in_first_sweep:
                 stored.discard(boundary)
-            case Backward(block=block):
-                segments[block] = _moves(pending)
-                pending = []
             case Forward() | ForwardSave() | Store() | Drop():
                 pending.append(action)
-    return ReplayProgram(tuple(kept), tuple(options[BlockId(b)] for b in range(n)), frozenset(stored), tuple(segments))
+            case Backward(block=block):
+                steps[block] = _replay_steps(pending)
+                pending = []
+            case _:
+                assert_never(action)
+    return ReplayProgram(tuple(kept), tuple(options[BlockId(b)] for b in range(n)), frozenset(stored), tuple(steps))
 
 
-def _moves(actions: list[Action]) -> tuple[Move, ...]:
-    """Mark each `ForwardSave` whose outputs no later action of the segment reads."""
-    moves: list[Move] = []
-    cursor_needed: BoundaryId | None = None
+def _replay_steps(actions: list[Action]) -> tuple[ReplayStep, ...]:
+    """Mark each `ForwardSave` whose outputs no later action reads."""
+    steps: list[ReplayStep] = []
+    read_next: BoundaryId | None = None  # the boundary that the next action takes from the cursor
     for action in reversed(actions):
-        early = False
+        stops_early = False
         match action:
             case Store(boundary=boundary):
-                cursor_needed = boundary
+                read_next = boundary
             case Forward(block=block):
-                cursor_needed = BoundaryId(block)
+                read_next = BoundaryId(block)
             case ForwardSave(block=block):
-                early = cursor_needed != BlockId(block + 1)
-                cursor_needed = BoundaryId(block)
-            case _:
+                stops_early = read_next != block + 1
+                read_next = BoundaryId(block)
+            case Drop():
                 pass
-        moves.append(Move(action, early))
-    return tuple(reversed(moves))
+            case Backward() | Offload() | Reload():
+                raise AssertionError(f"`{action}` stands between two backwards")
+            case _:
+                assert_never(action)
+        steps.append(ReplayStep(action, stops_early))
+    return tuple(reversed(steps))

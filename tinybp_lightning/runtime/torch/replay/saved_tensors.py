@@ -1,17 +1,21 @@
-"""Where do saved tensors go while they are virtual? A `SavedTensors` holds, for one block, what its first run saved.
+"""Hold what one block's first run saved, and fill it in again when the block is replayed.
 
-Only slots that autograd still holds are filled: the book keeps weak references.
+Every saved tensor of a dropped block is one of three things. A *reference* aliases a non-boundary input (a parameter,
+the batch), which is alive anyway: autograd holds it as it is. A *view* aliases a leaf of the boundary before the block,
+and is rebuilt from that leaf. Everything else must be *replayed*. In place of the last two autograd holds a `Slot`. The
+engine fills only slots that autograd still holds: this module keeps weak references to them.
 
 Note [Saved again]
-    Several ops may save one tensor: the three products that read what one norm made. The replay need not get to the
-    later ones, which repeats all products but the last: what they save is filled as a view of what the first one saved.
-    That holds as long as nothing changes the tensor in place between the two, and a change may hide from the version
-    counter (`x.data.add_`). So it is done for blocks whose ops are known to change no activation.
+    Several ops may save one tensor: the three products that read what one norm made. The replay need not reach the
+    later ones, so it repeats only the first: the later slots are filled with views of what the first op saved. That
+    holds as long as nothing changes the tensor in place between the two, and a change may hide from the version counter
+    (`x.data.add_`). So it is done only for blocks whose ops are known not to change any activation.
 
-Note [Spare ops]
-    A block's code marks the ops whose results no saved tensor is made of, by its record. The first run notes which
-    positions each of them saved. A replay that stops early runs it until the last of these is filled, or not at all.
-    Where one that should save nothing did save, in a dtype that the record did not see, all are run.
+Note [Skippable ops]
+    A block's code marks the ops whose results no saved tensor is made of, according to the recorded graph. The first
+    run notes which positions each of them saved. A replay that stops early runs such an op until the last of these
+    positions is filled, or not at all. If an op that the record calls silent did save something (in a dtype that the
+    record did not see), the replay runs all of them.
 """
 
 import contextlib
@@ -28,28 +32,126 @@ from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.runtime.torch.replay.ambient import closing_regions
 from tinybp_lightning.runtime.torch.replay.blocks import has_storage
-from tinybp_lightning.runtime.torch.replay.places import fills_after_saving, running_op
-from tinybp_lightning.runtime.torch.replay.slots import ADVICE, Alias, Reference, Slot, alias_of, offset_bytes, view_of
+from tinybp_lightning.runtime.torch.replay.source_op import fills_after_saving, running_op
 
-__all__ = ["SavedTensors", "StopOp", "StopReplay", "forget", "never_unpacked"]
+__all__ = ["ADVICE", "Reference", "SavedTensors", "Slot", "StopOp", "StopReplay", "forget", "never_unpacked"]
+
+ADVICE = (
+    "The block does not do the same thing twice: one of its ops is not deterministic "
+    "(torch.use_deterministic_algorithms(True) makes it so, or names it), or it reads state that it changes "
+    "(a counter, a cache, a generator of its own). `tbp.keep(module)` makes a module run only once."
+)
 
 
 def forget(_: torch.Tensor) -> Any:
-    """Pack hook that throws a saved tensor away: its graph is never run backward."""
+    """Pack hook that throws a saved tensor away, for a graph that never runs backward."""
     return None
 
 
 def never_unpacked(_: Any) -> torch.Tensor:
-    """Unpack hook of a graph that is never run backward."""
-    raise AssertionError("a replayed graph is never run backward")
+    """Unpack hook of a graph that never runs backward."""
+    raise AssertionError("a replayed graph never runs backward")
 
 
 class StopReplay(Exception):  # noqa: N818 - control flow, never an error
-    """The last saved tensor of the block has been filled; its outputs are not wanted."""
+    """The replay has filled the block's last saved tensor, and nobody reads its outputs."""
 
 
 class StopOp(Exception):  # noqa: N818 - control flow, never an error
-    """The last saved tensor of a spare op has been filled; its result is not wanted."""
+    """The replay has filled the last saved tensor of a skippable op, and nobody reads its result."""
+
+
+class Slot:
+    """What autograd holds in place of one saved tensor: `value` is filled just before autograd needs it."""
+
+    __slots__ = ("__weakref__", "block", "position", "value", "version")
+
+    def __init__(self, block: int, position: int) -> None:
+        self.block = block
+        self.position = position
+        self.value: torch.Tensor | None = None
+        self.version = 0
+
+    def fill(self, value: torch.Tensor) -> None:
+        """Put in a tensor that shares its version counter with the one that the replay goes on with."""
+        self.value, self.version = value, value._version
+
+    def take(self, reader: str) -> torch.Tensor:
+        """Return the tensor and release it. Raises as `read` does."""
+        value = self.read(reader)
+        self.value = None
+        return value
+
+    def read(self, reader: str) -> torch.Tensor:
+        """Return the tensor. Raises `ReplayError` if the slot is empty, or the tensor changed since it was filled."""
+        if self.value is None:
+            raise ReplayError(
+                f"block `{reader}` saved tensor {self.position} in the forward, but its replay did not. {ADVICE}"
+            )
+        if self.value._version != self.version:  # autograd leaves this check to the pack hook's owner
+            raise ReplayError(
+                f"block `{reader}` needs a tensor of shape {tuple(self.value.shape)} for its gradient, but changed it "
+                f"in place after it was saved (version {self.value._version}, expected {self.version}). Plain training "
+                "cannot do that either: use the out-of-place form of the op that changes it."
+            )
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A saved tensor that aliases a non-boundary input: held and checked as plain autograd does."""
+
+    block: int
+    tensor: torch.Tensor
+    version: int
+
+    def tensor_checked(self, reader: str) -> torch.Tensor:
+        """Return the tensor. Raises `ReplayError` if it was changed in place since the forward."""
+        if self.tensor._version != self.version:
+            raise ReplayError(
+                f"block `{reader}` needs a tensor of shape {tuple(self.tensor.shape)} for its gradient, but it was "
+                f"changed in place after the forward (version {self.tensor._version}, expected {self.version}). Call "
+                "backward before that change, or change a copy."
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """How a slot's tensor views its source: `offset_bytes` is counted from the source's first element."""
+
+    slot: "weakref.ref[Slot]"
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset_bytes: int
+
+    def of(self, source: torch.Tensor) -> torch.Tensor:
+        """Return the view of `source`, which holds what the first run's source held."""
+        base = source.detach()
+        start_bytes = _offset_bytes(base) + self.offset_bytes
+        if self.dtype != base.dtype:
+            whole = torch.empty(0, dtype=self.dtype, device=base.device)
+            whole.set_(base.untyped_storage(), start_bytes // whole.element_size(), self.shape, self.stride)
+            return whole
+        return base.as_strided(self.shape, self.stride, start_bytes // base.element_size())
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor that later saved tensors may view, as it was when the first run met it.
+
+    `held`: the tensor itself where nothing else keeps its storage from being reused during the first run.
+    """
+
+    version: int
+    offset_bytes: int
+    views: list[_View]
+    held: torch.Tensor | None = None
+
+    def add_view(self, slot: Slot, t: torch.Tensor) -> None:
+        offset_bytes = _offset_bytes(t) - self.offset_bytes
+        self.views.append(_View(weakref.ref(slot), t.dtype, t.shape, t.stride(), offset_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +175,15 @@ class _Positions:
 class SavedTensors:
     """One block's saved tensors, in the order in which autograd saved them.
 
-    **Arguments:** `block`, `name`: its number, and what messages call it; `state`: the leaves that it starts from;
-    `is_out_of_place`: whether its ops change no activation. See Note [Saved again].
+    **Arguments:** `block`, `name`: the block's number, and its name in messages; `outer_storages`: those of the
+    non-boundary inputs; `state`: the leaves that the block starts from; `is_out_of_place`: whether its ops are known
+    not to change any activation, see Note [Saved again].
     """
 
     def __init__(
         self,
         block: int,
-        external_storages: frozenset[int],
+        outer_storages: frozenset[int],
         state: Sequence[Any],
         *,
         name: str | None = None,
@@ -88,145 +191,151 @@ class SavedTensors:
     ) -> None:
         self._block = block
         self._name = str(block) if name is None else name
-        self._external = external_storages
-        self._inputs: dict[int, tuple[int, torch.Tensor, int]] = {}
-        for i, t in enumerate(state):
-            if isinstance(t, torch.Tensor) and has_storage(t):
-                self._inputs.setdefault(storage_key(t), (i, t, t._version))
+        self._outer_storages = outer_storages
+        self._is_out_of_place = is_out_of_place
         self._forms: list[_Form] = []
         self._slots: list[weakref.ref[Slot] | None] = []
-        self._aliases: list[Alias] = []
-        self._is_out_of_place = is_out_of_place
-        self._saved_first: dict[int, tuple[int, int, int]] = {}  # by storage: position, offset in bytes, version
-        self._again: dict[int, list[Alias]] = {}  # by the position that is filled with them
-        # Weak references keep a storage's identity, not its bytes, so that the next one cannot be taken for it.
+        self._views_of_leaf: dict[int, list[_View]] = {}
+        self._views_of_saved: dict[int, list[_View]] = {}  # by the position of the source
+        self._leaves: dict[int, _Source] = {}  # by storage, during the first run
+        for i, t in enumerate(state):
+            if isinstance(t, torch.Tensor) and has_storage(t) and storage_key(t) not in self._leaves:
+                views = self._views_of_leaf[i] = []
+                self._leaves[storage_key(t)] = _Source(t._version, _offset_bytes(t), views, held=t)
+        self._saved_first: dict[int, _Source] = {}  # by storage
+        # Weak references keep a storage's identity, not its bytes: no later storage can be mistaken for it.
         self._dropped: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._spare: dict[int, _Positions] = {}  # by number: what the op saved
-        self._may_leave_out = True
+        self._skippable: dict[int, _Positions] = {}  # by the op's number
+        self._may_skip = True
         self._stop_op_at = -1
         self.num_replayed = 0
 
+    # ---- first run ---------------------------------------------------------------------------------------------
+
     def pack(self, t: torch.Tensor) -> Slot | Reference:
-        """First sweep: take a saved tensor, return what autograd holds instead."""
+        """Take a saved tensor, and return what autograd holds instead."""
         position = len(self._slots)
         self._forms.append(_Form(t.shape, t.dtype, t.device))
         key = storage_key(t) if has_storage(t) else None
-        if key is not None and key in self._external:
+        if key is not None and key in self._outer_storages:
             self._slots.append(None)
             return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
         slot = Slot(self._block, position)
         self._slots.append(weakref.ref(slot))
-        source = None if key is None else self._inputs.get(key)
-        first = None if key is None else self._saved_first.get(key)
-        if source is not None and source[2] == t._version:
-            self._aliases.append(alias_of(slot, source[0], t, offset_bytes(source[1])))
-        elif first is not None and first[2] == t._version:
-            self._again.setdefault(first[0], []).append(alias_of(slot, first[0], t, first[1]))
-        else:
-            self.num_replayed = position + 1
-            if key is not None:
-                storage = t.untyped_storage()
-                self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
-                if self._is_out_of_place:
-                    self._saved_first[key] = (position, offset_bytes(t), t._version)
+        for source in () if key is None else (self._leaves.get(key), self._saved_first.get(key)):
+            if source is not None and source.version == t._version:
+                source.add_view(slot, t)
+                return slot
+        self.num_replayed = position + 1
+        if key is not None:
+            storage = t.untyped_storage()
+            self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
+            if self._is_out_of_place:
+                views = self._views_of_saved[position] = []
+                self._saved_first[key] = _Source(t._version, _offset_bytes(t), views)
         return slot
 
     def note_skippable(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """First sweep: run a spare op, and note what it saves. See Note [Spare ops]."""
+        """Run a skippable op, and note what it saves. See Note [Skippable ops]."""
         start = len(self._slots)
         result = run()
-        self._spare[number] = saved = _Positions(start, max(start, self.num_replayed), len(self._slots))
+        self._skippable[number] = saved = _Positions(start, max(start, self.num_replayed), len(self._slots))
         if is_silent and saved.needed > start:
-            self._may_leave_out = False
+            self._may_skip = False
         return result
 
-    def _run_spare(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """Replay: run a spare op as far as its last saved tensor that is needed."""
-        if not self._may_leave_out:
+    def close(self) -> None:
+        """End the first run: release the leaves."""
+        self._leaves.clear()
+
+    def dropped_bytes(self, outputs: Sequence[Any]) -> int:
+        """Return the bytes of the storages that the block saved and that its `outputs` do not keep alive."""
+        kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
+        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
+
+    # ---- replay ------------------------------------------------------------------------------------------------
+
+    def fill_views(self, state: Sequence[Any]) -> None:
+        """Fill the slots that view the boundary's leaves."""
+        for leaf, views in self._views_of_leaf.items():
+            self._fill_each(views, state[leaf])
+
+    @contextlib.contextmanager
+    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
+        """Yield the pack hook of a replay, which fills the slots that are still alive, in order."""
+        self._filled = 0
+
+        def pack(t: torch.Tensor) -> torch.Tensor | None:
+            position = self._filled
+            self._filled += 1
+            self._check_form(position, t)
+            self.note_value(position, t)
+            reference = self._slots[position]
+            slot = reference() if reference is not None else None
+            if slot is not None:
+                slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
+            self._fill_each(self._views_of_saved.get(position, ()), t)
+            if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
+                raise StopReplay if self._filled == self.num_replayed else StopOp
+            return None
+
+        skipping = filtered_by(self._run_skippable) if stops_early else contextlib.nullcontext()
+        with closing_regions(), skipping:
+            yield pack
+
+    def note_value(self, position: int, t: torch.Tensor) -> None:
+        """Hear which tensor a replay gave `position`; only `CheckedSavedTensors` listens."""
+
+    def check_values(self) -> None:
+        """End a replay; only `CheckedSavedTensors` has something to compare."""
+
+    def check_complete(self) -> None:
+        """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
+        if self._filled != len(self._slots):
+            raise ReplayError(
+                f"block `{self._name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its "
+                f"replay. {ADVICE}"
+            )
+
+    def _fill_each(self, views: Sequence[_View], source: torch.Tensor) -> None:
+        for view in views:
+            slot = view.slot()
+            if slot is not None:
+                slot.fill(view.of(source))
+                assert slot.value is not None
+                self.note_value(slot.position, slot.value)
+
+    def _run_skippable(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
+        """Run a skippable op up to its last saved tensor that a slot waits for. See Note [Skippable ops]."""
+        if not self._may_skip:
             return run()
-        saved = self._spare[number]
-        self._check_place(saved.start)
+        saved = self._skippable[number]
+        self._check_num_filled(saved.start)
         if saved.needed > saved.start:
             self._stop_op_at = saved.needed
             try:
-                with closing_regions():  # what it entered, and is not left to leave
+                with closing_regions():  # the op cannot leave what it entered if it is stopped
                     result = run()
             except StopOp:
                 pass
             else:
-                self._check_place(saved.stop)
+                self._check_num_filled(saved.stop)
                 return result
             finally:
                 self._stop_op_at = -1
         self._filled = saved.stop
         return None
 
-    def _check_place(self, expected: int) -> None:
-        """Raise `ReplayError` if the replay has saved another number of tensors than the first run had by then."""
+    def _check_num_filled(self, expected: int) -> None:
+        """Raise `ReplayError` unless the replay has saved as many tensors as the first run had at this op."""
         if self._filled != expected:
             raise ReplayError(
                 f"the replay of block `{self._name}` has saved {self._filled} tensors where it had saved {expected} in "
                 f"the forward: before {_place()}. {ADVICE}"
             )
 
-    def dropped_bytes(self, outputs: Sequence[Any]) -> int:
-        """Return the bytes of the storages that the block saved and did not make its `outputs` of."""
-        kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
-        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
-
-    def close(self) -> None:
-        """End of the block's first run: let go of the inputs."""
-        self._inputs.clear()
-
-    def fill_aliases(self, state: Sequence[Any]) -> None:
-        """Fill the slots that are views of the boundary's leaves."""
-        for alias in self._aliases:
-            slot = alias.slot()
-            if slot is not None:
-                slot.fill(view_of(state[alias.source], alias))
-
-    def fill_again(self, position: int, t: torch.Tensor) -> None:
-        """Fill the slots of what was saved again as views of `t`, which the replay saves at `position`."""
-        for alias in self._again.get(position, ()):
-            slot = alias.slot()
-            if slot is not None:
-                slot.fill(view_of(t, alias))
-
-    @contextlib.contextmanager
-    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
-        """Give the pack hook of a replay: it fills the slots that are alive, in order."""
-        self._filled = 0
-
-        def pack(t: torch.Tensor) -> torch.Tensor | None:
-            position = self._filled
-            self._filled += 1
-            self.check(position, t)
-            reference = self._slots[position]
-            slot = reference() if reference is not None else None
-            if slot is not None:
-                slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
-            self.fill_again(position, t)
-            if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
-                raise StopReplay if self._filled == self.num_replayed else StopOp
-            return None
-
-        leaving_out = filtered_by(self._run_spare) if stops_early else contextlib.nullcontext()
-        with closing_regions(), leaving_out:
-            yield pack
-
-    def check_complete(self, name: str) -> None:
-        """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
-        if self._filled != len(self._slots):
-            raise ReplayError(
-                f"block `{name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its "
-                f"replay. {ADVICE}"
-            )
-
-    def check_values(self) -> None:
-        """End of a replay: nothing to compare, see `CheckedSavedTensors`."""
-
-    def check(self, position: int, t: torch.Tensor) -> None:
-        """Raise `ReplayError` if a replay must not save `t` at `position`."""
+    def _check_form(self, position: int, t: torch.Tensor) -> None:
+        """Raise `ReplayError` if the first run saved something else than `t` at `position`."""
         if position >= len(self._forms):
             raise ReplayError(
                 f"the replay of block `{self._name}` saved more than its {len(self._forms)} tensors: "
@@ -238,6 +347,10 @@ class SavedTensors:
                 f"the replay of block `{self._name}` saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
                 f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}: {_place()} saved it. {ADVICE}"
             )
+
+
+def _offset_bytes(t: torch.Tensor) -> int:
+    return int(t.storage_offset()) * t.element_size()
 
 
 def _place() -> str:
