@@ -29,7 +29,7 @@ from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import submodules, traced_module
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Backward
@@ -186,28 +186,28 @@ class _KeepingRun(Run):
     """An engine run that keeps what every block saves, whatever the plan says."""
 
     def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_keeping_script(script.options), *args, **kwargs)
+        super().__init__(_keeping_program(script.options), *args, **kwargs)
         if _FLOWN:
             _FLOWN.popleft()
 
 
 @functools.cache
-def _keeping_script(options: tuple[OptionId, ...]) -> ReplayProgram:
+def _keeping_program(options: tuple[OptionId, ...]) -> ReplayProgram:
     num_blocks = len(options)
     return ReplayProgram((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
 
 
-class _KeepingPilot(Controller):
-    """A controller whose next step goes by the options noted: they are compiled before it, as a plan's are."""
+class _KeepingLoop(ControlLoop):
+    """A control loop whose next step goes by the options noted: they are compiled before it, as a plan's are."""
 
     @property
-    def script(self) -> ReplayProgram:
-        return _keeping_script(_FLOWN[0] if _FLOWN else super().script.options)
+    def program(self) -> ReplayProgram:
+        return _keeping_program(_FLOWN[0] if _FLOWN else super().program.options)
 
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(traced_module, "Controller", _KeepingPilot):
+    with _running(_KeepingRun), patch.object(traced_module, "ControlLoop", _KeepingLoop):
         yield
 
 

@@ -15,7 +15,7 @@ __all__ = [
     "Budget",
     "BudgetKind",
     "Costs",
-    "Executor",
+    "ExecutorName",
     "HCBConfig",
     "OnOom",
     "check_config",
@@ -41,7 +41,7 @@ class BudgetKind(Enum):
     ACTIVATION = "activation_budget"
 
 
-class Executor(Enum):
+class ExecutorName(Enum):
     """Who runs a block: the user's own kernels (`eager`, bit-identical), or Inductor's per block."""
 
     AUTO = "auto"
@@ -118,12 +118,16 @@ class HCBConfig:
 
     def __post_init__(self) -> None:
         _ = self.budget
-        kinds_of = (("executor", self.executor, Executor), ("on_oom", self.on_oom, OnOom), ("costs", self.costs, Costs))
+        kinds_of = (
+            ("executor", self.executor, ExecutorName),
+            ("on_oom", self.on_oom, OnOom),
+            ("costs", self.costs, Costs),
+        )
         for name, value, kinds in kinds_of:
             choices = [e.value for e in kinds]
             if value not in choices:
                 raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")
-        if self.costs == Costs.OPERATIONS.value and self.executor == Executor.INDUCTOR.value:
+        if self.costs == Costs.OPERATIONS.value and self.executor == ExecutorName.INDUCTOR.value:
             raise ConfigError(
                 "`costs='operations'` was given with `executor='inductor'`: operations of compiled blocks cannot be "
                 "counted. Use `executor='eager'`, or `costs='seconds'`."

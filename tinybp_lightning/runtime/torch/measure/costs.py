@@ -19,8 +19,7 @@ from tinybp_lightning.config import Costs
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
-from tinybp_lightning.runtime.torch.executors.forecast import Forecast
-from tinybp_lightning.runtime.torch.executors.inductor import forecast_of, is_compiled
+from tinybp_lightning.runtime.torch.executors.executor import Executor, Forecast
 from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile, BlockProfiler, Layout, Seed
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockCosts, chain_of
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
@@ -37,6 +36,7 @@ def measure_chain(
     program: Program,
     values: Sequence[Any],
     *,
+    executor: Executor,
     device: torch.device,
     devices: Sequence[torch.device],
     autocast: Sequence[Autocast],
@@ -47,15 +47,15 @@ def measure_chain(
 ) -> Chain:
     """Return the `Chain` of a program, measured with the given external values.
 
-    **Arguments:** `values`: one per graph input; `counts_gradients`: whether parameters' gradients are part of the
-    budget; `on_block(done, total)`: called after each block, for progress; `known`: what earlier calls measured of the
-    program in the same situation, to which is added what is measured now; `kind`: operations are counted instead of
-    seconds, which are those of `count_operations` then.
+    **Arguments:** `values`: one per graph input; `executor`: prepared the program; `counts_gradients`: whether
+    parameters' gradients are part of the budget; `on_block(done, total)`: called after each block, for progress;
+    `known`: what earlier calls measured of the program in the same situation, to which is added what is measured now;
+    `kind`: operations are counted instead of seconds, which are those of `count_operations` then.
     """
     random = random_state_now(devices)
     try:
         clock = Timer(device, step_bytes=sum(s.size_bytes for s in program.graph.storages))
-        measured, wants = _walk(program, measuring_values(program, values), clock, autocast, on_block, known)
+        measured, wants = _walk(program, measuring_values(program, values), clock, executor, autocast, on_block, known)
     finally:
         set_random_state(random)
     costs = _costs(measured) if kind is Costs.SECONDS else _counted(program, measured)
@@ -81,16 +81,17 @@ def _walk(
     program: Program,
     externals: NonBoundaryInputs,
     clock: Timer,
+    executor: Executor,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
     known: Measurements,
 ) -> tuple[list[tuple[BlockProfile, ...]], list[list[bool]]]:
     """Measure every block; again, where the blocks behind it were seen to hand it gradients of another layout."""
     seeds = _seeds(program)
-    measured, wants = _pass(program, seeds, externals, clock, autocast, on_block, known)
+    measured, wants = _pass(program, seeds, externals, clock, executor, autocast, on_block, known)
     laid_out = _laid_out(program, seeds, measured)
     if laid_out != seeds:
-        measured, wants = _pass(program, laid_out, externals, clock, autocast, _no_progress, known)
+        measured, wants = _pass(program, laid_out, externals, clock, executor, autocast, _no_progress, known)
     return measured, wants
 
 
@@ -103,6 +104,7 @@ def _pass(
     seeds: Sequence[tuple[Seed, ...]],
     externals: NonBoundaryInputs,
     clock: Timer,
+    executor: Executor,
     autocast: Sequence[Autocast],
     on_block: Callable[[int, int], None],
     known: Measurements,
@@ -112,16 +114,16 @@ def _pass(
     wants: list[list[bool]] = [[]]
     for done, piece in enumerate(program.pieces):
         with autocast_as(autocast), torch.enable_grad():
-            key = piece.span.signature, seeds[done], piece.calls if piece.is_compiled else ()
+            key = piece.span.signature, seeds[done], executor.code_of(piece)
             probes = [
                 BlockProfiler(piece, option, externals, leaves, wants[-1], seeds[done], clock)
                 for option in range(len(piece.calls))
             ]
             options = known.setdefault(key, {})
             for option, (probe, call) in enumerate(zip(probes, piece.calls, strict=True)):
-                if option not in options and is_compiled(call):
+                if option not in options and executor.is_ready(call):
                     options[option] = probe.measure()
-            measured.append(_with_estimates(piece, options))
+            measured.append(_with_estimates(piece, options, executor))
             out = probes[0].run_dropping()
         wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
         leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
@@ -168,12 +170,12 @@ def _laid_out(
     return laid_out
 
 
-def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile]) -> tuple[BlockProfile, ...]:
+def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor: Executor) -> tuple[BlockProfile, ...]:
     """Return each option of a block: measured, or estimated and as wrong as the measured one estimated best was."""
     estimates = {
         o: _estimated(measured[0], forecast, piece)
         for o, call in enumerate(piece.calls)
-        if (forecast := forecast_of(call)) is not None
+        if (forecast := executor.forecast(call)) is not None
     }
     pairs = [(measured[o], estimate) for o, estimate in estimates.items() if o in measured]
     more_bytes = min((m.sizes.backward_peak_bytes - e.sizes.backward_peak_bytes for m, e in pairs), default=0)
