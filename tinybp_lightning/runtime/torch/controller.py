@@ -143,17 +143,17 @@ class Phase(Enum):
 class CalibrationState:
     """Everything that is known about one chain.
 
-    `chain` includes what was learned; `base_bytes` is the workspace that it had before. `fitting`: the fastest plan
-    that was measured to fit. `plain_fits`: plain training has not been seen to exceed the budget. `exceeded`: the peak
-    of each schedule that was. `plain_bytes`: the largest measured peak of a step that kept everything. `cached`: the
-    cached plan that runs now, until a step has been measured.
+    `chain` includes what was learned; `base_bytes` is the workspace that it had before. `plan`: the active one.
+    `fitting`: the fastest plan that was measured to fit. `plain_fits`: plain training has not been seen to exceed the
+    budget. `exceeded`: the peak of each schedule that was. `plain_bytes`: the largest measured peak of a step that kept
+    everything. `cached`: the cached plan that runs now, until a step has been measured.
     """
 
     task: Task
     limit: Limit
     chain: Chain
     base_bytes: int
-    active: ActivePlan
+    plan: ActivePlan | None = None
     phase: Phase = Phase.CALIBRATE
     num_traces: int = 0
     num_partial: int = 0
@@ -162,6 +162,12 @@ class CalibrationState:
     exceeded: Mapping[Schedule, int] = field(default_factory=dict[Schedule, int])
     plain_bytes: int = 0
     cached: MeasuredPlan | None = None
+
+    @property
+    def active(self) -> ActivePlan:
+        """The plan that the next step runs."""
+        assert self.plan is not None, "`start` chooses the first plan"
+        return self.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +229,8 @@ def start(task: Task, chain: Chain, limit: Limit, planner_of: PlannerOf) -> Cali
 
     **Raises:** `BudgetTooSmallError` where no plan fits.
     """
-    learned, active = _first_plan(task, chain, chain.workspace_bytes, 0, limit, planner_of)
-    return _with_plain_peak(CalibrationState(task, limit, learned, chain.workspace_bytes, active))
+    state = CalibrationState(task, limit, chain, chain.workspace_bytes)
+    return _with_plain_peak(_with_first_plan(state, planner_of))
 
 
 def start_from_cache(
@@ -237,17 +243,15 @@ def start_from_cache(
     **Raises:** `BudgetTooSmallError` where no plan fits by the cached costs.
     """
     chain, schedule = cached.chain, cached.plan.schedule
-    plain_bytes = plain_peak_bytes(chain)
+    state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
+    plain_bytes = _plain_peak(state)
     # If plain training seemed to fit and was not chosen, a step had shown that it does not.
-    plain_fits = schedule == keep_all(chain) or plain_bytes > cached.plan.budget_bytes
-    budget_bytes = _capped(limit, chain, limit.bytes_for(plain_bytes), planner_of)
+    state = replace(state, plain_fits=schedule == keep_all(chain) or plain_bytes > cached.plan.budget_bytes)
+    budget_bytes = _budget(state, plain_bytes, planner_of)
     if cached.suits(budget_bytes):
-        active = _active_plan(task, limit, chain, schedule, budget_bytes, plain_bytes, reason)
-        state = CalibrationState(task, limit, chain, chain.workspace_bytes, active, plain_fits=plain_fits)
-        return _with_plain_peak(replace(state, phase=Phase.SETTLE, cached=cached))
-    active = _plan_for_budget(task, limit, chain, 0, reason, planner_of, plain_fits=plain_fits)
-    state = CalibrationState(task, limit, chain, chain.workspace_bytes, active, plain_fits=plain_fits)
-    return _with_plain_peak(replace(state, phase=Phase.SETTLE))
+        plan = _active_plan(state, schedule, budget_bytes, plain_bytes, reason)
+        return _with_plain_peak(replace(state, plan=plan, cached=cached))
+    return _with_plain_peak(replace(state, plan=_for_budget(state, reason, planner_of)))
 
 
 def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf) -> _Next:
@@ -264,7 +268,11 @@ def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf)
         case StepUnmeasured():
             state, decisions = _after_unmeasured_step(state, planner_of)
         case OptionsMeasured(chain=chain):
-            state, decisions = _after_options(replace(state, chain=with_measured(state.chain, chain)), planner_of)
+            state = replace(state, chain=with_measured(state.chain, chain))
+            if state.phase is Phase.CALIBRATE:
+                state, decisions = _with_first_plan(state, planner_of), ()
+            else:
+                state, decisions = _run(state, _for_budget(state, state.active.report.reason, planner_of))
         case OptimizerStateSeen():
             state, decisions = _after_optimizer_state(state, planner_of)
         case OutOfMemory(share=share):
@@ -299,8 +307,7 @@ def _after_measured_step(state: CalibrationState, seen: StepMeasured, planner_of
             chain = _with_tail(replace(state.chain, workspace_bytes=state.base_bytes), schedule, seen.measurement)
             state = _with_residual(replace(state, chain=chain), schedule, seen.measurement.peak_bytes, may_shrink=False)
             plan = _for_budget(state, "budget", planner_of)
-            state = _running(replace(state, phase=Phase.SETTLE), plan)
-            return state, (RunPlan(plan), NotePlan(_as_measured(plan), is_measured=False))
+            return _run(replace(state, phase=Phase.SETTLE), plan, NotePlan(_as_measured(plan), is_measured=False))
         case Phase.SETTLE:
             return _settled(state, seen, planner_of)
         case Phase.STEADY:
@@ -311,29 +318,18 @@ def _after_measured_step(state: CalibrationState, seen: StepMeasured, planner_of
 
 def _after_unmeasured_step(state: CalibrationState, planner_of: PlannerOf) -> _Next:
     if state.cached is not None:  # it was measured when it was made
-        return _running(replace(state, phase=Phase.STEADY), state.active), (RunPlan(state.active),)
+        return _run(replace(state, phase=Phase.STEADY), state.active)
     if state.phase is not Phase.CALIBRATE:
         return state, ()
     # What each of several targets needs alone cannot be told apart, so the model is trusted.
-    plan = _for_budget(state, "budget", planner_of)
-    return _running(replace(state, phase=Phase.STEADY), plan), (RunPlan(plan),)
-
-
-def _after_options(state: CalibrationState, planner_of: PlannerOf) -> _Next:
-    if state.phase is Phase.CALIBRATE:
-        task, chain, base_bytes = state.task, state.chain, state.base_bytes
-        chain, active = _first_plan(task, chain, base_bytes, state.plain_bytes, state.limit, planner_of)
-        return replace(state, chain=chain, active=active), ()
-    plan = _for_budget(state, state.active.report.reason, planner_of)
-    return _running(state, plan), (RunPlan(plan),)
+    return _run(replace(state, phase=Phase.STEADY), _for_budget(state, "budget", planner_of))
 
 
 def _after_optimizer_state(state: CalibrationState, planner_of: PlannerOf) -> _Next:
     if state.phase is Phase.CALIBRATE or state.limit.optimizer_bytes == state.active.optimizer_bytes:
         return state, ()
     plan = _for_budget(state, "optimizer state", planner_of)
-    state = replace(state, fitting=None, num_traces=0, phase=Phase.SETTLE)
-    return _running(state, plan), (RunPlan(plan),)
+    return _run(replace(state, fitting=None, num_traces=0, phase=Phase.SETTLE), plan)
 
 
 def _tightened(state: CalibrationState, share: float, planner_of: PlannerOf) -> _Next:
@@ -344,11 +340,8 @@ def _tightened(state: CalibrationState, share: float, planner_of: PlannerOf) -> 
     cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
     state = replace(state, limit=replace(state.limit, cap_bytes=cap_bytes), fitting=None)
     schedule = planner.plan(budget_bytes=cap_bytes).schedule
-    plan = _active_plan(
-        state.task, state.limit, state.chain, schedule, cap_bytes, _plain_peak(state.chain, state), "out of memory"
-    )
-    plan = replace(plan, optimizer_bytes=state.active.optimizer_bytes)
-    return _running(state, plan), (RunPlan(plan),)
+    plan = _active_plan(state, schedule, cap_bytes, _plain_peak(state), "out of memory")
+    return _run(state, replace(plan, optimizer_bytes=state.active.optimizer_bytes))
 
 
 def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf) -> _Next:
@@ -356,9 +349,8 @@ def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf)
     peak_bytes, ran = seen.measurement.peak_bytes, state.active.report
     is_plain = _keeps_all(state)
     if is_plain:  # a budget that is a share of plain training is a share of what was just measured
-        plain_bytes = _plain_peak(state.chain, state)
-        budget_bytes = _capped(state.limit, state.chain, state.limit.bytes_for(plain_bytes), planner_of)
-        ran = replace(ran, budget_bytes=budget_bytes, plain_peak_bytes=plain_bytes)
+        plain_bytes = _plain_peak(state)
+        ran = replace(ran, budget_bytes=_budget(state, plain_bytes, planner_of), plain_peak_bytes=plain_bytes)
     fits = peak_bytes <= ran.budget_bytes
     if not fits:
         state = replace(state, exceeded={**state.exceeded, ran.schedule: peak_bytes})
@@ -368,7 +360,7 @@ def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf)
     state = replace(state, num_traces=state.num_traces + 1, cached=None)
     if cached is not None and fits:
         plan = replace(state.active, report=replace(ran, predicted_peak_bytes=peak_bytes))
-        return _running(replace(state, phase=Phase.STEADY), plan), (RunPlan(plan), NotePlan(cached, is_measured=True))
+        return _run(replace(state, phase=Phase.STEADY), plan, NotePlan(cached, is_measured=True))
     state = replace(state, plain_fits=state.plain_fits and (fits or not is_plain))
     state = _with_residual(state, ran.schedule, peak_bytes, may_shrink=fits and seen.is_whole)
     shown_bytes = peak_bytes if seen.is_whole else max(peak_bytes, ran.predicted_peak_bytes)
@@ -380,10 +372,11 @@ def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf)
     if state.num_traces < _MAX_TRACES and (not fits or slack_bytes > _SLACK * ran.budget_bytes):
         state, better = _better_plan(state, ran, fits=fits, planner_of=planner_of)
         if better is not None:
-            return _running(state, better), (RunPlan(better),)
-    chosen = state.fitting or plan
-    notes = () if state.fitting is None else (NotePlan(_as_measured(state.fitting), is_measured=True),)
-    return _running(replace(state, phase=Phase.STEADY), chosen), (RunPlan(chosen), *notes)
+            return _run(state, better)
+    state = replace(state, phase=Phase.STEADY)
+    if state.fitting is None:
+        return _run(state, plan)
+    return _run(state, state.fitting, NotePlan(_as_measured(state.fitting), is_measured=True))
 
 
 def _better_plan(
@@ -409,8 +402,8 @@ def _keeps_all(state: CalibrationState) -> bool:
     return state.active.schedule == keep_all(state.chain)
 
 
-def _running(state: CalibrationState, plan: ActivePlan) -> CalibrationState:
-    return replace(state, active=plan, cached=None)
+def _run(state: CalibrationState, plan: ActivePlan, *notes: NotePlan) -> _Next:
+    return replace(state, plan=plan, cached=None), (RunPlan(plan), *notes)
 
 
 def _as_measured(plan: ActivePlan) -> MeasuredPlan:
@@ -460,35 +453,32 @@ def _with_residual(
 # ---- planning ------------------------------------------------------------------------------------------------------
 
 
-def _plain_peak(chain: Chain, state: CalibrationState) -> int:
+def _plain_peak(state: CalibrationState) -> int:
     """Return the peak of plain training, without the engine's bookkeeping and the margin: predicted, or measured."""
-    return max(plain_peak_bytes(chain), state.plain_bytes)
+    return max(plain_peak_bytes(state.chain), state.plain_bytes)
 
 
-def _first_plan(
-    task: Task, chain: Chain, base_bytes: int, plain_bytes: int, limit: Limit, planner_of: PlannerOf
-) -> tuple[Chain, ActivePlan]:
-    """Return the plan of the first step, and the chain with a margin for what the model does not see.
+def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> CalibrationState:
+    """Choose the plan of the first step, and leave a margin for what the model does not see. See Note [Calibration].
 
-    It uses measured options only: it runs once, and is small enough where it fits. See Note [Calibration].
+    It uses measured options only: it runs once, and is small enough where it fits.
     """
-    part = measured_part(replace(chain, workspace_bytes=base_bytes))
-    plain_bytes = max(plain_peak_bytes(chain), plain_bytes)
-    budget_bytes = limit.bytes_for(plain_bytes)
+    part = measured_part(replace(state.chain, workspace_bytes=state.base_bytes))
+    plain_bytes = _plain_peak(state)
+    budget_bytes = state.limit.bytes_for(plain_bytes)
     small, timeline = small_schedule(part.chain, budget_bytes=budget_bytes, planner_of=planner_of)
-    schedule = part.renumbered(small)
+    schedule, needs_all_options = part.renumbered(small), False
     margin_bytes = int(_MARGIN * timeline.peak_bytes)
-    chain = replace(chain, workspace_bytes=base_bytes + margin_bytes)
-    needs_all_options = False
+    state = replace(state, chain=replace(state.chain, workspace_bytes=state.base_bytes + margin_bytes))
     if timeline.peak_bytes + margin_bytes > budget_bytes:
         if plain_bytes <= budget_bytes:  # of a small model: it is the engine's bookkeeping that does not fit
-            schedule = keep_all(chain)
-        elif estimated_options(chain):
+            schedule = keep_all(state.chain)
+        elif estimated_options(state.chain):
             needs_all_options = True
         else:
-            _fastest(task, chain, budget_bytes, planner_of)  # raises where no other schedule fits either
-    active = _active_plan(task, limit, chain, schedule, budget_bytes, plain_bytes, "calibration")
-    return chain, replace(active, needs_all_options=needs_all_options)
+            _fastest(state, budget_bytes, planner_of)  # raises where no other schedule fits either
+    plan = _active_plan(state, schedule, budget_bytes, plain_bytes, "calibration", needs_all_options=needs_all_options)
+    return replace(state, plan=plan)
 
 
 def small_schedule(chain: Chain, *, budget_bytes: int, planner_of: PlannerOf = Planner) -> tuple[Schedule, Timeline]:
@@ -503,49 +493,34 @@ def small_schedule(chain: Chain, *, budget_bytes: int, planner_of: PlannerOf = P
 
 def _for_budget(state: CalibrationState, reason: str, planner_of: PlannerOf) -> ActivePlan:
     """Return the fastest plan within the limit, by everything that is known."""
-    return _plan_for_budget(
-        state.task, state.limit, state.chain, state.plain_bytes, reason, planner_of, plain_fits=state.plain_fits
-    )
+    plain_bytes = _plain_peak(state)
+    budget_bytes = _budget(state, plain_bytes, planner_of)
+    if state.plain_fits and plain_bytes <= budget_bytes:
+        return _active_plan(state, keep_all(state.chain), budget_bytes, plain_bytes, reason)
+    schedule, needs_all = _fastest(state, budget_bytes, planner_of)
+    return _active_plan(state, schedule, budget_bytes, plain_bytes, reason, needs_all_options=needs_all)
 
 
-def _plan_for_budget(
-    task: Task,
-    limit: Limit,
-    chain: Chain,
-    plain_bytes: int,
-    reason: str,
-    planner_of: PlannerOf,
-    *,
-    plain_fits: bool,
-) -> ActivePlan:
-    plain_bytes = max(plain_peak_bytes(chain), plain_bytes)
-    budget_bytes = _capped(limit, chain, limit.bytes_for(plain_bytes), planner_of)
-    if plain_fits and plain_bytes <= budget_bytes:
-        return _active_plan(task, limit, chain, keep_all(chain), budget_bytes, plain_bytes, reason)
-    schedule, needs_all_options = _fastest(task, chain, budget_bytes, planner_of)
-    plan = _active_plan(task, limit, chain, schedule, budget_bytes, plain_bytes, reason)
-    return replace(plan, needs_all_options=needs_all_options)
-
-
-def _capped(limit: Limit, chain: Chain, budget_bytes: int, planner_of: PlannerOf) -> int:
-    """Return the budget, or the cap that an out-of-memory error has set; the smallest plan may always be tried."""
-    if limit.cap_bytes is None:
+def _budget(state: CalibrationState, plain_bytes: int, planner_of: PlannerOf) -> int:
+    """Return the limit, or the cap that an out-of-memory error has set; the smallest plan may always be tried."""
+    budget_bytes, cap_bytes = state.limit.bytes_for(plain_bytes), state.limit.cap_bytes
+    if cap_bytes is None:
         return budget_bytes
-    return min(budget_bytes, max(limit.cap_bytes, planner_of(chain).smallest_bytes))
+    return min(budget_bytes, max(cap_bytes, planner_of(state.chain).smallest_bytes))
 
 
-def _fastest(task: Task, chain: Chain, budget_bytes: int, planner_of: PlannerOf) -> tuple[Schedule, bool]:
+def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) -> tuple[Schedule, bool]:
     """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits.
 
     **Raises:** `BudgetTooSmallError`, in terms of the user's budget, where none fits and all options are measured.
     """
-    planner = planner_of(chain)
+    planner = planner_of(state.chain)
     try:
-        return prefer_measured(planner.plan(budget_bytes=budget_bytes), chain, planner_of).schedule, False
+        return prefer_measured(planner.plan(budget_bytes=budget_bytes), state.chain, planner_of).schedule, False
     except BudgetTooSmallError as error:
-        if estimated_options(chain):  # one of them may need less than its estimate
+        if estimated_options(state.chain):  # one of them may need less than its estimate
             return planner.smallest_plan().schedule, True
-        raise _in_terms_of(task, error, budget_bytes=budget_bytes) from error
+        raise _in_terms_of(state.task, error, budget_bytes=budget_bytes) from error
 
 
 def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -> BudgetTooSmallError:
@@ -564,12 +539,18 @@ def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -
 
 
 def _active_plan(
-    task: Task, limit: Limit, chain: Chain, schedule: Schedule, budget_bytes: int, plain_bytes: int, reason: str
+    state: CalibrationState,
+    schedule: Schedule,
+    budget_bytes: int,
+    plain_bytes: int,
+    reason: str,
+    *,
+    needs_all_options: bool = False,
 ) -> ActivePlan:
-    timeline = simulate(chain, schedule)
+    timeline = simulate(state.chain, schedule)
     report = PlanReport(
-        target=task.target,
-        chain=chain,
+        target=state.task.target,
+        chain=state.chain,
         schedule=schedule,
         budget_bytes=budget_bytes,
         predicted_peak_bytes=timeline.peak_bytes,
@@ -578,6 +559,6 @@ def _active_plan(
         predicted_step_s=timeline.total_s,
         num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
         reason=reason,
-        costs=task.costs,
+        costs=state.task.costs,
     )
-    return ActivePlan(report, replay_program_of(schedule), limit.optimizer_bytes)
+    return ActivePlan(report, replay_program_of(schedule), state.limit.optimizer_bytes, needs_all_options)

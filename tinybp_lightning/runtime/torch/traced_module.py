@@ -27,7 +27,7 @@ from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, progr
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.controller import Task
-from tinybp_lightning.runtime.torch.executors.executor import Cut
+from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
 from tinybp_lightning.runtime.torch.executors.registry import executor_of
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
@@ -239,14 +239,17 @@ class TracedModule:
             )
         program = self._cut.program
         progress.stage("compiling", total=len(program.pieces))
-        externals = partial(measuring_values, program, forward.values)
-        prepared = self._executor.prepare(program, externals, forward.devices, progress.advance)
+        prepared = self._executor.prepare(self._preparation(program, forward, progress))
         if prepared is not program:
             self._context.plans.num_compiled += 1
         pinned = blocks_of_modules(program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._kept)
         pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
         self._pieces[forward.situation.autocast] = pieces
         return pieces
+
+    def _preparation(self, program: Program, forward: _Forward, progress: PlanningProgress) -> Preparation:
+        externals = partial(measuring_values, program, forward.values)
+        return Preparation(program, externals, forward.devices, progress.advance)
 
     def _budget_share(self, headroom: Headroom, plain_bytes: int) -> float:
         """Return about which share of plain training's activations the budget is."""
@@ -298,8 +301,7 @@ class TracedModule:
                 if unmeasured and not (is_mine and can_trace(forward.device)):
                     return None
                 progress.stage("compiling", total=len(program.pieces))
-                externals = partial(measuring_values, program, forward.values)
-                self._executor.prepare_options(program, externals, forward.devices, wanted, progress.advance)
+                self._executor.prepare_options(self._preparation(program, forward, progress), wanted)
                 if unmeasured:
                     control.learn_options(self._measure(planned, forward, progress))
         return planned

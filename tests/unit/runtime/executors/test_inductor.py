@@ -12,12 +12,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.compile_fx import compile_fx_inner as inner_compile
 
 import tinybp_lightning as tbp
-from tests.unit.capture.graphs import trace_graph
+from tests.unit.capture.graphs import Traced, trace_graph
 from tests.unit.runtime.training import Recorder, peak_bytes, residual_net, train
-from tinybp_lightning.capture.torch.pieces import cut_program
+from tinybp_lightning.capture.torch.pieces import Program, cut_program
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.cuts.narrow import Granularity
 from tinybp_lightning.runtime.torch.executors import inductor as compiled_blocks
+from tinybp_lightning.runtime.torch.executors.executor import Preparation
 from tinybp_lightning.runtime.torch.executors.inductor import InductorExecutor
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.schedule.actions import Backward
@@ -38,6 +39,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., Any] 
     return compiles
 
 
+def asked(program: Program, found: Traced) -> Preparation:
+    externals = partial(NonBoundaryInputs.of, found.inputs)
+    return Preparation(program, externals, [torch.device("cpu")], lambda done, total: None)
+
+
 def _net() -> nn.Sequential:
     return residual_net(4, width=WIDTH, dropout=0.0)
 
@@ -46,15 +52,13 @@ def _net() -> nn.Sequential:
 def test_each_option_saves_less_and_computes_the_same() -> None:
     found = trace_graph(_net(), X)
     program = cut_program(found.module, found.graph, granularity=Granularity.COARSE)
-    externals = NonBoundaryInputs.of(found.inputs)
-    devices = [torch.device("cpu")]
     executor = InductorExecutor()
-    compiled = executor.prepare(program, lambda: externals, devices, lambda done, total: None)
+    compiled = executor.prepare(asked(program, found))
     index, piece = next((i, p) for i, p in enumerate(compiled.pieces) if len(p.calls) > 1)
     assert [executor.is_ready(call) for call in piece.calls] == [True, False, False, False]
     further = [(index, o) for o in (1, 2, 3)]
     assert executor.unprepared(compiled, [(index, 0), *further]) == set(further)
-    executor.prepare_options(compiled, lambda: externals, devices, further, lambda done, total: None)
+    executor.prepare_options(asked(compiled, found), further)
     assert all(executor.is_ready(call) for call in piece.calls)
     arguments = [found.inputs[s.index] for s in piece.reads if s.origin == "external"]
     assert len(arguments) == len(piece.reads) - 1, "one leaf of the boundary, all else are parameters"
@@ -95,8 +99,7 @@ def test_equal_blocks_are_compiled_once_whatever_the_tracer_called_their_values(
         unequal = {p.span.signature for p in program.pieces}
         assert len(program.pieces) >= len(unequal) + depth // 2
         compiles.clear()
-        externals = partial(NonBoundaryInputs.of, found.inputs)
-        InductorExecutor().prepare(program, externals, [torch.device("cpu")], lambda done, total: None)
+        InductorExecutor().prepare(asked(program, found))
         num_compiles.append(len(compiles))
     assert num_compiles[0] == num_compiles[1]
 

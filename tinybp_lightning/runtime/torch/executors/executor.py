@@ -11,7 +11,7 @@ from tinybp_lightning.capture.torch.pieces import Piece, Program
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
-__all__ = ["Call", "Cut", "Executor", "Forecast"]
+__all__ = ["Call", "Cut", "Executor", "Forecast", "Preparation"]
 
 Call = Callable[[list[Any]], Sequence[Any]]
 """One of a piece's `calls`: takes its arguments as one list, which it empties, and returns what the piece makes."""
@@ -26,6 +26,20 @@ class Cut:
 
     program: Program
     original: Graph | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What preparing a program's pieces takes.
+
+    `externals`: returns values that preparing may change in place; `on_piece(done, total)`: called after each piece,
+    for progress.
+    """
+
+    program: Program
+    externals: Callable[[], NonBoundaryInputs]
+    devices: Sequence[torch.device]
+    on_piece: Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +59,8 @@ class Forecast:
 class Executor(Protocol):
     """Runs pieces in one way. It holds no state: what it prepares is in the program that it returns.
 
-    A piece whose calls are not the user's own code says so (`Piece.is_compiled`): its first run works on copies of
-    what the forward changes.
+    By default pieces run the user's own code, which needs no preparation and has one option. A piece whose calls are
+    other code says so (`Piece.is_compiled`): its first run works on copies of what the forward changes.
     """
 
     def cut(
@@ -64,43 +78,26 @@ class Executor(Protocol):
         """
         ...
 
-    def prepare(
-        self,
-        program: Program,
-        externals: Callable[[], NonBoundaryInputs],
-        devices: Sequence[torch.device],
-        on_piece: Callable[[int, int], None],
-    ) -> Program:
-        """Return `program` ready to run by option 0; the same object if there is nothing to prepare.
-
-        **Arguments:** `externals`: returns values that preparing may change in place; `on_piece(done, total)`: called
-        after each piece, for progress.
-        """
-        ...
+    def prepare(self, asked: Preparation) -> Program:
+        """Return the program ready to run by option 0; the same object if there is nothing to prepare."""
+        return asked.program
 
     def unprepared(self, program: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
         """Return those of `options`, pairs of a piece's position and an option's number, that cannot run yet."""
-        ...
+        return frozenset((i, o) for i, o in options if not self.is_ready(program.pieces[i].calls[o]))
 
-    def prepare_options(
-        self,
-        program: Program,
-        externals: Callable[[], NonBoundaryInputs],
-        devices: Sequence[torch.device],
-        wanted: Collection[tuple[int, int]],
-        on_piece: Callable[[int, int], None],
-    ) -> None:
-        """Make the options in `wanted` (see `unprepared`) runnable, for all equal pieces; all else as in `prepare`."""
-        ...
+    def prepare_options(self, asked: Preparation, wanted: Collection[tuple[int, int]]) -> None:
+        """Make the options in `wanted` (see `unprepared`) runnable, for all equal pieces."""
+        assert not wanted, "every option can run"
 
     def forecast(self, call: Call) -> Forecast | None:
         """Return the forecast of one of a piece's `calls`; `None` for option 0 and for what was prepared at once."""
-        ...
+        return None
 
     def is_ready(self, call: Call) -> bool:
         """Return whether one of a piece's `calls` can run."""
-        ...
+        return True
 
     def code_of(self, piece: Piece) -> Hashable:
         """Return what tells pieces of one signature apart: those with equal code are measured once."""
-        ...
+        return None

@@ -38,10 +38,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program, cut_program
 from tinybp_lightning.graph.cuts.narrow import Granularity
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.torch.executors.executor import Call, Cut, Forecast
+from tinybp_lightning.runtime.torch.executors.executor import Call, Cut, Executor, Forecast, Preparation
 from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner, repeated_share, value_bytes
 from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
 __all__ = ["InductorExecutor"]
 
@@ -52,7 +51,7 @@ _OPTION_DEVICES = frozenset({"cpu", "cuda"})
 # The devices on which we have seen torch follow the tags, with bits, budget and time. On others, replays save memory.
 
 
-class InductorExecutor:
+class InductorExecutor(Executor):
     """Pieces compiled by Inductor: results as near to float64 as `torch.compile`'s, with options beside replays."""
 
     def cut(
@@ -66,17 +65,12 @@ class InductorExecutor:
         """Cut coarsely: a large piece gives the compiler something to fuse."""
         return Cut(cut_program(module, graph, granularity=Granularity.COARSE))
 
-    def prepare(
-        self,
-        program: Program,
-        externals: Callable[[], NonBoundaryInputs],
-        devices: Sequence[torch.device],
-        on_piece: Callable[[int, int], None],
-    ) -> Program:
+    def prepare(self, asked: Preparation) -> Program:
         """Return the program with every piece compiled.
 
         Runs each piece once, so that it is compiled here and not under the engine's hooks. Generators are put back.
         """
+        program = asked.program
         num_equal = Counter(piece.span.signature for piece in program.pieces)
         compiled: dict[tuple[Any, ...], tuple[Call, ...]] = {}
         pieces: list[Piece] = []
@@ -88,26 +82,15 @@ class InductorExecutor:
                 further = _further_options(piece, arguments) if has_options else ()
                 compiled[key] = (_compile(piece, arguments, None), *further)
             pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
-            on_piece(len(pieces), len(program.pieces))
+            asked.on_piece(len(pieces), len(program.pieces))
             return compiled[key][0]
 
-        _walk(program.pieces, externals().values, devices, visit)
+        _walk(program.pieces, asked, visit)
         return replace(program, pieces=tuple(pieces))
 
-    def unprepared(self, program: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-        """Return the options that are not compiled."""
-        return frozenset((i, o) for i, o in options if not self.is_ready(program.pieces[i].calls[o]))
-
-    def prepare_options(
-        self,
-        program: Program,
-        externals: Callable[[], NonBoundaryInputs],
-        devices: Sequence[torch.device],
-        wanted: Collection[tuple[int, int]],
-        on_piece: Callable[[int, int], None],
-    ) -> None:
+    def prepare_options(self, asked: Preparation, wanted: Collection[tuple[int, int]]) -> None:
         """Compile the options in `wanted`, for all equal pieces."""
-        pieces = program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
+        pieces = asked.program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
         done = 0
 
         def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
@@ -117,10 +100,10 @@ class InductorExecutor:
                 if isinstance(call, _FurtherOption) and not call.is_compiled:
                     call.compile(arguments)
             done += 1
-            on_piece(done, len(pieces))
+            asked.on_piece(done, len(pieces))
             return piece.calls[0]
 
-        _walk(pieces, externals().values, devices, visit)
+        _walk(pieces, asked, visit)
 
     def forecast(self, call: Call) -> Forecast | None:
         """Return the forecast of a further option."""
@@ -160,14 +143,9 @@ class _FurtherOption:
         return self._call(arguments)
 
 
-def _walk(
-    pieces: Sequence[Piece],
-    values: Sequence[Any],
-    devices: Sequence[torch.device],
-    visit: Callable[[Piece, Sequence[Any]], Call],
-) -> None:
+def _walk(pieces: Sequence[Piece], asked: Preparation, visit: Callable[[Piece, Sequence[Any]], Call]) -> None:
     """Run `pieces`, each by the call that `visit` returns for it and its arguments. Generators are put back."""
-    random = random_state_now(devices)
+    values, random = asked.externals().values, random_state_now(asked.devices)
     try:
         state: list[Any] = []
         for piece in pieces:
