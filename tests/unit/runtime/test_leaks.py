@@ -182,7 +182,7 @@ loss = model(torch.ones(32, 8)).sum()
         ("", "loss[0].backward()"),
         (
             ".backward()",
-            "[model(x).sum().backward() for _ in range(3)]; watch.stop_tracing(); assert not watch._PENDING",
+            "[model(x).sum().backward() for _ in range(3)]; stop_tracing(); assert not _MONITORS.tracing",
         ),
     ],
     ids=["forward-only", "backward-elsewhere", "whole-step"],
@@ -191,7 +191,7 @@ def test_a_process_ends_well_whose_thread_left_a_trace_on(rest: str, ending: str
     """Nobody but the thread can stop its profiler, and it has ended."""
     script = f"""
 import threading, torch, tinybp_lightning as tbp
-from tinybp_lightning.runtime.torch import watch
+from tinybp_lightning.runtime.torch.measure.step_monitor import _MONITORS, stop_tracing
 model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4)))
 tbp.hcb(model, activation_budget="1MiB")
 x, loss = torch.ones(32, 8), []
@@ -201,7 +201,7 @@ def work():
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
-assert len(watch._TRACING) == 1
+assert len(_MONITORS.tracing) == 1
 {ending}
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

@@ -158,7 +158,7 @@ def test_the_disk_ends_with_the_plan_that_was_learned_last() -> None:
             written.append(known)
 
     book = PlanCache(HCBConfig(plan_cache=False))
-    book._cache = cast(Any, Disk())
+    book._disk = cast(Any, Disk())
     first, second = cast(MeasuredPlan, "A"), cast(MeasuredPlan, "B")
     page = CacheEntry({}, "", (), 0, Origin.CACHED, second, is_on_disk=True)
     for known in (second, first, first, second):

@@ -152,7 +152,7 @@ class _ModuleBlock:
         args, kwargs = tree_unflatten(state, self._spec)
         state.clear()
         for i in range(len(self._externals.values)):
-            self._externals.value(i, self.name)  # checks that the parameter has not changed
+            self._externals.check(i, self.name)
         # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
         module = self._unit.module
         owners = [(module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self._snapshots]
