@@ -29,12 +29,12 @@ from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import submodules, traced_module
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Backward
 
-__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
+__all__ = ["BUDGETS", "Conformity", "ExecutorName", "Sameness", "check"]
 
 BUDGETS = ("60%", "30%")
 """Shares of plain training's measured activation peak. The smallest possible budget replaces one that is too small."""
@@ -45,7 +45,7 @@ _MAX_STEPS = 10
 _MAX_RAISES = 6
 
 
-class Executor(Enum):
+class ExecutorName(Enum):
     """An executor that has to pass the check. A new one is added here and to `_reference`."""
 
     EAGER = "eager"
@@ -110,7 +110,7 @@ class Conformity:
 
 def check(
     architecture: Architecture,
-    executor: Executor,
+    executor: ExecutorName,
     budget: str,
     device: torch.device = _CPU,
     *,
@@ -154,16 +154,16 @@ def check(
     )
 
 
-def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: Listener) -> None:
+def _apply(executor: ExecutorName, module: nn.Module, allowed_bytes: int, listener: Listener) -> None:
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
-def _reference(begin: Callable[..., Training], executor: Executor) -> Training:
+def _reference(begin: Callable[..., Training], executor: ExecutorName) -> Training:
     """Return the training that `executor` has to equal: plain, or the same compiled blocks without replays."""
     match executor:
-        case Executor.EAGER:
+        case ExecutorName.EAGER:
             return begin()
-        case Executor.INDUCTOR:
+        case ExecutorName.INDUCTOR:
             training = begin(around=_keeping)
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
@@ -198,17 +198,17 @@ def _keeping_program(options: tuple[OptionId, ...]) -> ReplayProgram:
     return ReplayProgram((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
 
 
-class _KeepingController(Controller):
-    """A controller whose next step uses the noted options; they are compiled before it, as a plan's are."""
+class _KeepingLoop(ControlLoop):
+    """A control loop whose next step uses the noted options; they are compiled before it, as a plan's are."""
 
     @property
-    def script(self) -> ReplayProgram:
-        return _keeping_program(_NOTED_OPTIONS[0] if _NOTED_OPTIONS else super().script.options)
+    def program(self) -> ReplayProgram:
+        return _keeping_program(_NOTED_OPTIONS[0] if _NOTED_OPTIONS else super().program.options)
 
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(traced_module, "Controller", _KeepingController):
+    with _running(_KeepingRun), patch.object(traced_module, "ControlLoop", _KeepingLoop):
         yield
 
 
@@ -230,10 +230,10 @@ class _Compared:
     planning_s: float
 
 
-def _compare(plain: Training, begin: Callable[..., Training], executor: Executor, allowed_bytes: int) -> _Compared:
+def _compare(plain: Training, begin: Callable[..., Training], executor: ExecutorName, allowed_bytes: int) -> _Compared:
     plain.restart()
     _NOTED_OPTIONS.clear()
-    noting = executor is Executor.INDUCTOR
+    noting = executor is ExecutorName.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
     ours, listener = begin(around=around), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
@@ -284,7 +284,7 @@ def _timed(step: Callable[[], Snapshot]) -> tuple[float, Snapshot]:
 
 def _conformity(
     architecture: Architecture,
-    executor: Executor,
+    executor: ExecutorName,
     budget: str,
     compared: _Compared,
     *,

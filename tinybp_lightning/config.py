@@ -21,8 +21,8 @@ __all__ = [
     "BudgetKind",
     "Costs",
     "CostsChoice",
-    "Executor",
     "ExecutorChoice",
+    "ExecutorName",
     "HCBConfig",
     "OnOomChoice",
     "check_config",
@@ -50,7 +50,7 @@ class BudgetKind(Enum):
     ACTIVATION = "activation_budget"
 
 
-class Executor(Enum):
+class ExecutorName(Enum):
     """Who runs a block: the user's own kernels (`EAGER`, bit-identical), or Inductor's, compiled per block."""
 
     AUTO = "auto"

@@ -10,7 +10,7 @@ from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanCounts", "PlanReport", "StepProfile", "check_observers"]
+__all__ = ["Observer", "PlanCounts", "PlanReport", "StepMeasurement", "StepProfile", "check_observers"]
 
 _OBSERVER_METHODS = ("on_plan", "on_replay")
 
@@ -47,6 +47,20 @@ class PlanReport:
             f"{format_bytes(self.predicted_peak_bytes)} of {format_bytes(self.budget_bytes)} "
             f"(plain {format_bytes(self.plain_peak_bytes)}), recompute {share:.0%} of the step ({self.reason})"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeasurement:
+    """A traced step, in bytes above what was alive when it began; parameter gradients that it made are left out.
+
+    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
+    `backward_start_bytes` are the levels at those two moments.
+    """
+
+    peak_bytes: int
+    forward_end_bytes: int
+    tail_peak_bytes: int
+    backward_start_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,12 +165,21 @@ def test_pages_use_no_retired_word(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "sentence",
-    ["The plan is flown.", "a rescued block", "`rescued_blocks`", "The slim chain", "there is room for it", "Helpers pay"],
+    [
+        "The plan is flown.",
+        "a rescued block",
+        "`rescued_blocks`",
+        "The slim chain",
+        "there is room for it",
+        "Helpers pay",
+    ],
 )
 def test_a_retired_word_would_be_found(sentence: str) -> None:
     assert _RETIRED_WORD.search(sentence)
 
 
-@pytest.mark.parametrize("sentence", ["The runtime replays it.", "an inner product", "The headroom", "a second keeps it"])
+@pytest.mark.parametrize(
+    "sentence", ["The runtime replays it.", "an inner product", "The headroom", "a second keeps it"]
+)
 def test_a_standard_word_passes(sentence: str) -> None:
     assert _RETIRED_WORD.search(sentence) is None

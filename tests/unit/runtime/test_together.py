@@ -112,12 +112,12 @@ def test_where_every_part_is_kept_the_user_is_told_once_and_trains_on() -> None:
 def test_a_tightened_plan_stays_when_its_graph_is_made_anew() -> None:
     model, target = _planned(activation_budget="60%")
     assert target.tighten(0.1)
-    assert target.flown is not None
-    tight_bytes = target.flown.predicted_peak_bytes
+    assert target.active_plan is not None
+    tight_bytes = target.active_plan.predicted_peak_bytes
     target._live.clear()  # as when many other shapes came between
     for _ in range(3):
         _step(model)
-        assert target.flown.predicted_peak_bytes <= tight_bytes
+        assert target.active_plan.predicted_peak_bytes <= tight_bytes
 
 
 def test_a_known_plan_is_flown_where_nothing_can_be_measured() -> None:

@@ -21,7 +21,7 @@ from tinybp_lightning.errors import CaptureError, HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.kept_modules import kept_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
@@ -51,19 +51,16 @@ class Target:
         self.name = type(module).__name__
         self._module = module
         self._plain = plain
-        self._config = config
-        self._observers = tuple(observers)
+        self._context = TargetContext(self.name, config, tuple(observers), memory, PlanCache(config))
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
-        self._book = PlanCache(config)
         self._last: TracedModule | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self._memory = memory
         self.module_steps: ModuleSteps | None = None
         if has_sharded_units(module):
-            self.module_steps = ModuleSteps(module, plain, self.name, config, observers, memory)
+            self.module_steps = ModuleSteps(module, plain, self._context)
 
     @property
     def profile(self) -> StepProfile | None:
@@ -81,17 +78,17 @@ class Target:
     @property
     def counts(self) -> PlanCounts:
         """How many graphs and plans there were, and where the plans came from."""
-        return self._book.counts(
+        return self._context.plans.counts(
             self.name, num_graphs=self._num_graphs, num_live=len(self._live), num_evicted=self._num_evicted
         )
 
     @property
     def reports(self) -> tuple[PlanReport, ...]:
         """The plans in force, one per live graph."""
-        controllers = [p.controller for p in self.programs]
+        loops = [p.control for p in self.programs]
         if self.module_steps is not None:
-            controllers.append(self.module_steps.controller)
-        return tuple(controller.report for controller in controllers if controller is not None)
+            loops.append(self.module_steps.control)
+        return tuple(control.report for control in loops if control is not None)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -99,29 +96,24 @@ class Target:
         return tuple(g for p in self.programs if (g := p.graph) is not None)
 
     @property
-    def flown(self) -> PlanReport | None:
-        """The plan of the last forward, if that was planned."""
-        controller = self._controller
-        return None if controller is None else controller.report
+    def active_plan(self) -> PlanReport | None:
+        """The plan in force for the inputs last seen, if there is one."""
+        return None if self._control is None else self._control.report
 
     @property
-    def _controller(self) -> Controller | None:
+    def _control(self) -> ControlLoop | None:
         if self.module_steps is not None:
-            return self.module_steps.controller
-        return None if self._last is None else self._last.controller
+            return self.module_steps.control
+        return None if self._last is None else self._last.control
 
     @property
     def smallest_bytes(self) -> int:
         """The peak of the smallest plan for the inputs last seen; 0 where nothing is planned yet."""
-        controller = self._controller
-        return 0 if controller is None else controller.smallest_bytes
+        return 0 if self._control is None else self._control.smallest_bytes
 
     def tighten(self, share: float) -> bool:
-        """Tighten the plans of the inputs last seen, as `Controller.tighten` does; return whether one changed."""
-        if self.module_steps is not None:
-            controller = self.module_steps.controller
-            return controller is not None and controller.tighten(share)
-        return self._last is not None and self._last.tighten(share)
+        """Tighten the plans of the inputs last seen, as `ControlLoop.tighten` does; return whether one changed."""
+        return self._control is not None and self._control.tighten(share)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -136,7 +128,7 @@ class Target:
             return self._by_module_steps(str(error).splitlines()[0], args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers, self._memory)
+        steps = ModuleSteps(self._module, self._plain, self._context)
         try:
             result = steps.call(args, kwargs)
         except BaseException:
@@ -153,7 +145,7 @@ class Target:
 
     def close(self) -> None:
         """Let go of everything installed below the module, and beside it."""
-        self._memory.optimizer_state = None
+        self._context.memory.optimizer_state = None
         if self.module_steps is not None:
             self.module_steps.remove()
 
@@ -174,8 +166,7 @@ class Target:
         """Return what trains graph `number`, made anew if it was let go of: the trace stays, plans and pieces go."""
         program = self._live.pop(number, None)
         if program is None:
-            kept = kept_paths(self._module)
-            program = TracedModule(module, self.name, self._config, self._observers, self._memory, self._book, kept)
+            program = TracedModule(module, self._context, kept_paths(self._module))
         self._live[number] = program
         if len(self._live) > MAX_LIVE_GRAPHS:
             _, oldest = self._live.popitem(last=False)

@@ -80,8 +80,7 @@ def test_measuring_and_planning_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("measured or planned, with a plan in the cache")
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.traced_module.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.controller.Planner", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.active_plan.Planner", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.control_loop.Planner", refuse)
     target, _ = trained()
     assert target.counts.num_cached == 1
 

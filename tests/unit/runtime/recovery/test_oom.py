@@ -141,7 +141,7 @@ def test_the_plan_is_tighter_and_stays_so(faults: Faults) -> None:
     tbp.hcb(model, activation_budget="90%", observers=[recorder])
     for _ in range(5):
         tbp.run_step(model, square_loss, model)
-    before = targets(model)[0].flown
+    before = targets(model)[0].active_plan
     assert before is not None
     faults.arm(Place.FORWARD, after=2)
     with pytest.warns(HCBWarning, match="`Sequential` ran out of device memory. The step is run again"):
@@ -149,7 +149,7 @@ def test_the_plan_is_tighter_and_stays_so(faults: Faults) -> None:
     for _ in range(3):
         tbp.run_step(model, square_loss, model)
     tightened = [p for p in recorder.plans if p.reason == "out of memory"]
-    after = targets(model)[0].flown
+    after = targets(model)[0].active_plan
     assert after is not None
     assert tightened
     assert all(p.predicted_peak_bytes < before.predicted_peak_bytes for p in tightened)
@@ -172,8 +172,8 @@ def test_a_step_goes_down_to_the_smallest_plan_and_then_raises_the_first_error(f
     assert caught.value is errors[0]
     assert caught.value.args == ("CUDA out of memory. Run 0.",)  # as Lightning's batch-size finder reads it
     (target,) = targets(model)
-    assert target.flown is not None
-    assert target.flown.predicted_peak_bytes == target.smallest_bytes
+    assert target.active_plan is not None
+    assert target.active_plan.predicted_peak_bytes == target.smallest_bytes
     (note,) = caught.value.__notes__
     assert f"it was run {len(errors)} times, the last time under the smallest plan" in note
     assert "`Sequential` ran the plan `out of memory`" in note

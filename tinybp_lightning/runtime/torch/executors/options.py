@@ -8,6 +8,7 @@ compiled once.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tinybp_lightning.errors import BudgetTooSmallError
@@ -60,8 +61,8 @@ def measured_part(chain: Chain) -> MeasuredPart:
     return MeasuredPart(replace(chain, blocks=blocks), numbers)
 
 
-def prefer_measured(found: Plan, chain: Chain) -> Plan:
-    """Return `found`, or a plan by measured options alone if that promises about the same.
+def prefer_measured(found: Plan, chain: Chain, planner_of: Callable[[Chain], Planner] = Planner) -> Plan:
+    """Return `found`, or a plan that uses measured options only if that is about as fast.
 
     **Arguments:** `found`: the best plan for its budget on `chain`, estimates included.
     """
@@ -70,7 +71,7 @@ def prefer_measured(found: Plan, chain: Chain) -> Plan:
         return found
     part = measured_part(chain)
     try:
-        other = Planner(part.chain).plan(budget_bytes=found.budget_bytes)
+        other = planner_of(part.chain).plan(budget_bytes=found.budget_bytes)
     except BudgetTooSmallError:
         return found
     if other.total_s > found.total_s * (1 + _WORTH):

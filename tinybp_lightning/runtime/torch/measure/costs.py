@@ -19,8 +19,7 @@ from tinybp_lightning.config import Costs
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
-from tinybp_lightning.runtime.torch.executors.forecast import Forecast
-from tinybp_lightning.runtime.torch.executors.inductor import forecast_of, is_compiled
+from tinybp_lightning.runtime.torch.executors.executor import Executor, Forecast
 from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile, BlockProfiler, Layout, Seed
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockCosts, chain_of
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
@@ -40,6 +39,7 @@ def measure_chain(
     program: Program,
     values: Sequence[Any],
     *,
+    executor: Executor,
     device: torch.device,
     devices: Sequence[torch.device],
     autocast: Sequence[Autocast],
@@ -50,15 +50,15 @@ def measure_chain(
 ) -> Chain:
     """Return the `Chain` of a program, measured with the given values.
 
-    **Arguments:** `values`: one per graph input; `counts_gradients`: whether parameters' gradients are part of the
-    budget; `on_block(done, total)`: called after each block, for progress; `known`: what earlier calls measured of the
-    program in the same situation, to which this call adds; `kind`: whether the chain's seconds are measured, or count
-    operations as `count_operations` does.
+    **Arguments:** `values`: one per graph input; `executor`: prepared the program; `counts_gradients`: whether
+    parameters' gradients are part of the budget; `on_block(done, total)`: called after each block, for progress;
+    `known`: what earlier calls measured of the program in the same situation, to which this call adds; `kind`: whether
+    the chain's seconds are measured, or count operations as `count_operations` does.
     """
     random = random_state_now(devices)
     try:
         timer = Timer(device, step_bytes=sum(s.size_bytes for s in program.graph.storages))
-        walk = _Walk(program, measuring_values(program, values), timer, autocast, known)
+        walk = _Walk(program, measuring_values(program, values), timer, executor, autocast, known)
         seeds = _seeds(program)
         profiles, wants = walk.profile(seeds, on_block)
         seen = _with_layouts(program, seeds, profiles)
@@ -92,6 +92,7 @@ class _Walk:
     program: Program
     inputs: NonBoundaryInputs
     timer: Timer
+    executor: Executor
     autocast: Sequence[Autocast]
     known: Measurements
 
@@ -106,12 +107,12 @@ class _Walk:
                     BlockProfiler(piece, option, self.inputs, leaves, wants[-1], seed, self.timer)
                     for option in range(len(piece.calls))
                 ]
-                key = piece.span.signature, seed, piece.calls if piece.is_compiled else ()
+                key = piece.span.signature, seed, self.executor.code_of(piece)
                 options = self.known.setdefault(key, {})
                 for option, (profiler, call) in enumerate(zip(profilers, piece.calls, strict=True)):
-                    if option not in options and is_compiled(call):
+                    if option not in options and self.executor.is_ready(call):
                         options[option] = profiler.measure()
-                profiles.append(_with_estimates(piece, options))
+                profiles.append(_with_estimates(piece, options, self.executor))
                 out = profilers[0].run_dropping()
             wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
             leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
@@ -157,7 +158,7 @@ def _with_layouts(program: Program, seeds: _Seeds, profiles: _Profiles) -> _Seed
 # ---- options that cannot run yet -------------------------------------------------------------------------------------
 
 
-def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile]) -> tuple[BlockProfile, ...]:
+def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor: Executor) -> tuple[BlockProfile, ...]:
     """Return each option's profile: as measured, or estimated and corrected.
 
     The correction is the smallest error that the estimates of the measured options had.
@@ -165,7 +166,7 @@ def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile]) -> tuple
     estimates = {
         o: _estimated(measured[0], forecast, piece)
         for o, call in enumerate(piece.calls)
-        if (forecast := forecast_of(call)) is not None
+        if (forecast := executor.forecast(call)) is not None
     }
     pairs = [(measured[o], estimate) for o, estimate in estimates.items() if o in measured]
     more_bytes = min((m.sizes.backward_peak_bytes - e.sizes.backward_peak_bytes for m, e in pairs), default=0)

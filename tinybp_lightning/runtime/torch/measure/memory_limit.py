@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
+from tinybp_lightning.runtime.torch.controller import Limit
 from tinybp_lightning.runtime.torch.measure.allocator import local_part
 
 __all__ = ["Headroom", "OptimizerState", "TargetMemory", "fragmented_bytes", "limit_bytes"]
@@ -181,10 +182,6 @@ class Headroom:
         """The most that any plan of the target may use since one of them ran out of memory."""
         return self._shared.cap_bytes
 
-    @cap_bytes.setter
-    def cap_bytes(self, cap_bytes: int) -> None:
-        self._shared.cap_bytes = cap_bytes
-
     @property
     def optimizer_bytes(self) -> int:
         """Optimizer state that was not there when the headroom was first measured; it changes when more is known.
@@ -201,3 +198,16 @@ class Headroom:
         else:
             seen_bytes = state.existed_bytes + state.made_bytes
         return seen_bytes + 2 * state.unknown_bytes
+
+    def read(self) -> Limit:
+        """Return the limit as it is now."""
+        budget = self._budget
+        fraction = budget.fraction if budget.kind is BudgetKind.ACTIVATION else None
+        size_bytes = None if fraction is not None else self(0)
+        largest_bytes = self._shared.largest_plain_peak(0)
+        return Limit(size_bytes, fraction, largest_bytes, self._shared.cap_bytes, self.optimizer_bytes)
+
+    def share(self, limit: Limit) -> None:
+        """Have all plans of the target share the cap and the largest plain peak of `limit`."""
+        self._shared.cap_bytes = limit.cap_bytes
+        self._shared.largest_plain_peak(limit.largest_plain_bytes)

@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.profile import StepMeasurement
 from tinybp_lightning.runtime.torch.measure.allocator import (
     AllocatorTrace,
     Interval,
@@ -33,21 +33,7 @@ from tinybp_lightning.runtime.torch.measure.allocator import (
     tracing_lock,
 )
 
-__all__ = ["StepMeasurement", "StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepMeasurement:
-    """A traced step, in bytes above what was alive at its start, without newly made parameter gradients.
-
-    `forward_end_bytes` and `backward_start_bytes` are alive when the forward ends and when backward begins;
-    `tail_peak_bytes` is the peak between the two.
-    """
-
-    peak_bytes: int
-    forward_end_bytes: int
-    tail_peak_bytes: int
-    backward_start_bytes: int
+__all__ = ["StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
 
 
 class StepMonitor:

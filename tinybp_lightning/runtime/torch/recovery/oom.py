@@ -128,10 +128,10 @@ class OomRetry:
     def _tighten(self) -> bool:
         """Tighten the targets' plans; return whether another run may fit. See Note [How much tighter]."""
         share = _SHARES[min(self._num_failures, len(_SHARES)) - 1]
-        before = [(t, t.flown) for t in self._targets()]
+        before = [(t, t.active_plan) for t in self._targets()]
         changed = [(t, old) for t, old in before if t.tighten(share)]
         for t, old in changed:
-            new = t.flown
+            new = t.active_plan
             if old is not None and new is not None:
                 warnings.warn(
                     f"`{t.name}` ran out of device memory. The step is run again, with nothing lost, under a plan of "
@@ -258,7 +258,7 @@ def _clear_frames(error: BaseException) -> None:
 def _note(found: Sequence[Target], reason: str) -> str:
     lines = [f"tinybp_lightning: {reason}"]
     for target in found:
-        plan = target.flown
+        plan = target.active_plan
         if plan is None:
             lines.append(f"`{target.name}` has no plan yet: memory ran out while its blocks were run or measured.")
         else:
