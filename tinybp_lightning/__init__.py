@@ -1,7 +1,7 @@
 """Height-compressed backpropagation: the same loss and gradients in less memory, under a byte budget.
 
-`import tinybp_lightning as tbp` is light: torch is loaded with the first name that needs it. It also makes
-`Trainer(strategy="hcb")` known to whichever Lightning is imported, before or after.
+`import tinybp_lightning as tbp` is light: the first name that needs torch loads it. The import also registers
+`Trainer(strategy="hcb")` with `lightning` and `pytorch_lightning`, whether they are imported before or after it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,14 @@ from tinybp_lightning.errors import (
     TinyBPError,
     UnsupportedModuleError,
 )
-from tinybp_lightning.integrations import _import_hook
+from tinybp_lightning.integrations._shared import import_hook
 
 if TYPE_CHECKING:
     from tinybp_lightning.capture.torch import capture_graph
+    from tinybp_lightning.integrations.lightning_unified import HCBStrategy
     from tinybp_lightning.runtime.torch import attach, hcb, keep, restore, run_step
     from tinybp_lightning.runtime.torch.explanation import Explanation, explain
     from tinybp_lightning.schedule import Pareto, pareto, plan, simulate
-
-    HCBStrategy: Any
 
 __all__ = [
     "BudgetError",
@@ -54,32 +53,26 @@ __all__ = [
 
 __version__ = "0.1.0.dev0"
 
-_LAZY = {
-    "Explanation": "tinybp_lightning.runtime.torch.explanation",
-    "Pareto": "tinybp_lightning.schedule",
-    "attach": "tinybp_lightning.runtime.torch",
-    "capture_graph": "tinybp_lightning.capture.torch",
-    "explain": "tinybp_lightning.runtime.torch.explanation",
-    "hcb": "tinybp_lightning.runtime.torch",
-    "keep": "tinybp_lightning.runtime.torch",
-    "pareto": "tinybp_lightning.schedule",
-    "plan": "tinybp_lightning.schedule",
-    "restore": "tinybp_lightning.runtime.torch",
-    "run_step": "tinybp_lightning.runtime.torch",
-    "simulate": "tinybp_lightning.schedule",
-}
+# Where the other names of `__all__` are defined; `schedule` comes first because `plan` must not load torch.
+_HOMES = ("schedule", "capture.torch", "runtime.torch", "runtime.torch.explanation")
 
 
 def __getattr__(name: str) -> Any:
-    import importlib  # noqa: PLC0415 - only names that are not there yet come here
+    import importlib  # noqa: PLC0415 - only for names that are not loaded yet
 
     if name == "HCBStrategy":
         from tinybp_lightning.integrations import resolve_strategy  # noqa: PLC0415 - loads Lightning
 
         return resolve_strategy()
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    for home in _HOMES if name in __all__ else ():
+        module = importlib.import_module(f"{__name__}.{home}")
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 
-_import_hook.install()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+import_hook.install()

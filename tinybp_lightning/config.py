@@ -1,12 +1,17 @@
-"""What may a user ask for? `HCBConfig`, checked when it is made, and the `Budget` it stands for.
+"""Declare the options that users set, check them when they are given, and parse budgets.
 
-Budgets come in bytes (`int`), with a unit (`"20GiB"`, `"512 MB"`), as a share (`"80%"`), or as `"auto"`.
+`HCBConfig` is the one declaration of the options. `hcb` and the Lightning strategies repeat its fields as keyword
+arguments, so that editors and command lines see them; a test compares names, types and defaults.
 """
 
+import difflib
+import functools
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields
 from enum import Enum
+from typing import Any, Literal, get_args
 
 from tinybp_lightning.errors import BudgetError, ConfigError
 
@@ -15,15 +20,18 @@ __all__ = [
     "Budget",
     "BudgetKind",
     "Costs",
-    "ExecutorName",
+    "CostsChoice",
+    "ExecutorChoice",
     "HCBConfig",
-    "OnOom",
+    "OnOomChoice",
     "check_config",
+    "config_from",
     "parse_budget",
+    "refuse_unknown_options",
 ]
 
 MAX_LIVE_GRAPHS = 16
-"""How many graphs of one module (one for each shape of its inputs) hold plans and pieces at a time."""
+"""How many graphs of one module (one for each shape of its inputs) hold plans and compiled pieces at a time."""
 
 _UNITS = {
     "B": 1,
@@ -41,34 +49,25 @@ class BudgetKind(Enum):
     ACTIVATION = "activation_budget"
 
 
-class ExecutorName(Enum):
-    """Who runs a block: the user's own kernels (`eager`, bit-identical), or Inductor's per block."""
-
-    AUTO = "auto"
-    EAGER = "eager"
-    INDUCTOR = "inductor"
-
-
 class Costs(Enum):
-    """What a plan is to take least of: seconds, measured where it is made, or floating-point operations, counted."""
+    """What a plan minimises: seconds, measured on this machine, or floating-point operations, counted."""
 
     SECONDS = "seconds"
     OPERATIONS = "operations"
 
 
-class OnOom(Enum):
-    """What an `OutOfMemoryError` in a step that we own is answered with: a tighter plan, or nothing."""
-
-    REPLAN = "replan"
-    RAISE = "raise"
+# What editors complete and type checkers check. `executors.registry` has an executor for each name.
+ExecutorChoice = Literal["auto", "eager", "inductor"]
+CostsChoice = Literal["seconds", "operations"]
+OnOomChoice = Literal["replan", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A parsed budget: exactly one of `size_bytes` and `fraction` is set, or neither for `"auto"`.
+    """A parsed budget: it sets either `size_bytes` or `fraction`, or neither for `"auto"`.
 
     `MEMORY` bounds all device bytes of this process in a step; its fraction is of the device. `ACTIVATION` bounds what
-    a step allocates beside parameters' gradients; its fraction is of what plain training would need.
+    a step allocates besides the gradients of parameters; its fraction is of what plain training would need.
     """
 
     kind: BudgetKind
@@ -79,80 +78,69 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class HCBConfig:
-    """How a module is trained under height-compressed backpropagation.
+    """The options of height-compressed backpropagation.
 
     **Arguments:**
 
-    - `memory_budget`: bound on *all* device bytes of this process in a training step (parameters, gradients,
+    - `memory_budget`: limit for *all* device bytes of this process in a training step (parameters, gradients,
       optimizer state and activations). `None` means `"auto"` unless `activation_budget` is given.
-    - `activation_budget`: bound on activations alone: bytes a step allocates, parameters' gradients left out; a share
-      is of what plain training would need. Give one of the two.
-    - `executor`: `"eager"` runs the user's own kernels, bit for bit as plain training; `"inductor"` compiles each
-      unique block; `"auto"` is eager.
-    - `optimizer_state_bytes`: what to set aside for optimizer state that does not exist yet when the first step is
-      planned; `None` assumes two copies of the trainable parameters, until the real state is seen. Only
-      `memory_budget` uses it.
-    - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device by a tighter plan and runs the same step
-      again, with nothing lost; `"raise"` lets it pass. Either needs a step whose bounds are known: Lightning's
-      automatic optimization, or `tbp.run_step`.
-    - `plan_cache`: whether plans are kept on disk, so that the next process that trains the same program need neither
-      measure nor plan: `True` in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder; `False`
-      not at all; a text in the folder it names.
-    - `costs`: `"seconds"` plans for the least measured time; `"operations"` for the fewest floating-point operations,
-      so that the plan is the same in every run and on every machine that allocates alike. A matrix product may cost
-      a thousand times as many of them as a norm that takes as long. Blocks that are compiled cannot be counted.
-    - `check`: compare a hash of every tensor that a replay saves with the forward's, and raise `ReplayError` where they
-      differ. The environment variable `HCB_CHECK=1` switches it on too, whatever is said here.
+    - `activation_budget`: limit for activations alone: the bytes that a step allocates, without the gradients of
+      parameters. A share is of what plain training would need. Give one of the two budgets.
+    - `executor`: `"eager"` runs the user's own kernels and gives the bits of plain training; `"inductor"` compiles each
+      unique block; `"auto"` means `"eager"`.
+    - `optimizer_state_bytes`: bytes to set aside for optimizer state that does not exist yet when the first step is
+      planned. `None` assumes two copies of the trainable parameters until the real state exists. Only `memory_budget`
+      uses it.
+    - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device with a smaller plan and runs the same step
+      again; nothing is lost. `"raise"` raises the error. `"replan"` works where the step's bounds are known: in
+      Lightning's automatic optimization and in `tbp.run_step`.
+    - `plan_cache`: where to keep plans on disk, so that the next process that trains the same program neither measures
+      nor plans. `True`: in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder. `False`: nowhere.
+      A text: in the folder of that path.
+    - `check`: compare a hash of every tensor that a replay saves with the hash from the forward, and raise
+      `ReplayError` where they differ. The environment variable `HCB_CHECK=1` switches this on as well.
+    - `costs`: `"seconds"` minimises measured time. `"operations"` minimises floating-point operations: the plan is then
+      the same in every run and on every machine that allocates alike, but a matrix product may count a thousand times
+      as much as a norm that takes as long. The operations of compiled blocks cannot be counted.
 
-    **Raises:** `BudgetError` for a budget that cannot be read, `ConfigError` for any other wrong option.
+    **Raises:** `BudgetError` for a budget that cannot be read; `ConfigError` for any other wrong or unknown option.
     """
 
     memory_budget: int | str | None = None
     activation_budget: int | str | None = None
-    executor: str = "auto"
+    executor: ExecutorChoice = "auto"
     optimizer_state_bytes: int | None = None
-    on_oom: str = "replan"
+    on_oom: OnOomChoice = "replan"
     plan_cache: bool | str = True
     check: bool = False
-    costs: str = "seconds"
+    costs: CostsChoice = "seconds"
 
     def __post_init__(self) -> None:
         _ = self.budget
-        kinds_of = (
-            ("executor", self.executor, ExecutorName),
-            ("on_oom", self.on_oom, OnOom),
-            ("costs", self.costs, Costs),
-        )
-        for name, value, kinds in kinds_of:
-            choices = [e.value for e in kinds]
+        for name, names in (("executor", ExecutorChoice), ("on_oom", OnOomChoice), ("costs", CostsChoice)):
+            value, choices = getattr(self, name), list(get_args(names))
             if value not in choices:
                 raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")
-        if self.costs == Costs.OPERATIONS.value and self.executor == ExecutorName.INDUCTOR.value:
+        if self.costs == "operations" and self.executor == "inductor":
             raise ConfigError(
-                "`costs='operations'` was given with `executor='inductor'`: operations of compiled blocks cannot be "
-                "counted. Use `executor='eager'`, or `costs='seconds'`."
+                "`costs='operations'` was given with `executor='inductor'`: the operations of compiled blocks cannot "
+                "be counted. Use `executor='eager'`, or `costs='seconds'`."
             )
-        state = self.optimizer_state_bytes
-        if state is not None and (isinstance(state, bool) or not isinstance(state, int) or state < 0):
-            raise ConfigError(f"`optimizer_state_bytes={state!r}` is no size: expected an int of at least 0 (bytes).")
-        if not isinstance(self.plan_cache, (bool, str)):
-            raise ConfigError(
-                f"`plan_cache={self.plan_cache!r}` has type {type(self.plan_cache).__name__}: expected `True`, "
-                "`False`, or the path of a folder as a str."
-            )
-        if isinstance(self.plan_cache, str) and not self.plan_cache.strip():
-            raise ConfigError(
-                f"`plan_cache={self.plan_cache!r}` names no folder: give its path, or `False` for no cache on disk."
-            )
-        if not isinstance(self.check, bool):
-            raise ConfigError(
-                f"`check={self.check!r}` has type {type(self.check).__name__}: expected `True` (compare every replayed "
-                "tensor with the forward's) or `False`."
-            )
+        size, folder, check = self.optimizer_state_bytes, self.plan_cache, self.check
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+            raise ConfigError(f"`optimizer_state_bytes={size!r}` is not a size: expected an int of at least 0 (bytes).")
+        if not isinstance(folder, (bool, str)):
+            shown = f"`plan_cache={folder!r}` has type {type(folder).__name__}"
+            raise ConfigError(f"{shown}: expected `True`, `False`, or the path of a folder as a str.")
+        if isinstance(folder, str) and not folder.strip():
+            raise ConfigError(f"`plan_cache={folder!r}` does not name a folder: give its path, or `False`.")
+        if not isinstance(check, bool):
+            shown = f"`check={check!r}` has type {type(check).__name__}"
+            raise ConfigError(f"{shown}: expected `True` (compare replayed tensors with the forward's) or `False`.")
 
     @property
     def budget(self) -> Budget:
-        """The one budget in force."""
+        """The budget that applies: `activation_budget`, or else `memory_budget`."""
         if self.memory_budget is not None and self.activation_budget is not None:
             raise BudgetError(
                 f"`memory_budget={self.memory_budget!r}` and `activation_budget={self.activation_budget!r}` were both "
@@ -163,14 +151,61 @@ class HCBConfig:
         return parse_budget("auto" if self.memory_budget is None else self.memory_budget, BudgetKind.MEMORY)
 
 
+_OPTIONS: tuple[Field[Any], ...] = fields(HCBConfig)
+
+
+def refuse_unknown_options(names: Iterable[str], *, also_known: Iterable[str] = ()) -> None:
+    """Raise `ConfigError` for a name that is neither a field of `HCBConfig` nor in `also_known`."""
+    known = sorted({*also_known, *(option.name for option in _OPTIONS)})
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else "See `HCBConfig` for the options."
+            raise ConfigError(f"`{name}` is not an option. {hint}")
+
+
+def _naming_misspelt(init: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `HCBConfig.__init__` so that an unknown option is answered with the closest known one."""
+
+    @functools.wraps(init)
+    def checked(self: HCBConfig, *args: Any, **options: Any) -> None:
+        refuse_unknown_options(options)
+        init(self, *args, **options)
+
+    return checked
+
+
+HCBConfig.__init__ = _naming_misspelt(HCBConfig.__init__)
+
+
 def check_config(value: object) -> None:
-    """Raise `ConfigError` for what is neither an `HCBConfig` nor `None`."""
+    """Raise `ConfigError` unless `value` is an `HCBConfig` or `None`."""
     if value is not None and not isinstance(value, HCBConfig):
-        raise ConfigError(f"`config={value!r}` is no HCBConfig: write `HCBConfig(memory_budget=...)`.")
+        raise ConfigError(f"`config={value!r}` is not an HCBConfig: write `HCBConfig(memory_budget=...)`.")
+
+
+def config_from(arguments: Mapping[str, Any]) -> HCBConfig:
+    """Return the `HCBConfig` that a caller's `arguments` (its `locals()`) ask for: `config`, or the single options.
+
+    An option that has its default value counts as not given: a command line passes every default explicitly.
+
+    **Raises:** `ConfigError` for `config` together with a single option; what `HCBConfig` raises.
+    """
+    config: HCBConfig | None = arguments["config"]
+    check_config(config)
+    if config is None:
+        return HCBConfig(**{option.name: arguments[option.name] for option in _OPTIONS})
+    for name, default in ((option.name, option.default) for option in _OPTIONS):
+        value = arguments[name]
+        if type(value) is not type(default) or value != default:
+            raise ConfigError(
+                f"`{name}={value!r}` was given together with `config`: pass one of them. `config` has a field `{name}`."
+            )
+    return config
 
 
 def parse_budget(value: int | str, kind: BudgetKind) -> Budget:
-    """Return the `Budget` that a user's value stands for.
+    """Return the `Budget` that a user's `value` stands for.
 
     **Raises:** `BudgetError` naming the value, the accepted forms and the fix.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong, by name: every exception this package raises on purpose derives from `TinyBPError`.
+"""Define the exceptions of this package: every one that it raises on purpose derives from `TinyBPError`.
 
 Each message names the value that was passed (in backticks), what was expected, and what to change.
 """
@@ -24,18 +24,18 @@ class TinyBPError(Exception):
 
 
 class ConfigError(TinyBPError, ValueError):
-    """An option has a wrong type, range, unit or combination."""
+    """An option is unknown, or has a wrong type, range, unit or combination."""
 
 
 class BudgetError(ConfigError):
-    """A budget cannot be read: unknown unit, negative, NaN, or two budgets at once."""
+    """A budget cannot be read (unknown unit, negative, NaN), or two were given."""
 
 
 class BudgetTooSmallError(TinyBPError, ValueError):
-    """No schedule fits the budget. Carries the smallest feasible budget and the place that sets it.
+    """No schedule fits the budget.
 
-    **Attributes:** `budget_bytes`: what was asked; `smallest_bytes`: the smallest feasible budget;
-    `bottleneck`: the block or op whose working set sets it.
+    **Attributes:** `budget_bytes`: the budget that was given; `smallest_bytes`: the smallest feasible budget;
+    `bottleneck`: the block or op whose working set determines it.
     """
 
     def __init__(self, message: str, *, budget_bytes: int, smallest_bytes: int, bottleneck: str) -> None:
@@ -50,11 +50,11 @@ class GraphError(TinyBPError, ValueError):
 
 
 class ScheduleError(TinyBPError, ValueError):
-    """A `Schedule` is not legal on its chain: it reads a state that is not there, or misses a backward."""
+    """A `Schedule` is not legal on its chain: it reads a state that is not in memory, or omits a backward."""
 
 
 class PlanFileError(TinyBPError, ValueError):
-    """A plan file is damaged, edited, newer, or for another chain; planning again is always the way out."""
+    """A plan file is damaged, edited, newer than this version, or for another chain. The remedy is to plan again."""
 
 
 class CaptureError(TinyBPError, RuntimeError):
@@ -62,16 +62,16 @@ class CaptureError(TinyBPError, RuntimeError):
 
 
 class MissingPackageError(TinyBPError, ImportError):
-    """An optional package that this entry point needs is not installed; the message names the extra."""
+    """An optional package that this entry point needs is not installed. The message names the extra."""
 
 
 class ReplayError(TinyBPError, RuntimeError):
-    """A replayed block did not do what its first run did, or a value it needs was changed in place."""
+    """A replayed block did not do what its first run did, or a value that it needs was changed in place."""
 
 
 class UnsupportedModuleError(TinyBPError, TypeError):
-    """The object cannot be trained with height-compressed backpropagation at all."""
+    """The object cannot be trained with height-compressed backpropagation."""
 
 
 class HCBWarning(UserWarning):
-    """Part of a module is left as it is, or handled in a coarser way; the message names it and says why."""
+    """Part of a module trains without a plan, or under a coarser one. The message names the part and the reason."""

@@ -1,7 +1,7 @@
-"""Which Lightning does `tinybp_lightning.HCBStrategy` belong to, and where do the adapters live?
+"""Adapters to trainers. They attach the runtime to a trainer's module and decide nothing about memory.
 
-Each module here is a thin adapter: it calls the chain and decides nothing about memory. Importing this package loads
-neither torch nor Lightning.
+To import this package loads neither torch nor Lightning. A new trainer is a new module here; it is added to `ADAPTERS`
+only if it has a registry to fill.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from tinybp_lightning.errors import MissingPackageError
-from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
+from tinybp_lightning.integrations._shared.import_hook import ADAPTERS, Adapter
 
 __all__ = ["resolve_strategy"]
 
@@ -18,8 +18,8 @@ __all__ = ["resolve_strategy"]
 def resolve_strategy() -> type[Any]:
     """Import and return the `HCBStrategy` class of the Lightning that this process uses.
 
-    **Returns:** the class for the one of `lightning.pytorch` and `pytorch_lightning` that is imported; when both or
-    neither are, the first that is installed, in that order. The class trees are separate: a program that mixes them
+    **Returns:** the class for `lightning.pytorch` or for `pytorch_lightning`, whichever one is imported; when both or
+    neither are, for the first of them that is installed. The class trees are separate: a program that uses both
     imports its class from `integrations.lightning_unified` or `integrations.lightning_classic`.
 
     **Raises:** `MissingPackageError` when neither package is installed.
@@ -35,6 +35,6 @@ def resolve_strategy() -> type[Any]:
 
 
 def _is_installed(adapter: Adapter) -> bool:
-    """Say whether the adapter's distribution is present, without running any of its code."""
+    """Return whether the adapter's distribution is present, without running any of its code."""
     root = adapter.package.partition(".")[0]
     return sys.modules.get(root) is not None or importlib.util.find_spec(root) is not None

@@ -1,14 +1,13 @@
-"""The HCB strategies of `pytorch_lightning`, registered there by the import of this module.
+"""The HCB strategies of `pytorch_lightning`, which the import of this module registers there.
 
-See Note [Two registries, separate trees] in `_strategy`.
+See Note [Two registries, separate trees] in `_shared.strategy`.
 """
 
 from pytorch_lightning import Callback
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from tinybp_lightning.integrations._registry import register_all
-from tinybp_lightning.integrations._step_log import StepLogMixin
-from tinybp_lightning.integrations._strategy import AutoMixin, ManyDevicesMixin, OneDeviceMixin
+from tinybp_lightning.integrations._shared.step_log import StepLogMixin
+from tinybp_lightning.integrations._shared.strategy import AutoMixin, ManyDevicesMixin, OneDeviceMixin, register_all
 
 __all__ = ["HCBDDPStrategy", "HCBSingleDeviceStrategy", "HCBStepLog", "HCBStrategy"]
 
@@ -33,7 +32,7 @@ class HCBDDPStrategy(ManyDevicesMixin, DDPStrategy):
 class HCBStrategy(AutoMixin, SingleDeviceStrategy):
     """Height-compressed backpropagation on the devices the Trainer has: `Trainer(strategy="hcb")`.
 
-    On several devices it becomes an `HCBDDPStrategy` when the Trainer is built; `DDPStrategy`'s options are kept for
+    On several devices it becomes an `HCBDDPStrategy` when the Trainer is built; it keeps `DDPStrategy`'s options for
     that case.
     """
 
@@ -41,5 +40,5 @@ class HCBStrategy(AutoMixin, SingleDeviceStrategy):
     _many_devices_type = HCBDDPStrategy
 
 
-# At the end of the import, whoever began it: the import hook, a `class_path` or a pickle that names a class above.
+# Here, so that every import registers: the import hook's, and that of a `class_path` or a pickle naming a class above.
 register_all(StrategyRegistry, auto=HCBStrategy, single=HCBSingleDeviceStrategy, ddp=HCBDDPStrategy)

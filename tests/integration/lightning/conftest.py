@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
+from tinybp_lightning.integrations._shared.import_hook import ADAPTERS, Adapter
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 
 WIDTH = 16

@@ -113,6 +113,9 @@ def test_two_processes_on_gloo(
     assert runs["hcb-0"]["losses"] != runs["hcb-1"]["losses"]
 
 
+PLAIN_CLI: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": 1}
+
+
 # Lightning 2.6's command line calls jsonargparse by a name that 4.53 deprecates.
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize(
@@ -129,8 +132,15 @@ def test_two_processes_on_gloo(
             },
             "HCBStrategy",
         ),
+        (
+            {
+                "class_path": "tinybp_lightning.HCBStrategy",
+                "init_args": {"config": {"activation_budget": "60%", "plan_cache": False, "costs": "operations"}},
+            },
+            "HCBStrategy",
+        ),
     ],
-    ids=["name", "single", "class_path", "init_args"],
+    ids=["name", "single", "class_path", "init_args", "config"],
 )
 def test_lightning_cli(
     adapter: Adapter,
@@ -164,9 +174,46 @@ def test_lightning_cli(
         "enable_model_summary": False,
         "strategy": strategy,
     }
-    plain = {"save_config_callback": None, "seed_everything_default": 1}
-    made = cli.LightningCLI(Model, args={"fit": {"trainer": settings}, "subcommand": "fit"}, **plain)
+    made = cli.LightningCLI(Model, args={"fit": {"trainer": settings}, "subcommand": "fit"}, **PLAIN_CLI)
     assert type(made.trainer.strategy) is getattr(hcb, expected)
     assert made.trainer.strategy.hcb_config.activation_budget == "60%"
     assert len(made.model.losses) == 2
     assert 0 < made.trainer.progress_bar_metrics["hcb/recompute_share"] < 1
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "text", "value", "wrong"),
+    [
+        ("memory_budget", "20GiB", "20GiB", "[1]"),
+        ("activation_budget", "4096", 4096, "[1]"),
+        ("executor", "eager", "eager", "fast"),
+        ("optimizer_state_bytes", "0", 0, "many"),
+        ("on_oom", "raise", "raise", "retry"),
+        ("plan_cache", "false", False, "[1]"),
+        ("check", "true", True, "perhaps"),
+        ("costs", "operations", "operations", "flops"),
+    ],
+)
+def test_lightning_cli_knows_the_type_of_every_option(
+    adapter: Adapter,
+    pl: ModuleType,
+    models: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    value: Any,
+    wrong: str,
+) -> None:
+    monkeypatch.setattr(integrations, "ADAPTERS", (adapter,))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli = importlib.import_module(f"{pl.__name__}.cli")
+    trainer = {"strategy": "tinybp_lightning.HCBStrategy", "accelerator": "cpu", "devices": 1, "logger": "false"}
+    path = [f"--trainer.{key}={setting}" for key, setting in trainer.items()]
+    option = f"--trainer.strategy.init_args.{name}"
+    made = cli.LightningCLI(models["Model"], args=[*path, f"{option}={text}"], run=False, **PLAIN_CLI)
+    assert getattr(made.trainer.strategy.hcb_config, name) == value
+    with pytest.raises(SystemExit):
+        cli.LightningCLI(models["Model"], args=[*path, f"{option}={wrong}"], run=False, **PLAIN_CLI)
+    assert name in capsys.readouterr().err

@@ -161,8 +161,8 @@ def test_plan_caches(plan_cache: bool | str) -> None:
         (1, "has type int"),
         (b"plans", "has type bytes"),
         (["plans"], "has type list"),
-        ("", "names no folder"),
-        (" ", "names no folder"),
+        ("", "does not name a folder"),
+        (" ", "does not name a folder"),
     ],
 )
 def test_plan_caches_that_are_none(plan_cache: Any, reason: str) -> None:

@@ -1,19 +1,27 @@
-"""How does a module come under height-compressed backpropagation, and out again?
+"""Put a module under a byte budget (`hcb`, `attach`), and take it out again (`restore`).
 
-`hcb` takes one module as the target. `attach(discover=True)` takes a whole tree (a LightningModule) and waits: the
-outermost modules that are called in training become targets, one plan each.
+`hcb` makes one module the target of one plan. `attach(discover=True)` takes a whole tree (a LightningModule): the
+outermost modules that are called in training become the targets, with a plan each.
 """
 
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Never, TypeVar
 
 from torch import nn
 from torch._dynamo import OptimizedModule
 
 from tinybp_lightning.capture.torch.private import compiled_call_impl
-from tinybp_lightning.config import BudgetKind, HCBConfig
-from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
+from tinybp_lightning.config import (
+    BudgetKind,
+    CostsChoice,
+    ExecutorChoice,
+    HCBConfig,
+    OnOomChoice,
+    config_from,
+    refuse_unknown_options,
+)
+from tinybp_lightning.errors import HCBWarning, UnsupportedModuleError
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.dispatcher import Dispatcher, Target, dispatcher_of
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState
@@ -26,20 +34,20 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Session:
-    """What `attach` put in place: its targets so far, their profiles, and the way back (`detach`)."""
+    """The targets that `attach` has found so far, their profiles, and the way back (`detach`)."""
 
     def __init__(self, root: nn.Module, config: HCBConfig, observers: Sequence[Observer], *, discover: bool) -> None:
         self.config = config
         self._claimed: list[Dispatcher] = []
-        # Losses and metrics have no parameters: they are no targets, but part of what surrounds one.
+        # A loss or a metric has no parameters: it belongs to the code around a target.
         own = [m for m in root.modules() if not isinstance(m, _CONTAINERS) and next(m.parameters(), None) is not None]
         modules = own if discover else [root]
         is_counted = config.budget.kind is BudgetKind.MEMORY
-        state = OptimizerState(root.parameters()) if is_counted else None  # the dispatchers' alone, and gone with them
+        state = OptimizerState(root.parameters()) if is_counted else None  # the dispatchers hold the only references
         self._dispatchers = [Dispatcher(m, config, observers, self._claim, state) for m in modules]
 
     def _claim(self, dispatcher: Dispatcher) -> None:
-        """An outermost module was called: what lies below it is part of it."""
+        """Make the outermost module that was called a target; the modules below it are parts of it."""
         self._claimed.append(dispatcher)
         below = {id(m) for m in dispatcher.module.modules()} - {id(dispatcher.module)}
         for other in self._dispatchers:
@@ -51,7 +59,7 @@ class Session:
             if inner is not None and inner is not dispatcher:
                 warnings.warn(
                     f"`hcb` was called on `{type(module).__name__}`, which is part of "
-                    f"`{type(dispatcher.module).__name__}`: they are planned together, under the outer one's budget.",
+                    f"`{type(dispatcher.module).__name__}`: one plan covers both, under the outer module's budget.",
                     HCBWarning,
                     stacklevel=2,
                 )
@@ -59,26 +67,26 @@ class Session:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """The targets claimed so far, in order of their first call."""
+        """The targets found so far, in order of their first call."""
         return tuple(d.target for d in self._claimed if d.target is not None)
 
     @property
     def profile(self) -> StepProfile | None:
-        """The last finished step of the first target that has one; with several targets, see `targets`."""
+        """The last finished step of the first target that has one; for the others, see `targets`."""
         return next((t.profile for t in self.targets if t.profile is not None), None)
 
     @property
     def reports(self) -> tuple[PlanReport, ...]:
-        """The plans in force."""
+        """The active plans."""
         return tuple(report for target in self.targets for report in target.reports)
 
     @property
     def counts(self) -> tuple[PlanCounts, ...]:
-        """Of each target: how many graphs and plans there were, and where the plans came from."""
+        """How many graphs and plans each target has had, and where the plans came from."""
         return tuple(target.counts for target in self.targets)
 
     def detach(self) -> None:
-        """Put every forward back as it was. Harmless when called again."""
+        """Put every forward back as it was. A second call does nothing."""
         for dispatcher in [*self._dispatchers, *self._claimed]:
             dispatcher.remove()
         self._dispatchers, self._claimed = [], []
@@ -89,17 +97,18 @@ def attach(
 ) -> Session:
     """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
 
-    **Raises:** `UnsupportedModuleError` if `root` is no module, has no parameters or (without `discover`) no forward,
-    is compiled as a whole, or has parts that cannot be trained this way; `ConfigError` for options of a wrong type.
+    **Raises:** `UnsupportedModuleError` if `root` is not a module, has no parameters or (without `discover`) no
+    forward, is compiled as a whole, or has parts that cannot be trained this way; `ConfigError` for options of a wrong
+    type.
     """
     refuse_wrong_options(config, observers, discover=discover)
-    _check(root)
-    if not discover:  # otherwise each target, when it is found: a part that is never trained does no harm
+    _refuse_untrainable(root)
+    if not discover:  # with `discover`, each target is checked when it is found: a part that is not trained may stay
         refuse_unsupported(root)
-    if not discover and type(root).forward is nn.Module.forward and "forward" not in vars(root):
-        raise UnsupportedModuleError(
-            f"`{type(root).__name__}` has no forward of its own, so it is never called: pass the module that calls it."
-        )
+        if type(root).forward is nn.Module.forward and "forward" not in vars(root):
+            raise UnsupportedModuleError(
+                f"`{type(root).__name__}` has no forward of its own, so nothing calls it: pass the module that has one."
+            )
     for module in root.modules():
         if (old := dispatcher_of(module)) is not None:
             old.remove()
@@ -113,30 +122,32 @@ def hcb(
     *,
     memory_budget: int | str | None = None,
     activation_budget: int | str | None = None,
-    executor: str = "auto",
-    on_oom: str = "replan",
+    executor: ExecutorChoice = "auto",
+    optimizer_state_bytes: int | None = None,
+    on_oom: OnOomChoice = "replan",
+    plan_cache: bool | str = True,
     check: bool = False,
+    costs: CostsChoice = "seconds",
     observers: Sequence[Observer] = (),
     config: HCBConfig | None = None,
+    **misspelt: Never,
 ) -> M:
     """Train `module` under a byte budget. Returns the same object; its state-dict keys do not change.
 
-    **Arguments:** see `HCBConfig`, which `config` may give as a whole instead. `observers` hear of every plan and
-    every finished step. A second call replaces the first.
+    **Arguments:** the options of `HCBConfig`, singly or as one `config`. `observers` are told of every plan and every
+    finished step. A second call replaces the first.
 
     **Raises:** `BudgetError`, `ConfigError`, `UnsupportedModuleError` now; `BudgetTooSmallError` at the first training
     step, when the smallest feasible budget is known.
     """
-    given = HCBConfig(memory_budget, activation_budget, executor, on_oom=on_oom, check=check)
-    if config is not None and given != HCBConfig():
-        raise ConfigError("`config` was given together with single options: expected one or the other.")
-    refuse_wrong_options(config, observers, discover=False)
-    attach(module, config=config or given, observers=observers)
+    config = config_from(locals())
+    refuse_unknown_options(misspelt, also_known=("config", "observers"))
+    attach(module, config=config, observers=observers)
     return module
 
 
 def restore(module: M) -> M:
-    """Undo `hcb` on `module` and on everything below it. Returns the same object, as it was."""
+    """Undo `hcb` on `module` and on all modules below it. Returns the same object, as it was before."""
     refuse_other_than_module(module)
     for part in module.modules():
         if (dispatcher := dispatcher_of(part)) is not None:
@@ -151,17 +162,17 @@ def targets(module: nn.Module) -> tuple[Target, ...]:
     return tuple(d.target for d in found if d is not None and d.target is not None)
 
 
-def _check(root: nn.Module) -> None:
+def _refuse_untrainable(root: nn.Module) -> None:
     if isinstance(root, OptimizedModule):
         raise UnsupportedModuleError(
             f"`{type(root).__name__}` is the result of torch.compile: pass the module inside it, "
-            'and use `executor="inductor"` to have blocks compiled.'
+            'and use `executor="inductor"` to compile its blocks.'
         )
     refuse_other_than_module(root)
     if compiled_call_impl(root) is not None:
         raise UnsupportedModuleError(
-            f"`{type(root).__name__}.compile()` was called: leave it out, "
-            'and use `executor="inductor"` to have blocks compiled.'
+            f"`{type(root).__name__}.compile()` was called: do not call it, "
+            'and use `executor="inductor"` to compile blocks.'
         )
     if next(root.parameters(), None) is None:
         raise UnsupportedModuleError(
@@ -170,26 +181,25 @@ def _check(root: nn.Module) -> None:
 
 
 def _warn_of_compiled_parts(root: nn.Module) -> None:
-    """Say so once, after an earlier `hcb` on `root` is gone: it uses the same place in a module."""
+    """Warn of parts that the user compiled; an earlier `hcb` on `root` must be gone, as it uses the same attribute."""
     compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
     if compiled:
         warnings.warn(
-            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run as the "
-            'executor says instead. Leave the compile call out, or use `executor="inductor"`.',
+            f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run under "
+            'the chosen executor instead. Do not compile it, or use `executor="inductor"`.',
             HCBWarning,
             stacklevel=4,
         )
 
 
 def _take_over_checkpointing(root: nn.Module) -> None:
-    """Switch off a model's own checkpointing: two schemes at once would replay everything twice."""
+    """Switch off the model's own checkpointing: two schemes at once would replay everything twice."""
     if not any(getattr(m, "gradient_checkpointing", False) is True for m in root.modules()):
         return
     for module in root.modules():
-        disable = getattr(module, "gradient_checkpointing_disable", None)
-        if disable is not None:
+        if (disable := getattr(module, "gradient_checkpointing_disable", None)) is not None:
             warnings.warn(
-                f"`{type(module).__name__}` had gradient checkpointing enabled: it is disabled, the plan decides "
+                f"`{type(module).__name__}` had gradient checkpointing enabled. It is now disabled: the plan decides "
                 "what to recompute.",
                 HCBWarning,
                 stacklevel=3,

@@ -18,7 +18,7 @@ from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, fill_template, reorder
 from tinybp_lightning.capture.torch.private import has_gradient_hooks
 from tinybp_lightning.capture.torch.record import record_graph
-from tinybp_lightning.config import BudgetKind, Costs, ExecutorName
+from tinybp_lightning.config import BudgetKind, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ir import Graph
@@ -99,7 +99,7 @@ class TracedModule:
         self._module = module
         self._context = context
         self._kept = tuple(kept)
-        self._executor = executor_of(ExecutorName(context.config.executor))
+        self._executor = executor_of(context.config.executor)
         self._constants = _constants(module)
         self._cut: Cut | None = None
         self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}

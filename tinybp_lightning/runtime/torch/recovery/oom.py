@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from tinybp_lightning.analysis import format_bytes
-from tinybp_lightning.config import HCBConfig, OnOom
+from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.runtime.torch.api import targets
 from tinybp_lightning.runtime.torch.dispatcher import Dispatcher, Target, dispatcher_of
@@ -200,7 +200,7 @@ def run_step(
 
 def why_not_rerun(config: HCBConfig) -> str | None:
     """Return why no step may be run again here, as a sentence; `None` if it may."""
-    if OnOom(config.on_oom) is OnOom.RAISE:
+    if config.on_oom == "raise":
         return '`on_oom="raise"` was asked for; `on_oom="replan"` runs the step again under a tighter plan.'
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         num_ranks = torch.distributed.get_world_size()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tinybp_lightning.errors import HCBWarning
-from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter, RegisteringFinder
+from tinybp_lightning.integrations._shared.import_hook import ADAPTERS, Adapter, RegisteringFinder
 
 PACKAGE = "hook_test_package"
 ADAPTER = Adapter(f"{PACKAGE}.inner", "hook_test_adapter")
@@ -177,7 +177,7 @@ def test_import_order_in_a_fresh_process(adapter: Adapter, first: str) -> None:
 
 def test_the_hook_loads_no_framework() -> None:
     script = (
-        "import sys\nfrom tinybp_lightning.integrations import _import_hook\n_import_hook.install()\n"
+        "import sys\nfrom tinybp_lightning.integrations._shared import import_hook\nimport_hook.install()\n"
         "print([name for name in ('torch', 'lightning', 'pytorch_lightning', 'jax') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

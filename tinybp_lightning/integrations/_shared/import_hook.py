@@ -1,8 +1,8 @@
-"""How do our strategies get into Lightning's registries, whichever of the two is imported first?
+"""Register our strategies with Lightning, whether it is imported before or after this package.
 
-A finder on `sys.meta_path` waits for `lightning.pytorch` and `pytorch_lightning`; when one has been imported, its
-adapter registers the `hcb…` names. No entry-point group is read before the Trainer resolves its strategy, so the import
-of this package is the only route. Nothing here imports torch or Lightning by itself.
+A finder on `sys.meta_path` waits for `lightning.pytorch` and `pytorch_lightning`. When one has been imported, its
+adapter registers the `hcb…` names. Lightning reads no entry-point group before the Trainer resolves its strategy, so
+the import of this package is the only route. This module itself imports neither torch nor Lightning.
 """
 
 import importlib
@@ -23,7 +23,7 @@ __all__ = ["ADAPTERS", "Adapter", "RegisteringFinder", "install"]
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One Lightning namespace and the module of ours whose import registers strategies there."""
+    """A Lightning namespace (`package`) and the `module` of ours whose import registers strategies there."""
 
     package: str
     module: str
@@ -36,26 +36,26 @@ ADAPTERS = (
 
 
 def install() -> None:
-    """Register into every namespace that is imported already, and into the others as soon as they are.
+    """Register with every namespace that is imported already, and with the others when they are imported.
 
-    Safe to call again and from several threads. A registration that fails is an `HCBWarning` with the cause; the import
-    of Lightning itself goes on.
+    It may be called again, and from several threads. A registration that fails gives an `HCBWarning` with the cause;
+    the import of Lightning continues.
     """
     _FINDER.install()
 
 
 class RegisteringFinder(MetaPathFinder):
-    """Finds nothing itself: gives the awaited packages a loader that registers once they have run."""
+    """Gives the awaited packages a loader that registers our strategies after the package has run."""
 
     def __init__(self, adapters: Iterable[Adapter]) -> None:
-        # The lock guards the dict and `sys.meta_path` only. It is never held during an import: another thread could
-        # hold that import's lock and wait for this one.
+        # The lock guards the dict and `sys.meta_path` only. Nobody holds it during an import: another thread could hold
+        # the import's lock and wait for this one.
         self._lock = threading.Lock()
         self._awaited = {adapter.package: adapter for adapter in adapters}
         self._searching = threading.local()
 
     def install(self) -> None:
-        """Wait on `sys.meta_path` for the packages that are missing, and serve those that are there."""
+        """Wait on `sys.meta_path` for the packages that are not imported, and register with those that are."""
         with self._lock:
             awaited = tuple(self._awaited.values())
             if awaited and self not in sys.meta_path:
@@ -67,14 +67,16 @@ class RegisteringFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
     ) -> ModuleSpec | None:
-        """Return the package's own spec, with its loader wrapped; `None` for everything that is not awaited."""
+        """Return the spec of an awaited package, with its loader wrapped; `None` for any other name."""
         adapter = self._awaited.get(fullname)
-        # A second hook of this kind asks us again while we ask it.
+        # Another hook of this kind would ask this one again while this one asks it.
         if adapter is None or getattr(self._searching, "on", False):
             return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         self._searching.on = True
         try:
-            spec = self._spec_from_others(fullname, path, target)
+            specs = (finder.find_spec(fullname, path, target) for finder in others)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._searching.on = False
         if spec is not None and spec.loader is not None:
@@ -82,9 +84,9 @@ class RegisteringFinder(MetaPathFinder):
         return spec
 
     def register(self, adapter: Adapter) -> None:
-        """Import the adapter, which registers its strategies; a failure warns and leaves Lightning as it is.
+        """Import the adapter, which registers its strategies. A failure warns and leaves Lightning as it is.
 
-        Where the adapter's own import has brought Lightning in, this finds it half done and leaves it to finish.
+        Where the adapter's own import loaded Lightning, that import is unfinished here, and finishes afterwards.
         """
         with self._lock:
             if self._awaited.pop(adapter.package, None) is None:
@@ -93,7 +95,7 @@ class RegisteringFinder(MetaPathFinder):
                 sys.meta_path.remove(self)
         try:
             importlib.import_module(adapter.module)
-        # Whatever goes wrong in our adapter must not break the user's `import lightning`: it is told, with the cause.
+        # No error in our adapter may break the user's `import lightning`.
         except Exception as error:  # noqa: BLE001 - reported below
             message = (
                 f"the `hcb` strategies could not be registered in `{adapter.package}` "
@@ -102,20 +104,9 @@ class RegisteringFinder(MetaPathFinder):
             )
             warnings.warn(message, HCBWarning, stacklevel=2)
 
-    def _spec_from_others(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-    ) -> ModuleSpec | None:
-        for finder in tuple(sys.meta_path):
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                return spec
-        return None
-
 
 class _RegisteringLoader(Loader):
-    """Runs the package's own loader, then registers. The module keeps no trace of this wrapper."""
+    """Runs the package's own loader, then registers; the module's attributes name the package's own loader."""
 
     def __init__(self, loader: Loader, after_exec: Callable[[], None]) -> None:
         self._loader = loader
@@ -132,7 +123,7 @@ class _RegisteringLoader(Loader):
         self._after_exec()
 
     def __getattr__(self, name: str) -> Any:
-        # `find_spec` without an import (availability checks, resource readers) sees the package's own loader.
+        # A `find_spec` without an import (availability checks, resource readers) uses the package's own loader.
         return getattr(self._loader, name)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import tinybp_lightning.runtime.torch
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import ConfigError, HCBWarning
-from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
+from tinybp_lightning.integrations._shared.import_hook import ADAPTERS, Adapter
 from tinybp_lightning.runtime.profile import StepProfile
 
 # Lightning 2.6's combined loader asks torch's tree module a question that torch 2.13 deprecates.

@@ -1,12 +1,12 @@
-"""What does the HCB strategy add to a Lightning strategy, in either namespace?
+"""Add height-compressed backpropagation to a Lightning strategy, in either namespace.
 
-The session's life in `setup` and `teardown`, one choice of device count, and one line in the progress bar and the
-logger. Everything else stays Lightning's: checkpoints, precision, optimizers, validation and predict run its own code.
+The mixins attach in `setup`, detach in `teardown`, choose between one device and several, and log two values. All else
+is Lightning's own code: checkpoints, precision, optimizers, validation and prediction.
 
 # Note [Two registries, separate trees]
 `lightning.pytorch` and `pytorch_lightning` have separate classes and registries. Lightning chooses precision, sampler
-and `no_sync` by `isinstance`, pickles strategies by name and reads `class_path` from YAML. So every namespace has real,
-importable subclasses (`lightning_unified`, `lightning_classic`), and only what they share is here.
+and `no_sync` by `isinstance`, pickles strategies by name and reads `class_path` from YAML. So each namespace has
+importable subclasses of its own (`lightning_unified`, `lightning_classic`), and this module holds what they share.
 """
 
 import os
@@ -14,25 +14,25 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.nn.parallel import DistributedDataParallel
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import CostsChoice, ExecutorChoice, HCBConfig, OnOomChoice
 from tinybp_lightning.errors import ConfigError, HCBWarning
-from tinybp_lightning.integrations._settings import check_option_names, config_from
-from tinybp_lightning.integrations._step_log import StepLogMixin
+from tinybp_lightning.integrations._shared.settings import check_option_names, strategy_config
+from tinybp_lightning.integrations._shared.step_log import StepLogMixin
 from tinybp_lightning.runtime.profile import check_observers
 
 if TYPE_CHECKING:
     import torch
 
-    from tinybp_lightning.integrations._owned_step import OwnedStep
+    from tinybp_lightning.integrations._shared.owned_step import OwnedStep
     from tinybp_lightning.runtime.profile import Observer
     from tinybp_lightning.runtime.torch import Session
 
     class _Strategy:
-        """What the mixins use of the namespace's `Strategy`, which follows them in every class's order."""
+        """What the mixins use of the namespace's `Strategy`, which comes after them in the order of bases."""
 
         def __init__(self, **options: Any) -> None: ...
         @property
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 else:
     _Strategy = object
 
-__all__ = ["AutoMixin", "HCBMixin", "ManyDevicesMixin", "OneDeviceMixin"]
+__all__ = ["AutoMixin", "HCBMixin", "ManyDevicesMixin", "OneDeviceMixin", "register_all"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Attachment:
-    """What `setup` put in place and `teardown` takes away."""
+    """What `setup` puts in place and `teardown` removes."""
 
     session: "Session"
     step: "OwnedStep"
@@ -67,15 +67,11 @@ class _Attachment:
 
 
 class HCBMixin(_Strategy):
-    """Train under a byte budget: attach to the LightningModule while fitting, and leave it as it was afterwards.
+    """Train under a byte budget: attach to the LightningModule while fitting, and detach afterwards.
 
-    **Arguments:** `memory_budget`: total device bytes of this process in a step (`"20GiB"`, `"80%"`, bytes, `"auto"`);
-    `activation_budget`: activations alone (`"30%"` of what plain training keeps, or bytes). At most one of them; with
-    neither, `HCB_MEMORY_BUDGET` or `HCB_ACTIVATION_BUDGET` from the environment, else `HCBConfig`'s default.
-    `executor`: `"eager"`, `"inductor"` or `"auto"`. `on_oom`: `"replan"` runs a step that was out of memory again,
-    under a tighter plan, on one device and in automatic optimization; `"raise"` lets the error pass. `check`: compare
-    every replayed tensor with the forward's. `observers`: told of every plan and every step. `config`: a whole
-    `HCBConfig` in place of the first five. All other options are the Lightning strategy's.
+    **Arguments:** the options of `HCBConfig`, singly or as one `config`. Without a budget among them,
+    `HCB_MEMORY_BUDGET` or `HCB_ACTIVATION_BUDGET` from the environment gives it. `observers` are told of every plan and
+    every step. All other options are those of the Lightning strategy.
 
     **Raises:** `ConfigError` and `BudgetError` as `HCBConfig` does.
     """
@@ -87,34 +83,29 @@ class HCBMixin(_Strategy):
         *,
         memory_budget: int | str | None = None,
         activation_budget: int | str | None = None,
-        executor: Literal["auto", "eager", "inductor"] = "auto",
-        on_oom: Literal["replan", "raise"] = "replan",
+        executor: ExecutorChoice = "auto",
+        optimizer_state_bytes: int | None = None,
+        on_oom: OnOomChoice = "replan",
+        plan_cache: bool | str = True,
         check: bool = False,
+        costs: CostsChoice = "seconds",
         observers: "Iterable[Observer]" = (),
         config: HCBConfig | None = None,
         **strategy_options: Any,
     ) -> None:
-        self._init_lightning(**strategy_options)
-        self._hcb_config = config_from(
-            config,
-            memory_budget=memory_budget,
-            activation_budget=activation_budget,
-            executor=executor,
-            on_oom=on_oom,
-            check=check,
-            environ=os.environ,
-        )
+        self._hcb_config = strategy_config(locals(), environ=os.environ)
         is_many = isinstance(observers, Iterable) and not isinstance(observers, (str, bytes))
         check_observers(given := tuple(observers) if is_many else observers)
         self._hcb_observers = tuple(given)
         self._hcb_attachment: _Attachment | None = None
+        self._init_lightning(**strategy_options)
 
     def _init_lightning(self, **strategy_options: Any) -> None:
         super().__init__(**strategy_options)
 
     @property
     def hcb_config(self) -> HCBConfig:
-        """The budget and options that every fit of this strategy plans under."""
+        """The budget and the options of every fit with this strategy."""
         return self._hcb_config
 
     def setup(self, trainer: Any) -> None:
@@ -124,8 +115,8 @@ class HCBMixin(_Strategy):
         # The enum of either namespace compares equal to its string.
         if trainer.state.fn != "fit" or _is_compiled(self.lightning_module):
             return
-        # Evaluation does not load the engine.
-        from tinybp_lightning.integrations._owned_step import OwnedStep  # noqa: PLC0415
+        # Here, so that evaluation does not load the engine.
+        from tinybp_lightning.integrations._shared.owned_step import OwnedStep  # noqa: PLC0415
         from tinybp_lightning.runtime.torch import attach  # noqa: PLC0415
 
         step_log = self._step_log_type()
@@ -136,19 +127,19 @@ class HCBMixin(_Strategy):
         trainer.callbacks.insert(0, step_log)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's `training_step`, again if memory runs out and nothing is lost by that."""
+        """Run the module's `training_step`, and once more if memory runs out and nothing is lost by that."""
         if self._hcb_attachment is None:
             return super().training_step(*args, **kwargs)
         return self._hcb_attachment.step.training_step(super().training_step, args, kwargs)
 
     def backward(self, closure_loss: "torch.Tensor", *args: Any, **kwargs: Any) -> Any:
-        """Run backward; if memory runs out, forward and backward again."""
+        """Run backward; if memory runs out, run forward and backward again."""
         if self._hcb_attachment is None:
             return super().backward(closure_loss, *args, **kwargs)
         return self._hcb_attachment.step.backward(super().backward, closure_loss, *args, **kwargs)
 
     def teardown(self) -> None:
-        """Detach, then tear down as the Lightning strategy does; the Trainer calls this after an exception too."""
+        """Detach, then tear down as the Lightning strategy does. The Trainer also calls this after an exception."""
         try:
             self._detach()
         finally:
@@ -160,18 +151,18 @@ class HCBMixin(_Strategy):
             attachment.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A session belongs to its process and its live module. Spawned children attach their own in `setup`.
+        # A session belongs to its process and its live module. A spawned child attaches its own in `setup`.
         return {**super().__getstate__(), "_hcb_attachment": None}
 
 
 class ManyDevicesMixin(HCBMixin):
-    """The HCB strategy over `DDPStrategy`; its options are checked by name, which Lightning leaves to the first fit."""
+    """The HCB strategy over `DDPStrategy`. It checks the names of options, as Lightning does only in the first fit."""
 
     _ddp_strategy_type: ClassVar[type[Any]]
 
     @classmethod
     def check_options(cls, names: Iterable[str]) -> None:
-        """Raise `ConfigError` for a name that neither Lightning's `DDPStrategy` nor torch's DDP takes."""
+        """Raise `ConfigError` for a name that neither Lightning's `DDPStrategy` nor torch's DDP accepts."""
         check_option_names(names, accepted_by=(cls._ddp_strategy_type, DistributedDataParallel))
 
     def _init_lightning(self, **strategy_options: Any) -> None:
@@ -180,10 +171,10 @@ class ManyDevicesMixin(HCBMixin):
 
 
 class OneDeviceMixin(HCBMixin):
-    """The HCB strategy on the one device that the Trainer was given, of whatever accelerator.
+    """The HCB strategy on the one device that the Trainer was given, of any accelerator.
 
-    Lightning tells a parallel strategy its devices and nodes by setting these attributes, and hands a single-device one
-    nothing (`Trainer(strategy="single_device", accelerator="cuda")` stays on the CPU). So they are taken here as well.
+    Lightning tells a strategy its devices and nodes by setting these attributes, but only where the class has them, as
+    parallel strategies do (`Trainer(strategy="single_device", accelerator="cuda")` stays on the CPU).
     """
 
     parallel_devices: "list[torch.device] | None" = None
@@ -191,7 +182,7 @@ class OneDeviceMixin(HCBMixin):
 
     @property
     def root_device(self) -> "torch.device":
-        """The Trainer's device; before there is a Trainer, the CPU."""
+        """The Trainer's device, or the CPU before there is a Trainer."""
         return self.parallel_devices[0] if self.parallel_devices else super().root_device
 
     @property
@@ -208,11 +199,11 @@ class OneDeviceMixin(HCBMixin):
 
 
 class AutoMixin(OneDeviceMixin):
-    """`strategy="hcb"`: one device stays as it is, several become `DDPStrategy`, as Lightning's own `"auto"` chooses.
+    """`strategy="hcb"`: train one device as it is and several with DDP, as Lightning's own `"auto"` chooses.
 
-    The choice falls in `_configure_launcher`, the Trainer's last call while it is built, when devices and nodes are
-    known and nothing has asked for the strategy's type yet. It is a change of class: a proxy would fail the
-    `isinstance` checks of the Note above, and always DDP would shard the sampler and change the order of the data.
+    `_configure_launcher`, the Trainer's last call while it is built, makes the choice: devices and nodes are known, and
+    nothing has asked for the strategy's type yet. The object changes its class. A proxy would fail the `isinstance`
+    checks of the Note above, and DDP on one device would shard the sampler and change the order of the data.
     """
 
     _many_devices_type: ClassVar[type[ManyDevicesMixin]]
@@ -243,14 +234,14 @@ class AutoMixin(OneDeviceMixin):
             super()._configure_launcher()
 
     def _become_ddp(self) -> None:
-        """Turn this object into the DDP strategy and replay what the Trainer has told it so far."""
+        """Turn this object into the DDP strategy and hand it all that the Trainer has set so far."""
         if "_many_devices_type" not in vars(type(self)):
             raise ConfigError(
                 f"`{type(self).__name__}` cannot choose between one device and several: it subclasses `HCBStrategy`. "
                 f"Subclass `HCBSingleDeviceStrategy` or `{self._many_devices_type.__name__}`."
             )
         told: dict[str, Any] = dict(vars(self))
-        # Lightning's "auto" forks in a notebook, where a script cannot be started again.
+        # Lightning's "auto" forks in a notebook, where there is no script to start again.
         start_method = {"start_method": "fork"} if hasattr(sys, "ps1") else {}
         num_nodes, layer_sync = self.num_nodes, self._layer_sync
         ddp: Any = self
@@ -272,8 +263,33 @@ class AutoMixin(OneDeviceMixin):
         ddp._configure_launcher()
 
 
+def register_all(registry: Any, *, auto: type[Any], single: type[Any], ddp: type[Any]) -> None:
+    """Register the strategies of one namespace under Lightning's names (`ddp`, `ddp_spawn`, …) with `hcb` in front.
+
+    A name that is registered with the same class already stays.
+
+    **Raises:** `ConfigError` when a name is taken by another class.
+    """
+    entries: tuple[tuple[str, type[Any], dict[str, Any]], ...] = (
+        ("hcb", auto, {}),
+        ("hcb_single", single, {}),
+        ("hcb_ddp", ddp, {"start_method": "popen"}),
+        ("hcb_ddp_find_unused_parameters_true", ddp, {"find_unused_parameters": True, "start_method": "popen"}),
+        ("hcb_ddp_spawn", ddp, {"start_method": "spawn"}),
+        ("hcb_ddp_notebook", ddp, {"start_method": "fork"}),
+    )
+    taken = {name: registry[name]["strategy"] for name, _, _ in entries if name in registry}
+    for name, strategy, _ in entries:
+        if taken.get(name, strategy) is not strategy:
+            raise ConfigError(f"the strategy name `{name}` is taken by `{taken[name]!r}`; expected it to be free.")
+    for name, strategy, options in entries:
+        if name not in taken:
+            summary = (strategy.__doc__ or "").partition("\n")[0]
+            registry.register(name, strategy, description=summary, **options)
+
+
 def _is_compiled(lightning_module: Any) -> bool:
-    """Say whether the user compiled the LightningModule as a whole, and warn that it is then left as it is."""
+    """Return whether the user compiled the LightningModule as a whole; warn that it then trains without a plan."""
     if getattr(lightning_module, "_compiler_ctx", None) is None:
         return False
     warnings.warn(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tinybp_lightning.integrations._step_log import BatchSummary, StepLogMixin, summarise
+from tinybp_lightning.integrations._shared.step_log import StepLogMixin, summarise
 from tinybp_lightning.runtime.profile import StepProfile
 
 MIB = 2**20
@@ -30,18 +30,19 @@ def profile(*, predicted_mib: int, measured_mib: int | None = None, replay_s: fl
 @pytest.mark.parametrize(
     ("profiles", "expected"),
     [
-        ([profile(predicted_mib=3, replay_s=1, step_s=4)], BatchSummary(3.0, 0.25)),
-        ([profile(predicted_mib=3, measured_mib=2, replay_s=0, step_s=4)], BatchSummary(2.0, 0.0)),
+        ([profile(predicted_mib=3, replay_s=1, step_s=4)], (3.0, 0.25)),
+        ([profile(predicted_mib=3, measured_mib=2, replay_s=0, step_s=4)], (2.0, 0.0)),
         (
             [profile(predicted_mib=3, replay_s=1, step_s=2), profile(predicted_mib=5, replay_s=0, step_s=2)],
-            BatchSummary(5.0, 0.25),
+            (5.0, 0.25),
         ),
-        ([profile(predicted_mib=3, replay_s=0, step_s=0)], BatchSummary(3.0, 0.0)),
+        ([profile(predicted_mib=3, replay_s=0, step_s=0)], (3.0, 0.0)),
     ],
     ids=["predicted", "measured", "two backwards", "no time"],
 )
-def test_summary(profiles: list[StepProfile], expected: BatchSummary) -> None:
-    assert summarise(profiles) == expected
+def test_summary(profiles: list[StepProfile], expected: tuple[float, float]) -> None:
+    peak_mib, recompute_share = expected
+    assert summarise(profiles) == {"hcb/peak_mib": peak_mib, "hcb/recompute_share": recompute_share}
 
 
 class Module:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tinybp_lightning.errors import ConfigError
-from tinybp_lightning.integrations._registry import register_all
+from tinybp_lightning.integrations._shared.strategy import register_all
 
 
 class Registry(dict[str, Any]):

@@ -1,18 +1,17 @@
 """Which configuration do the strategy's arguments and the environment make?"""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.errors import BudgetError, ConfigError
-from tinybp_lightning.integrations._settings import check_option_names, config_from
+from tinybp_lightning.integrations._shared.settings import check_option_names, strategy_config
 
 
 def config(environ: Mapping[str, str] | None = None, **options: object) -> HCBConfig:
-    arguments = {"config": None, "memory_budget": None, "activation_budget": None, "executor": "auto", **options}
-    return config_from(**arguments, environ=environ or {})  # pyright: ignore[reportArgumentType]
+    return strategy_config({"config": None, **asdict(HCBConfig()), **options}, environ=environ or {})
 
 
 def test_without_budgets_the_config_is_the_default() -> None:
@@ -53,7 +52,7 @@ def test_arguments_make_the_config_and_the_environment_is_not_read(
 def test_the_environment_fills_in_a_missing_budget(
     environ: Mapping[str, str], expected: HCBConfig, check: bool
 ) -> None:
-    assert config(environ, check=check) == replace(expected, check=check)
+    assert config(environ, check=check, plan_cache=False) == replace(expected, check=check, plan_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +72,9 @@ def test_a_bad_budget_from_the_environment_names_its_variable(environ: Mapping[s
         config(environ)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("memory_budget", "1GiB"),
-        ("activation_budget", "3%"),
-        ("executor", "eager"),
-        ("on_oom", "raise"),
-        ("check", True),
-    ],
-)
-def test_a_config_stands_alone(name: str, value: str | bool) -> None:
-    with pytest.raises(ConfigError, match=f"`{name}=.*` was passed beside `config`"):
-        config(None, config=HCBConfig(), **{name: value})
+def test_another_bad_option_is_not_put_down_to_the_environment() -> None:
+    with pytest.raises(ConfigError, match=r"^`executor='fast'` is unknown"):
+        config({"HCB_MEMORY_BUDGET": "1GiB"}, executor="fast")
 
 
 def both(first: int, *, second: int = 0, **anything: int) -> None: ...
@@ -99,8 +88,10 @@ def test_names_of_any_listed_callable_pass() -> None:
     ("name", "hint"),
     [
         ("memroy_budget", "Did you mean `memory_budget`?"),
+        ("plan_cash", "Did you mean `plan_cache`?"),
+        ("observer", "Did you mean `observers`?"),
         ("secnod", "Did you mean `second`?"),
-        ("anything", "neither HCB's"),
+        ("anything", "See `HCBConfig`"),
     ],
 )
 def test_other_names_are_refused_with_advice(name: str, hint: str) -> None:
