@@ -18,7 +18,7 @@ from tinybp_lightning.capture.torch.op_filter import call_through_filter
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.cuts.skippable import is_activation, worthwhile_skippable_ops
+from tinybp_lightning.graph.cuts.products import is_activation, worthwhile_skippable_ops
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node
 
