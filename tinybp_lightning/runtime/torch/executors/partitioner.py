@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tinybp_lightning.capture.torch.flops import flops_of
+from tinybp_lightning.capture.torch.record import flops_of
 from tinybp_lightning.schedule.options import min_cut
 from tinybp_lightning.schedule.options.min_cut import BlockOps, SavedOps, saved_ops_frontier
 
