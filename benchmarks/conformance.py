@@ -92,7 +92,7 @@ def _check_here(name: str, way: _Way, output: Path) -> None:
     """Check one architecture in this process; write the results after each budget."""
     import torch  # noqa: PLC0415 - not in the process that only starts others
 
-    from benchmarks.conformance_check import ExecutorName, check  # noqa: PLC0415
+    from benchmarks.conformance_check import Executor, check  # noqa: PLC0415
     from benchmarks.zoo import architecture_named  # noqa: PLC0415
 
     torch.set_num_threads(1)  # so that sums have one order
@@ -102,7 +102,7 @@ def _check_here(name: str, way: _Way, output: Path) -> None:
     found: dict[str, Any] = {}
     for budget in way.budgets:
         device = torch.device(way.device)
-        checked = check(architecture_named(name), ExecutorName(way.executor), budget, device, autocast=way.autocast)
+        checked = check(architecture_named(name), Executor(way.executor), budget, device, autocast=way.autocast)
         found[budget] = asdict(checked)
         output.write_text(json.dumps(found, default=_value))
 

@@ -34,7 +34,7 @@ from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Backward
 
-__all__ = ["BUDGETS", "Conformity", "ExecutorName", "Sameness", "check"]
+__all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
 
 BUDGETS = ("60%", "30%")
 """Shares of plain training's measured activation peak. The smallest possible budget replaces one that is too small."""
@@ -45,7 +45,7 @@ _MAX_STEPS = 10
 _MAX_RAISES = 6
 
 
-class ExecutorName(Enum):
+class Executor(Enum):
     """An executor that has to pass the check. A new one is added here and to `_reference`."""
 
     EAGER = "eager"
@@ -110,7 +110,7 @@ class Conformity:
 
 def check(
     architecture: Architecture,
-    executor: ExecutorName,
+    executor: Executor,
     budget: str,
     device: torch.device = _CPU,
     *,
@@ -154,16 +154,16 @@ def check(
     )
 
 
-def _apply(executor: ExecutorName, module: nn.Module, allowed_bytes: int, listener: Listener) -> None:
+def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: Listener) -> None:
     tbp.hcb(module, activation_budget=allowed_bytes, executor=executor.value, observers=[listener])
 
 
-def _reference(begin: Callable[..., Training], executor: ExecutorName) -> Training:
+def _reference(begin: Callable[..., Training], executor: Executor) -> Training:
     """Return the training that `executor` has to equal: plain, or the same compiled blocks without replays."""
     match executor:
-        case ExecutorName.EAGER:
+        case Executor.EAGER:
             return begin()
-        case ExecutorName.INDUCTOR:
+        case Executor.INDUCTOR:
             training = begin(around=_keeping)
             tbp.hcb(training.module, activation_budget="1TiB", executor=executor.value)
             return training
@@ -230,10 +230,10 @@ class _Compared:
     planning_s: float
 
 
-def _compare(plain: Training, begin: Callable[..., Training], executor: ExecutorName, allowed_bytes: int) -> _Compared:
+def _compare(plain: Training, begin: Callable[..., Training], executor: Executor, allowed_bytes: int) -> _Compared:
     plain.restart()
     _NOTED_OPTIONS.clear()
-    noting = executor is ExecutorName.INDUCTOR
+    noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
     ours, listener = begin(around=around), Listener()
     _apply(executor, ours.module, allowed_bytes, listener)
@@ -284,7 +284,7 @@ def _timed(step: Callable[[], Snapshot]) -> tuple[float, Snapshot]:
 
 def _conformity(
     architecture: Architecture,
-    executor: ExecutorName,
+    executor: Executor,
     budget: str,
     compared: _Compared,
     *,

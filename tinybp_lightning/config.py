@@ -22,7 +22,6 @@ __all__ = [
     "Costs",
     "CostsChoice",
     "ExecutorChoice",
-    "ExecutorName",
     "HCBConfig",
     "OnOomChoice",
     "check_config",
@@ -50,14 +49,6 @@ class BudgetKind(Enum):
     ACTIVATION = "activation_budget"
 
 
-class ExecutorName(Enum):
-    """Who runs a block: the user's own kernels (`EAGER`, bit-identical), or Inductor's, compiled per block."""
-
-    AUTO = "auto"
-    EAGER = "eager"
-    INDUCTOR = "inductor"
-
-
 class Costs(Enum):
     """What a plan minimises: seconds, measured on this machine, or floating-point operations, counted."""
 
@@ -65,7 +56,7 @@ class Costs(Enum):
     OPERATIONS = "operations"
 
 
-# What editors complete and type checkers check: the values of the enums above (a test compares them).
+# What editors complete and type checkers check. `executors.registry` has an executor for each name.
 ExecutorChoice = Literal["auto", "eager", "inductor"]
 CostsChoice = Literal["seconds", "operations"]
 OnOomChoice = Literal["replan", "raise"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import conformance_check
-from benchmarks.conformance_check import ExecutorName, check
+from benchmarks.conformance_check import Executor, check
 from benchmarks.conformance_training import differences
 from benchmarks.zoo import ZOO, Architecture, Batch, Phase, Workload, architecture_named
 from recipes.measure import tensors_sha256
@@ -60,7 +60,7 @@ def _after_each_forward(sabotage: Callable[..., object]) -> Callable[..., None]:
 
 def test_an_untouched_training_is_the_same_but_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conformance_check, "_apply", lambda *_: None)
-    result = check(_NET, ExecutorName.EAGER, "60%")
+    result = check(_NET, Executor.EAGER, "60%")
     assert result.sameness.all_equal
     assert not result.is_within_budget
     assert result.measured_peak_bytes == result.plain_peak_bytes
@@ -80,20 +80,20 @@ def test_a_wrong_training_is_noticed(
     monkeypatch: pytest.MonkeyPatch, sabotage: Callable[..., object], is_same: tuple[bool, ...]
 ) -> None:
     monkeypatch.setattr(conformance_check, "_apply", _after_each_forward(sabotage))
-    found = check(_NET, ExecutorName.EAGER, "60%").sameness
+    found = check(_NET, Executor.EAGER, "60%").sameness
     assert not found.all_equal
     assert (found.losses, found.gradients, found.buffers, found.parameters, found.random_state) == is_same
 
 
 def test_a_wrong_gradient_is_noticed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conformance_check, "_apply", lambda executor, module, *_: _change_gradient(module))
-    found = check(_NET, ExecutorName.EAGER, "60%").sameness
+    found = check(_NET, Executor.EAGER, "60%").sameness
     assert (found.gradients, found.parameters, found.random_state) == (False, False, True)
     assert found.first_difference.startswith("step 1: gradients: `layers.3.0.weight in phase 0` differs")
 
 
 def test_a_budget_that_cannot_be_met_is_raised_to_the_smallest() -> None:
-    result = check(_NET, ExecutorName.EAGER, "1%")
+    result = check(_NET, Executor.EAGER, "1%")
     assert result.is_smallest
     assert result.budget_bytes < result.plain_peak_bytes
     assert result.is_within_budget

@@ -5,15 +5,15 @@ By default the fast architectures are trained; the others are marked `slow`.
 
 import pytest
 
-from benchmarks.conformance_check import BUDGETS, ExecutorName, check
+from benchmarks.conformance_check import BUDGETS, Executor, check
 from benchmarks.zoo import ZOO, Architecture
 
 # Compiling takes a minute and more for most.
 _FAST_COMPILED = {"dlrm"}
 
 
-def _is_fast(architecture: Architecture, executor: ExecutorName) -> bool:
-    return architecture.is_fast if executor is ExecutorName.EAGER else architecture.name in _FAST_COMPILED
+def _is_fast(architecture: Architecture, executor: Executor) -> bool:
+    return architecture.is_fast if executor is Executor.EAGER else architecture.name in _FAST_COMPILED
 
 
 _CASES = [
@@ -23,7 +23,7 @@ _CASES = [
         marks=() if _is_fast(architecture, executor) else pytest.mark.slow,
         id=f"{architecture.name}-{executor.value}",
     )
-    for executor in ExecutorName
+    for executor in Executor
     for architecture in ZOO
 ]
 
@@ -31,9 +31,7 @@ _CASES = [
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("architecture", "executor"), _CASES)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_training_is_the_same_within_the_budget(
-    architecture: Architecture, executor: ExecutorName, budget: str
-) -> None:
+def test_training_is_the_same_within_the_budget(architecture: Architecture, executor: Executor, budget: str) -> None:
     result = check(architecture, executor, budget)
     assert result.sameness.first_difference == ""
     assert result.measured_peak_bytes <= result.budget_bytes

@@ -117,7 +117,6 @@ ARGUMENTS = [
     # Not in `__all__`, and beside what is.
     Argument("smallest_budget", smallest_budget),
     Argument("Planner", Planner),
-    Argument("Planner", lambda v: Planner(CHAIN).schedule(budget_bytes=v), ("negative",)),
     Argument("estimate_chain", estimate_chain, ("graph",)),
     Argument("estimate_chain", lambda v: estimate_chain(GRAPH, flops_per_s=v), ("float",)),
     Argument("estimate_chain", lambda v: estimate_chain(GRAPH, bytes_per_s=v), ("float",)),

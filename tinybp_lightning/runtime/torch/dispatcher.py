@@ -1,7 +1,8 @@
-"""What stands in a module's `forward`? A permanent `Dispatcher`; only what it runs behind it changes.
+"""Stand in a module's `forward` and send each call to the engine or to the module's own code.
 
-It is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module give a module
-whose forward runs its own weights, under the same configuration. State-dict keys do not change: it is no module.
+A `Dispatcher` is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module
+give a module whose forward runs its own weights under the same configuration. It is not a module, so state-dict keys do
+not change.
 """
 
 import inspect
@@ -32,13 +33,13 @@ from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 
-# As often as torch.compile traces a function before it gives up. Beyond that a forward counts in Python, say, and would
-# be traced and planned in every step.
+# As often as torch.compile traces a function before it gives up. A forward that is traced more often (because it counts
+# steps in Python, say) would be traced and planned in every step.
 _MAX_TRACES = 8
 
 
 class Target:
-    """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
+    """One module trained under height-compressed backpropagation: its traced graphs, or its module steps."""
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class Target:
             return self._by_module_steps(reason, args, kwargs)
         try:
             return self._tracer(*args, **kwargs)
-        except CaptureError as error:  # while tracing, or while recording the trace on fake tensors: nothing has run
+        except CaptureError as error:  # raised while tracing, or while recording on fake tensors: no real op has run
             return self._by_module_steps(str(error).splitlines()[0], args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,7 +133,7 @@ class Target:
         try:
             result = steps.call(args, kwargs)
         except BaseException:
-            steps.remove()  # the forward itself raises (a wrong call, say): no reason to leave the trace for good
+            steps.remove()  # the forward itself raises (a wrong call, say), which is not a reason to give up tracing
             raise
         self.module_steps = steps
         warnings.warn(
@@ -144,14 +145,14 @@ class Target:
         return result
 
     def close(self) -> None:
-        """Let go of everything installed below the module, and beside it."""
+        """Remove what was installed in the module's parts, and in optimizers."""
         self._context.memory.optimizer_state = None
         if self.module_steps is not None:
             self.module_steps.remove()
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
         if not any(n.op in ("call_function", "call_method", "call_module") for n in module.graph.nodes):
-            return module.forward  # it returns what it was given: there is nothing to keep, nor to repeat
+            return module.forward  # it returns what it was given: there is nothing to keep or to replay
         self._num_traces[_inputs_of(module)] += 1
         number = self._num_graphs
         self._num_graphs += 1
@@ -163,7 +164,7 @@ class Target:
         return run
 
     def _program(self, number: int, module: fx.GraphModule) -> TracedModule:
-        """Return what trains graph `number`, made anew if it was let go of: the trace stays, plans and pieces go."""
+        """Return what trains graph `number`, made anew if it was evicted: Dynamo keeps the trace, without plans."""
         program = self._live.pop(number, None)
         if program is None:
             program = TracedModule(module, self._context, kept_paths(self._module))
@@ -176,7 +177,7 @@ class Target:
 
 
 def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:
-    """What the inputs of a traced graph look like; values that Dynamo has made constants are not among them."""
+    """Describe the inputs of a traced graph, without the values that Dynamo has made constants."""
     examples = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
     return tuple(f"{tuple(t.shape)} {t.dtype} {t.requires_grad}" for t in examples if isinstance(t, torch.Tensor))
 
@@ -185,7 +186,7 @@ class Dispatcher:
     """Callable stored as `module.forward`.
 
     **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward; `optimizer_state`:
-    of whatever is trained together with the module, where the budget counts it.
+    that of everything that is trained together with the module, if the budget counts it.
     """
 
     def __init__(
@@ -212,11 +213,11 @@ class Dispatcher:
         if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         if not self._wants_gradients(args, kwargs):
-            return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
+            return self.plain(*args, **kwargs)  # a frozen teacher has no backward to save memory in
         if self.target is None:
             refuse_unrepeatable(self.module)
             if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
-                self._optimizer_state = OptimizerState(self.module.parameters())  # this is a copy of another module
+                self._optimizer_state = OptimizerState(self.module.parameters())  # the module was copied or unpickled
             memory = TargetMemory(self._optimizer_state)
             self.target = Target(self.module, self.plain, self.config, self.observers, memory)
             if self._on_claim is not None:
@@ -255,7 +256,7 @@ class Dispatcher:
         stop_listening()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans, graphs and observers stay behind: a copy plans for itself on its first step.
+        # Plans, graphs and observers are left out: a copy plans for itself in its first step.
         return {"module": self.module, "config": self.config, "own_forward": self._own_forward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,6 +271,6 @@ class Dispatcher:
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:
-    """Return the dispatcher that stands in `module.forward`, if one does."""
+    """Return the dispatcher in `module.forward`, if there is one."""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, Dispatcher) else None

@@ -18,7 +18,7 @@ from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, fill_template, reorder
 from tinybp_lightning.capture.torch.private import has_gradient_hooks
 from tinybp_lightning.capture.torch.record import record_graph
-from tinybp_lightning.config import BudgetKind, Costs, ExecutorName
+from tinybp_lightning.config import BudgetKind, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ir import Graph
@@ -29,12 +29,12 @@ from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetConte
 from tinybp_lightning.runtime.torch.controller import Task
 from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
 from tinybp_lightning.runtime.torch.executors.registry import executor_of
+from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain, pin_program
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
 from tinybp_lightning.runtime.torch.messages import PlanningProgress, planning_progress
-from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_program
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
@@ -99,7 +99,7 @@ class TracedModule:
         self._module = module
         self._context = context
         self._kept = tuple(kept)
-        self._executor = executor_of(ExecutorName(context.config.executor))
+        self._executor = executor_of(context.config.executor)
         self._constants = _constants(module)
         self._cut: Cut | None = None
         self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}

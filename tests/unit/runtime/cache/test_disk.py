@@ -293,7 +293,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from tests.unit.runtime.cache.test_disk import KNOWN, no_check
-from tinybp_lightning.runtime.torch import plan_cache
+from tinybp_lightning.runtime.torch.cache import disk
 disk.MAX_CACHE_BYTES = 3000  # about one file: each process removes what the other wrote
 cache = disk.DiskCache(Path(sys.argv[1]))
 for i in range(150):

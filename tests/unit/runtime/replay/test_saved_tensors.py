@@ -253,3 +253,19 @@ def test_a_storage_at_the_address_of_one_that_is_gone_is_another() -> None:
     for _ in range(20):
         saved.pack(torch.ones(10))  # nobody holds it: the allocator may give the same place again and again
     assert saved.dropped_bytes([]) == 800
+
+
+def test_what_is_held_is_there_at_once_until_it_is_released() -> None:
+    leaf, made = torch.randn(3), torch.randn(4)
+    saved = SavedTensors(0, frozenset(), [leaf], holds=True)
+    packed = [saved.pack(leaf), saved.pack(made)]
+    slots = [slot for slot in packed if isinstance(slot, Slot)]
+    assert [slot.read("block").data_ptr() for slot in slots] == [leaf.data_ptr(), made.data_ptr()]
+    saved.release()
+    assert [slot.value for slot in slots] == [None, None]
+    with saved.filling(stops_early=True) as pack:
+        saved.fill_views([leaf])
+        pack(leaf)
+        pack(made.clone())
+    assert torch.equal(slots[0].read("block"), leaf)
+    assert torch.equal(slots[1].read("block"), made)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tinybp_lightning.capture.torch.pieces import Program
-from tinybp_lightning.config import ExecutorName, HCBConfig
+from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.signature import graph_signature, layout_signature
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast
 
@@ -67,7 +67,7 @@ def plan_key(
         "torch": torch.__version__,
         "tinybp_lightning": _source_digest(),
         "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
-        "executor": ExecutorName(config.executor).value,
+        "executor": config.executor,
         "costs": config.costs,
         "autocast": repr(tuple(autocast)),
         "has_gradients": str(has_gradients),

@@ -19,7 +19,7 @@ Note [Buffers that change]
 import random
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +29,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from tinybp_lightning.capture.torch.private import accumulation_hooks, buffers_of
-from tinybp_lightning.runtime.torch.replay.ambient import RandomState, random_state_now, set_random_state
+from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
 
 __all__ = ["StepSnapshot"]
 
 _LEARNING_STEPS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Generators:
-    """The states of every generator that a training step may draw from."""
-
-    torch: RandomState
-    python: Any
-    numpy: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +70,12 @@ class _Gradient:
 
     @classmethod
     def of(cls, p: nn.Parameter) -> "_Gradient":
-        gradient = p.grad
-        return _NO_GRADIENT if gradient is None else cls(weakref.ref(gradient), _version(gradient))
+        return cls(None if p.grad is None else weakref.ref(p.grad), _version(p.grad))
 
     def is_of(self, p: nn.Parameter) -> bool:
         """Return whether `p` has the same gradient, unchanged."""
         tensor = None if self.tensor is None else self.tensor()
         return p.grad is tensor and _version(p.grad) == self.version
-
-
-_NO_GRADIENT = _Gradient(None, -1)
 
 
 class StepSnapshot:
@@ -112,7 +99,7 @@ class StepSnapshot:
         self._devices = sorted({p.device for _, p in self._parameters}, key=str)
 
     def _release(self) -> None:
-        self._generators: _Generators | None = None
+        self._restore_generators: Callable[[], None] | None = None
         self._buffers: list[_Buffer] = []
         self._inputs: list[tuple[torch.Tensor, int]] = []
         self._draws = False
@@ -131,7 +118,7 @@ class StepSnapshot:
     def begin(self, inputs: Sequence[Any]) -> None:
         """Note everything before the forward; a second run will get `inputs` again."""
         self._release()
-        self._generators = _generators_now(self._devices)
+        self._restore_generators = _note_generators(self._devices)
         self._inputs = [(t, _version(t)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         self._draws = any(isinstance(x, Iterator) for x in tree_leaves(inputs))
         self._versions = [p._version for _, p in self._parameters]
@@ -196,8 +183,8 @@ class StepSnapshot:
 
     def rewind(self) -> None:
         """Restore generators, buffers and gradients, so that the step can be run again."""
-        assert self._generators is not None, "no step has begun"
-        _set_generators(self._generators)
+        assert self._restore_generators is not None, "no step has begun"
+        self._restore_generators()
         with torch.no_grad():
             for b in self._buffers:
                 if b.tensor is not None and b.copy is not None and b.was_written:
@@ -236,15 +223,15 @@ def _version(t: torch.Tensor | None) -> int:
     return -1 if t is None or t.is_inference() else t._version
 
 
-def _generators_now(devices: Sequence[torch.device]) -> _Generators:
-    # A program that has not imported numpy does not draw from it.
-    numpy: Any = sys.modules.get("numpy")
-    return _Generators(random_state_now(devices), random.getstate(), numpy and numpy.random.get_state())
+def _note_generators(devices: Sequence[torch.device]) -> Callable[[], None]:
+    """Note the state of every generator that a step may draw from, and return what restores them."""
+    numpy: Any = sys.modules.get("numpy")  # a program that has not imported it does not draw from it
+    state, python_state, numpy_state = random_state_now(devices), random.getstate(), numpy and numpy.random.get_state()
 
+    def restore() -> None:
+        set_random_state(state)
+        random.setstate(python_state)
+        if numpy_state is not None:
+            numpy.random.set_state(numpy_state)
 
-def _set_generators(state: _Generators) -> None:
-    set_random_state(state.torch)
-    random.setstate(state.python)
-    if state.numpy is not None:
-        numpy: Any = sys.modules["numpy"]
-        numpy.random.set_state(state.numpy)
+    return restore

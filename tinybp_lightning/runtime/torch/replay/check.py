@@ -50,9 +50,10 @@ def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
         integers = _as_integers(t.detach())
         size = max(_MIN_CHUNK, integers.numel() // _MAX_CHUNKS)
         total = torch.zeros((), dtype=torch.int64, device=t.device)
+        weights = _weights(min(size, integers.numel()), t.device)
         for start in range(0, integers.numel(), size):
             chunk = integers[start : start + size].long()
-            total = total * _GOLDEN + (chunk * _weights(chunk.numel(), t.device)).sum()
+            total = total * _GOLDEN + (chunk * weights[: chunk.numel()]).sum()
         return total
 
 
