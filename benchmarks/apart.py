@@ -1,6 +1,6 @@
-"""How does a benchmark outlive what it measures? Each measurement in a process of its own, whose end is told in a line.
+"""Run each measurement of a benchmark in a process of its own, and report its failure in one line.
 
-A crash, a signal and a timeout are outcomes like any other; what the process printed is in its log.
+A crash, a signal and a timeout are outcomes like any other. The log contains what the process printed.
 """
 
 import os
@@ -18,12 +18,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: float) -> str:
-    """Run `python -m module` with `arguments`, one thread to sum in one order, its output in `log`.
+    """Run `python -m module` with `arguments`, with its output in `log`, and on one thread so that sums have one order.
 
-    **Returns:** why it failed, in one line; empty where it ended with exit code 0.
+    **Returns:** why it failed, in one line; empty if it ended with exit code 0.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for those that ask for deterministic kernels
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for benchmarks that use deterministic kernels
     with log.open("w") as log_file:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -38,7 +38,7 @@ def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: fl
             return f"timed out after {timeout_s:g} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # compilers have workers of their own
+                os.killpg(process.pid, signal.SIGKILL)  # this also ends the compiler's worker processes
                 process.wait()
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
@@ -46,5 +46,5 @@ def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: fl
 
 
 def _python_path() -> str:
-    """Where a child finds `benchmarks` and `recipes`, wherever this process was started from."""
+    """Return the `PYTHONPATH` with which a child finds `benchmarks` and `recipes` from any working directory."""
     return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,7 +1,7 @@
-"""Which architectures train the same, bit for bit, and within their budget? `python -m benchmarks.conformance --help`.
+"""Check that architectures train bit for bit as plainly, within budgets: `python -m benchmarks.conformance --help`.
 
-Each architecture of the zoo is checked in a process of its own, under every budget; one that crashes or hangs is a row
-of the table like any other. The check is `benchmarks/conformance_check.py`, which the tests run too.
+Each architecture of the zoo is checked in a process of its own, under every budget; a process that crashes or hangs
+gives a row like any other. `benchmarks/conformance_check.py` is the check, which the tests run too.
 """
 
 import json
@@ -41,7 +41,7 @@ _FIELDS = ("losses", "gradients", "buffers", "parameters", "random_state")
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One architecture under one budget, checked. `result` is a `Conformity` as JSON holds it."""
+    """One architecture, checked under one budget. `result` is a `Conformity` as a JSON object."""
 
     architecture: str
     executor: str
@@ -50,7 +50,7 @@ class Checked:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differed from plain training."""
+        """Whether everything was equal to plain training."""
         return not self.result["sameness"]["first_difference"]
 
     @property
@@ -74,7 +74,7 @@ Row = Checked | Stopped
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How every architecture is trained: by which executor, on what, under which budgets, for how long at most."""
+    """How every architecture is trained: the executor, the device, the budgets, the time limit and the precision."""
 
     executor: str
     device: str
@@ -84,20 +84,20 @@ class _Way:
 
     @property
     def name(self) -> str:
-        """The executor, and the precision where it is not the usual one."""
+        """The executor, and the precision under autocast."""
         return f"{self.executor}, bf16" if self.autocast else self.executor
 
 
 def _check_here(name: str, way: _Way, output: Path) -> None:
-    """Check one architecture in this process; write what is known after each budget."""
-    import torch  # noqa: PLC0415 - the process that only starts others needs none of these
+    """Check one architecture in this process; write the results after each budget."""
+    import torch  # noqa: PLC0415 - not in the process that only starts others
 
     from benchmarks.conformance_check import Executor, check  # noqa: PLC0415
     from benchmarks.zoo import architecture_named  # noqa: PLC0415
 
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # so that sums have one order
     if way.device == "cuda":
-        # With a mere warning, attention would keep its kernels that are not. An op that has no other is an error.
+        # With `warn_only`, attention would keep its nondeterministic kernels. An op without another kernel raises.
         torch.use_deterministic_algorithms(True)
     found: dict[str, Any] = {}
     for budget in way.budgets:
@@ -113,7 +113,7 @@ def _value(member: Any) -> Any:
 
 
 def _check_apart(name: str, way: _Way, folder: Path) -> list[Row]:
-    """Check one architecture in a process of its own, and in another after each budget that stops it."""
+    """Check one architecture in a process of its own, and in a new one after each budget that ends the process."""
     rows: list[Row] = []
     while len(rows) < len(way.budgets):
         left = replace(way, budgets=way.budgets[len(rows) :])
@@ -125,7 +125,7 @@ def _check_apart(name: str, way: _Way, folder: Path) -> list[Row]:
 
 
 def _run_apart(name: str, way: _Way, folder: Path) -> tuple[dict[str, Any], str]:
-    """Return what a process found by budget, and why it ended where it did not find all."""
+    """Return the results of one process by budget, and the error that ended it, if any."""
     output, log = folder / f"{name}.{way.executor}.json", folder / f"{name}.{way.executor}.log"
     output.unlink(missing_ok=True)
     arguments = ["--alone", name, "--executor", way.executor, "--device", way.device, "--export", str(output)]
@@ -137,7 +137,7 @@ def _run_apart(name: str, way: _Way, folder: Path) -> tuple[dict[str, Any], str]
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the table of `rows`, with the counts that matter above it, as Markdown."""
+    """Return the table of `rows` as Markdown, below a line that counts the failures."""
     checked = [row for row in rows if isinstance(row, Checked)]
     num_wrong = sum(not row.is_equal for row in checked)
     num_over = sum(not row.is_within_budget for row in checked)
@@ -145,9 +145,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     alignment = ["---"] * 3 + [":---:"] + ["---:"] * 6 + ["---"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(_cells, rows))]
     note = (
-        "Budgets are shares of plain training's measured activation peak; `*` marks one that no plan meets, where the "
-        "smallest that can be met is checked instead. Bits: losses, gradients, buffers, parameters and generators "
-        "after every optimizer step. Recompute: share of a step's forward and backward spent replaying."
+        "Budgets are shares of plain training's measured activation peak; `*` marks a budget that no plan meets, where "
+        "the smallest that can be met is checked instead. Bits: losses, gradients, buffers, parameters and generators "
+        "after every optimizer step. Recompute: the share of a step's forward and backward that goes to replays."
     )
     return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{note}\n"
 
@@ -175,7 +175,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _export(rows: Sequence[Row], path: Path, device: str) -> None:
-    from recipes.measure import package_version  # noqa: PLC0415 - `--help` need not wait for torch
+    from recipes.measure import package_version  # noqa: PLC0415 - `--help` does without torch
 
     where = {
         "python": platform.python_version(),
@@ -202,23 +202,25 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command()
 def main(
-    filter_: Annotated[str, typer.Option("--filter", help="Only architectures whose name contains this.")] = "",
-    executor: Annotated[str, typer.Option(help="The way of training that is checked: eager or inductor.")] = "eager",
-    budget: Annotated[list[str] | None, typer.Option(help="Share of plain training's peak, 60%; repeat it.")] = None,
-    export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
+    filter_: Annotated[str, typer.Option("--filter", help="Only architectures whose name contains this text.")] = "",
+    executor: Annotated[str, typer.Option(help="The executor to check: eager or inductor.")] = "eager",
+    budget: Annotated[
+        list[str] | None, typer.Option(help="A share of plain training's peak, such as 60%; repeatable.")
+    ] = None,
+    export: Annotated[Path, typer.Option(help="JSON file to write; the table goes beside it as Markdown.")] = Path(
         "results/conformance.json"
     ),
     device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
     autocast: Annotated[bool, typer.Option("--autocast", help="Train under bfloat16 autocast.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="How many architectures to check at once.")] = 1,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = 300,
-    alone: Annotated[str, typer.Option(hidden=True, help="Check this one in this process.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Number of architectures to check at once.")] = 1,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit of one architecture.")] = 300,
+    alone: Annotated[str, typer.Option(hidden=True, help="Check this architecture in this process.")] = "",
 ) -> None:
     """Train every architecture of the zoo under small budgets and compare it with plain training, bit for bit.
 
-    Ends with exit code 1 when something differed, went over its budget or did not finish.
+    The exit code is 1 when something differs, exceeds its budget or does not finish.
     """
-    from benchmarks.conformance_check import BUDGETS  # noqa: PLC0415 - `--help` need not wait for torch
+    from benchmarks.conformance_check import BUDGETS  # noqa: PLC0415 - `--help` does without torch
     from benchmarks.zoo import ZOO  # noqa: PLC0415
 
     way = _Way(executor, device, tuple(budget or BUDGETS), timeout_s, autocast)
@@ -227,7 +229,7 @@ def main(
         return
     names = [architecture.name for architecture in ZOO if filter_ in architecture.name]
     if not names:
-        raise typer.BadParameter(f"`{filter_}` is in no name: take one of {', '.join(a.name for a in ZOO)}.")
+        raise typer.BadParameter(f"no name contains `{filter_}`: the names are {', '.join(a.name for a in ZOO)}.")
     folder = export.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Row]] = {}

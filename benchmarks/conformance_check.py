@@ -1,9 +1,9 @@
-"""Does a way of training compute what plain training computes, within its budget?
+"""Check that an executor computes what plain training computes, within its budget.
 
-Two copies of one network are trained in lockstep, plainly and the way in question, each with generators of its own
-(a compiled way is held to the same compiled blocks without replay, since a compiler's kernels have bits of their own).
-After every optimizer step losses, gradients, buffers, parameters and the generators' states are compared. Then one
-more step is measured from allocator events, by `recipes.measure`, which shares nothing with the package.
+Two copies of one network train in lockstep, plainly and with the executor, each with generators of its own. (Compiled
+kernels have bits of their own, so a compiling executor is compared with the same compiled blocks without replay.) After
+every optimizer step losses, gradients, buffers, parameters and the generators' states are compared. Then
+`recipes.measure`, which shares no code with the package, measures one more step from allocator events.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tinybp_lightning.graph.ids import OptionId
 from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 from tinybp_lightning.runtime.torch import submodules, traced_module
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
 from tinybp_lightning.schedule.actions import Backward
@@ -37,16 +37,16 @@ from tinybp_lightning.schedule.actions import Backward
 __all__ = ["BUDGETS", "Conformity", "Executor", "Sameness", "check"]
 
 BUDGETS = ("60%", "30%")
-"""Shares of plain training's measured activation peak; where one cannot be met, the smallest budget that can is."""
+"""Shares of plain training's measured activation peak. The smallest possible budget replaces one that is too small."""
 
 _CPU = torch.device("cpu")
-# Plans are repaired after traced steps: at most these many steps until a step is no longer traced.
+# A plan is corrected after traced steps; this is the largest number of steps until one is not traced.
 _MAX_STEPS = 10
 _MAX_RAISES = 6
 
 
 class Executor(Enum):
-    """A way of training that has to pass. Others are held to the same check by being added here and to `_reference`."""
+    """An executor that has to pass the check. A new one is added here and to `_reference`."""
 
     EAGER = "eager"
     INDUCTOR = "inductor"
@@ -54,7 +54,7 @@ class Executor(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sameness:
-    """What was equal bit for bit to plain training after every step; `first_difference` is empty when all was."""
+    """What was equal to plain training, bit for bit, after every step; `first_difference` is empty if all was."""
 
     losses: bool
     gradients: bool
@@ -65,18 +65,18 @@ class Sameness:
 
     @property
     def all_equal(self) -> bool:
-        """Whether nothing differed."""
+        """Whether everything was equal."""
         return not self.first_difference
 
 
 @dataclass(frozen=True, slots=True)
 class Conformity:
-    """One architecture, trained one way under one budget.
+    """One architecture, trained by one executor under one budget.
 
     `budget` was asked for; `is_smallest` says that it cannot be met and that `budget_bytes` is the smallest that can.
-    Peaks are bytes of activations in a step (parameters' gradients left out), of the widest phase. `blocks` is `None`
-    where nothing is replayed. `num_partial` blocks go by an option that saves a part and repeats the rest in their
-    backward. `recompute_share`, `step_s`: of the last step that was not traced.
+    Peaks are bytes of activations in the largest phase of a step, without parameters' gradients. `blocks` is `None` if
+    nothing is replayed. `num_partial` blocks use an option that saves a part and recomputes the rest in the backward.
+    `recompute_share` and `step_s` are of the last step, which was not traced.
     """
 
     architecture: str
@@ -121,12 +121,13 @@ def check(
     **Arguments:** `budget`: a share of plain training's measured activation peak, such as `"30%"`. `autocast`: whether
     both train under bfloat16 autocast.
 
-    **Raises:** whatever building or training raises; `BudgetTooSmallError` if no budget that it names can be met.
+    **Raises:** `BudgetTooSmallError` if the smallest budget that it reports cannot be met; errors of building and of
+    training.
     """
     begin = functools.partial(Training, architecture, device, autocast=autocast)
     reference = _reference(begin, executor)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", tbp.HCBWarning)  # a compiled reference says what is said below
+        warnings.simplefilter("ignore", tbp.HCBWarning)  # a compiled reference warns as the checked copy does
         plain_peak_bytes = reference.peak_bytes()
     asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
     for attempt in range(_MAX_RAISES):
@@ -135,7 +136,7 @@ def check(
                 warnings.simplefilter("always", tbp.HCBWarning)
                 compared = _compare(reference, begin, executor, allowed_bytes)
         except tbp.BudgetTooSmallError as error:
-            # What the first steps teach about the step's end may raise the smallest budget once more.
+            # What the first steps show about the step's end may raise the smallest budget once more.
             if attempt == _MAX_RAISES - 1:
                 raise
             allowed_bytes = max(error.smallest_bytes, allowed_bytes + 1)
@@ -158,7 +159,7 @@ def _apply(executor: Executor, module: nn.Module, allowed_bytes: int, listener: 
 
 
 def _reference(begin: Callable[..., Training], executor: Executor) -> Training:
-    """Return the training that `executor` has to equal: plain for eager; the same compiled blocks, none replayed."""
+    """Return the training that `executor` has to equal: plain, or the same compiled blocks without replays."""
     match executor:
         case Executor.EAGER:
             return begin()
@@ -170,44 +171,44 @@ def _reference(begin: Callable[..., Training], executor: Executor) -> Training:
             assert_never(executor)
 
 
-# The options by which the runs of a training's last step went, for the reference's next step to go by.
-_FLOWN: deque[tuple[OptionId, ...]] = deque()
+# The options that the runs of the checked copy's last step used, for the reference's next step.
+_NOTED_OPTIONS: deque[tuple[OptionId, ...]] = deque()
 
 
 class _NotingRun(Run):
     """An engine run that notes the options of its blocks."""
 
     def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
-        _FLOWN.append(script.options)
+        _NOTED_OPTIONS.append(script.options)
         super().__init__(script, *args, **kwargs)
 
 
 class _KeepingRun(Run):
-    """An engine run that keeps what every block saves, whatever the plan says."""
+    """An engine run that keeps what every block saves, against the plan."""
 
     def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_keeping_script(script.options), *args, **kwargs)
-        if _FLOWN:
-            _FLOWN.popleft()
+        super().__init__(_keeping_program(script.options), *args, **kwargs)
+        if _NOTED_OPTIONS:
+            _NOTED_OPTIONS.popleft()
 
 
 @functools.cache
-def _keeping_script(options: tuple[OptionId, ...]) -> ReplayProgram:
+def _keeping_program(options: tuple[OptionId, ...]) -> ReplayProgram:
     num_blocks = len(options)
     return ReplayProgram((True,) * num_blocks, options, frozenset(), ((),) * num_blocks)
 
 
-class _KeepingPilot(Controller):
-    """A controller whose next step goes by the options noted: they are compiled before it, as a plan's are."""
+class _KeepingLoop(ControlLoop):
+    """A control loop whose next step uses the noted options; they are compiled before it, as a plan's are."""
 
     @property
-    def script(self) -> ReplayProgram:
-        return _keeping_script(_FLOWN[0] if _FLOWN else super().script.options)
+    def program(self) -> ReplayProgram:
+        return _keeping_program(_NOTED_OPTIONS[0] if _NOTED_OPTIONS else super().program.options)
 
 
 @contextlib.contextmanager
 def _keeping() -> Generator[None]:
-    with _running(_KeepingRun), patch.object(traced_module, "Controller", _KeepingPilot):
+    with _running(_KeepingRun), patch.object(traced_module, "ControlLoop", _KeepingLoop):
         yield
 
 
@@ -231,7 +232,7 @@ class _Compared:
 
 def _compare(plain: Training, begin: Callable[..., Training], executor: Executor, allowed_bytes: int) -> _Compared:
     plain.restart()
-    _FLOWN.clear()
+    _NOTED_OPTIONS.clear()
     noting = executor is Executor.INDUCTOR
     around = (lambda: _running(_NotingRun)) if noting else contextlib.nullcontext
     ours, listener = begin(around=around), Listener()

@@ -1,6 +1,6 @@
-"""How is one copy of a network trained for comparison, and what does each of its steps leave behind?
+"""Train one copy of a network for comparison, and record what each of its steps leaves behind.
 
-Each copy has its own optimizers and its own random numbers, so that two can be trained in lockstep in one process.
+Each copy has its own optimizers and its own random numbers, so that two can train in lockstep in one process.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything one step left behind, by name, in order."""
+    """What one step leaves behind, by name, in order."""
 
     losses: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -57,7 +57,7 @@ class Training:
         self.restart()
 
     def restart(self) -> None:
-        """Begin again from the first step; plans and compiled blocks stay."""
+        """Begin again at the first step, with the same plans and compiled blocks."""
         self.module.load_state_dict(self._initial)
         self._optimizers = [torch.optim.AdamW(self._trained(phase), lr=1e-3) for phase in self._phases]
         torch.manual_seed(_SEED + 1)
@@ -92,13 +92,13 @@ class Training:
         )
 
     def peak_bytes(self) -> int:
-        """Return the activation peak of a step's widest phase, measured after steps that warm up."""
+        """Return the activation peak of a step's largest phase, measured after some warm-up steps."""
         for _ in range(NUM_STEPS):
             self.step()
         return self.measured_peak_bytes()
 
     def measured_peak_bytes(self) -> int:
-        """Return the activation peak of the next step's widest phase; that step does not train."""
+        """Return the activation peak of the next step's largest phase; that step does not train."""
         return max(self._phase_peak(phase) for phase in self._phases)
 
     def _phase_peak(self, phase: Phase) -> int:
@@ -120,7 +120,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class _RandomStates:
-    """States of every generator that a training may draw from."""
+    """The states of all generators that a training may draw from."""
 
     torch_state: Tensor
     device_state: Tensor | None
@@ -128,7 +128,7 @@ class _RandomStates:
     python_state: Any
 
     def tensors(self) -> dict[str, Tensor]:
-        """The states as tensors, by generator."""
+        """Return the states as tensors, by generator."""
         inner = self.numpy_state["state"]
         return {
             "torch": self.torch_state,
@@ -153,7 +153,7 @@ def _set_random_states(states: _RandomStates) -> None:
 
 
 def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Say how `found` differs from `expected`: names that are missing or extra, and tensors of other bits."""
+    """Return how `found` differs from `expected`: names that are missing or extra, and tensors of other bits."""
     told = [f"`{name}` is missing" for name in expected if name not in found]
     told += [f"`{name}` is extra" for name in found if name not in expected]
     for name, tensor in expected.items():

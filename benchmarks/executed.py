@@ -1,10 +1,10 @@
-"""Do plans keep their promises when they are flown? `python -m benchmarks.executed --help`.
+"""Train recipes under plans and compare the measurements with the predictions: `python -m benchmarks.executed --help`.
 
-The planner is judged on simulated chains elsewhere (`benchmarks.planner_scaling`); here recipes are trained under its
-plans on the CPU. Peaks are predicted by the plan before its first step, and measured from allocator events, which share
-nothing with the package. Bytes and bits decide the exit code; seconds are shown, for a busy machine spoils them.
-Each recipe under each budget is a process of its own; one that crashes or hangs is a row of the table like any other.
-The measurement is `benchmarks/executed_check.py`, the verdict `benchmarks/executed_table.py`.
+`benchmarks.planner_scaling` judges the planner on simulated chains; this benchmark trains recipes under its plans, on
+the CPU. A plan predicts its peak before its first step; the peak is measured from allocator events, independently of
+the package. Bytes and bits decide the exit code. Seconds are shown only, because they are unreliable on a busy machine.
+Each recipe runs under each budget in a process of its own; a process that crashes or hangs gives a row like any other.
+`benchmarks/executed_check.py` measures, `benchmarks/executed_table.py` judges.
 """
 
 import json
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.apart import run_apart
-from benchmarks.executed_table import Flown, Row, Stopped, TooSmall, cells_of, is_good, markdown_table
+from benchmarks.executed_table import Executed, Row, Stopped, TooSmall, cells_of, is_good, markdown_table
 from benchmarks.recipe_options import Models, Size
 from recipes.config import ModelName
 
@@ -33,12 +33,12 @@ _TODAY = datetime.now().astimezone().date().isoformat()
 
 
 def _execute_here(model: str, size: str, budget: str, output: Path) -> None:
-    """Train one recipe under one budget in this process, and write what came of it."""
-    import torch  # noqa: PLC0415 - the process that only starts others needs none of these
+    """Train one recipe under one budget in this process, and write the result."""
+    import torch  # noqa: PLC0415 - not in the process that only starts others
 
     from benchmarks.executed_check import execute  # noqa: PLC0415
 
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # so that sums have one order
     output.write_text(json.dumps(asdict(execute(model, size, budget))))
 
 
@@ -51,12 +51,12 @@ def _execute_apart(model: str, size: str, budget: str, folder: Path, timeout_s: 
     if error:
         return Stopped(model, budget, error)
     result: dict[str, Any] = json.loads(output.read_text())
-    return TooSmall(model, budget, result) if "smallest_bytes" in result else Flown(model, budget, result)
+    return TooSmall(model, budget, result) if "smallest_bytes" in result else Executed(model, budget, result)
 
 
 def _export(rows: Sequence[Row], path: Path, size: str) -> None:
-    from benchmarks.executed_picture import draw  # noqa: PLC0415 - `--help` need not wait for matplotlib
-    from recipes.measure import package_version  # noqa: PLC0415 - nor for torch
+    from benchmarks.executed_picture import draw  # noqa: PLC0415 - `--help` does without matplotlib
+    from recipes.measure import package_version  # noqa: PLC0415 - and without torch
 
     packages = ("torch", "transformers", "diffusers", "tinybp-lightning")
     where = {
@@ -70,17 +70,16 @@ def _export(rows: Sequence[Row], path: Path, size: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(where | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    head = (
-        f"# Plans flown, {_TODAY}\n\nRecipes at size `{size}`, torch {package_version('torch')}, {where['device']}.\n\n"
-    )
+    head = f"# Executed plans, {_TODAY}\n\n"
+    head += f"Recipes at size `{size}`, torch {package_version('torch')}, {where['device']}.\n\n"
     path.with_suffix(".md").write_text(head + markdown_table(rows))
-    draw([row for row in rows if isinstance(row, Flown)], path.with_suffix(".png"))
+    draw([row for row in rows if isinstance(row, Executed)], path.with_suffix(".png"))
 
 
 def _say(row: Row, console: Console) -> None:
     cells = cells_of(row)
     measured = f" measured/predicted {cells[6]} measured/budget {cells[7]} seconds {cells[10]} bits {cells[11]}"
-    line = f"{cells[0]:<13}{cells[1]:<5}{cells[3]}" + (measured if isinstance(row, Flown) else "")
+    line = f"{cells[0]:<13}{cells[1]:<5}{cells[3]}" + (measured if isinstance(row, Executed) else "")
     colour = "green" if is_good(row) else "red"
     console.print(f"[{colour}]{escape(line)}[/{colour}]", soft_wrap=True)
 
@@ -94,18 +93,20 @@ def main(
     size: Size = "small",
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="Share of plain training's peak, 60%, or min; repeat it. 70, 50, 30, 15% and min."),
+        typer.Option(
+            help="A share of plain training's peak (60%), or min; repeatable. Default: 70, 50, 30, 15% and min."
+        ),
     ] = None,
-    export: Annotated[Path, typer.Option(help="JSON to write; table and picture go beside it.")] = Path(
+    export: Annotated[Path, typer.Option(help="JSON file to write; the table and the picture go beside it.")] = Path(
         f"results/{_TODAY}_executed.json"
     ),
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds for one recipe under one budget.")] = 900,
-    alone: Annotated[str, typer.Option(hidden=True, help="Train this one in this process.")] = "",
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit of one recipe under one budget.")] = 900,
+    alone: Annotated[str, typer.Option(hidden=True, help="Train this model in this process.")] = "",
 ) -> None:
-    """Train recipes under plans and compare peaks, seconds and bits with what was promised.
+    """Train recipes under plans and compare peaks and seconds with the predictions, and bits with plain training.
 
-    Ends with exit code 1 when a peak was over its budget or farther than 3 % from the prediction, when a loss or a
-    gradient differed from plain training's, or when a run did not finish; never on seconds.
+    The exit code is 1 when a peak is over its budget or farther than 3 % from the prediction, when a loss or a gradient
+    differs from plain training's, or when a run does not finish. Seconds do not count.
     """
     budgets = tuple(budget or BUDGETS)
     if alone:
@@ -123,7 +124,7 @@ def main(
             progress.update(task, description=f"{name} {one}")
             rows.append(_execute_apart(name, size, one, folder, timeout_s))
             _say(rows[-1], console)
-            # After every run: one that is stopped by hand leaves what it measured.
+            # After every run, so that an interrupted benchmark leaves what it measured.
             _export(rows, export, size)
             progress.advance(task)
     console.print(markdown_table(rows).splitlines()[0])

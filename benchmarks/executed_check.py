@@ -1,9 +1,9 @@
-"""Does a plan, when it is flown, need the memory and the time that it predicted? One recipe, one budget, on the CPU.
+"""Measure whether a plan needs the memory and the time that it predicts: one recipe, one budget, on the CPU.
 
-Two copies of the network are trained in lockstep, plainly and under the budget, and compared bit for bit after every
-step. Once the plan is settled its replays are timed, and one more step is measured from allocator events by
-`recipes.measure`, which shares nothing with the package. The prediction that counts is what the plan in force said
-before its own first step: after that step the package corrects what it says, and would agree with any measurement.
+Two copies of the network train in lockstep, plainly and under the budget, and are compared bit for bit after every
+step. When the plan has settled, its replays are timed, and `recipes.measure`, which shares no code with the package,
+measures one more step from allocator events. The prediction that counts is the one that the active plan made before its
+own first step: after that step the package corrects the prediction by the measurement.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -32,7 +32,7 @@ from tinybp_lightning.runtime.torch.explanation import Explanation, explain
 __all__ = ["MINIMUM", "BelowMinimum", "Execution", "execute", "first_difference", "first_told"]
 
 MINIMUM = "min"
-"""The smallest budget that can be met, as the package names it."""
+"""Stands for the smallest budget that can be met, as the package reports it."""
 
 NUM_TIMED = 7
 _DEVICE = torch.device("cpu")
@@ -46,10 +46,10 @@ _MAX_RAISES = 6
 class Execution:
     """One recipe trained under one budget.
 
-    Peaks are bytes of activations in a step (parameters' gradients left out). `predicted_peak_bytes` and
-    `predicted_recompute_s` are of the plan in force, before its first step; `replays_s` and `steps_s` of the settled
-    steps, `plain_steps_s` of plain training's beside them. `first_difference` from plain training is empty where
-    losses and gradients of all `num_steps` were equal. `load`: processes that wanted the machine's `num_cores`.
+    Peaks are bytes of activations in a step, without parameters' gradients. `predicted_peak_bytes` and
+    `predicted_recompute_s` are the active plan's, from before its first step. `replays_s` and `steps_s` are the settled
+    steps', `plain_steps_s` those of the plain copy. `first_difference` from plain training is empty where the losses
+    and gradients of all `num_steps` were equal. `load` is the machine's load average, on `num_cores`.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class BelowMinimum:
-    """No plan meets the budget: the smallest that can be met is `smallest_bytes`."""
+    """No plan meets the budget: the smallest budget that can be met is `smallest_bytes`."""
 
     model: str
     budget: str
@@ -87,8 +87,8 @@ def execute(model: str, size: str, budget: str) -> Execution | BelowMinimum:
 
     **Arguments:** `budget`: a share of plain training's measured activation peak such as `"30%"`, bytes, or `"min"`.
 
-    **Raises:** whatever building or training raises; `RuntimeError` where the model is not one target, or its plan does
-    not settle.
+    **Raises:** `RuntimeError` if the model is not one target or its plan does not settle; errors of building and of
+    training.
     """
     config = compose_config([f"model={model}", f"size={size}", "device=cpu"])
     batches = make_batches(config.model.name, config.shape, num_batches=_MAX_STEPS + 1, seed=config.seed)
@@ -103,9 +103,11 @@ def execute(model: str, size: str, budget: str) -> Execution | BelowMinimum:
     for _ in range(_MAX_RAISES):
         try:
             return _execute(config, batches, budget, allowed_bytes, plain_peak_bytes)
-        except BudgetTooSmallError as error:  # the first step may teach that a little more is needed
+        except BudgetTooSmallError as error:  # the first step may show that a little more is needed
             allowed_bytes = max(error.smallest_bytes, allowed_bytes + 1)
-    raise RuntimeError(f"`{model}`: {allowed_bytes} bytes were named the smallest budget and still cannot be met.")
+    raise RuntimeError(
+        f"`{model}`: {allowed_bytes} bytes were reported as the smallest budget and still cannot be met."
+    )
 
 
 def _plain_peak(config: CompareConfig, batches: Sequence[Batch]) -> int:
@@ -116,14 +118,14 @@ def _plain_peak(config: CompareConfig, batches: Sequence[Batch]) -> int:
 
 
 class _Trainee:
-    """One copy of the recipe's network in training."""
+    """Trains one copy of the recipe's network."""
 
     def __init__(self, config: CompareConfig) -> None:
         self.workload: Workload = build_workload(config.model, config.shape, seed=config.seed, device=_DEVICE)
         self._optimizer = make_optimizer(config.model, self.workload.model)
 
     def step(self, batch: Batch) -> tuple[float, torch.Tensor]:
-        """Run one optimizer step; return the seconds of its forward and backward, and the loss. Gradients stay."""
+        """Run one optimizer step; return the seconds of its forward and backward, and its loss. Gradients stay."""
         self._optimizer.zero_grad(set_to_none=True)
         begin_s = time.perf_counter()
         loss = self.workload.loss(batch)
@@ -133,7 +135,7 @@ class _Trainee:
         return wall_s, loss.detach()
 
     def measured_peak_bytes(self, batch: Batch) -> int:
-        """Return the activation peak of a step that does not train."""
+        """Return the activation peak of a step, without an optimizer step."""
 
         def step() -> None:
             self.workload.loss(batch).backward()
@@ -169,21 +171,21 @@ def _execute(
         if listener.profiles[-1].measured_peak_bytes is None:
             settled.append(listener.profiles[-1])
             plain_steps_s.append(plain_s)
-    flown = first_told(listener.plans, explain(ours.workload.model))
+    executed = first_told(listener.plans, explain(ours.workload.model))
     return Execution(
         model=config.model.name.value,
         budget=budget,
         budget_bytes=allowed_bytes,
         plain_peak_bytes=plain_peak_bytes,
-        predicted_peak_bytes=flown.predicted_peak_bytes,
+        predicted_peak_bytes=executed.predicted_peak_bytes,
         measured_peak_bytes=ours.measured_peak_bytes(batches[num_steps]),
-        predicted_recompute_s=flown.predicted_recompute_s,
-        predicted_step_s=flown.predicted_step_s,
+        predicted_recompute_s=executed.predicted_recompute_s,
+        predicted_step_s=executed.predicted_step_s,
         replays_s=tuple(profile.replay_s for profile in settled),
         steps_s=tuple(profile.step_s for profile in settled),
         plain_steps_s=tuple(plain_steps_s),
-        num_blocks=len(flown.chain.blocks),
-        num_kept=flown.num_kept,
+        num_blocks=len(executed.chain.blocks),
+        num_kept=executed.num_kept,
         num_steps=num_steps,
         first_difference=different,
         load=os.getloadavg()[0],
@@ -192,9 +194,11 @@ def _execute(
 
 
 def first_told(told: Sequence[PlanReport], explained: Explanation) -> PlanReport:
-    """Return what was told of the schedule in force when it was first chosen."""
+    """Return the report of the active plan from when it was first chosen."""
     if len(explained.counts) != 1:
-        raise RuntimeError(f"{len(explained.counts)} modules are planned apart: expected the model to be one target.")
+        raise RuntimeError(
+            f"{len(explained.counts)} modules have plans of their own: expected the model to be one target."
+        )
     in_force = explained.plans[-1]  # a model that changes a setting in its first step is traced twice
     return next(plan for plan in told if plan.schedule == in_force.schedule)
 

@@ -1,4 +1,4 @@
-"""How near were plans that were flown to what they promised? A picture of peaks, and one of seconds."""
+"""Draw how near executed plans came to their predictions: a picture of peaks, and one of seconds."""
 
 # matplotlib annotates its members in part only, so the rule would report it and not us.
 # pyright: reportUnknownMemberType=false
@@ -9,26 +9,26 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.executed_table import PEAK_TOLERANCE, SECONDS_TOLERANCE, Flown
+from benchmarks.executed_table import PEAK_TOLERANCE, SECONDS_TOLERANCE, Executed
 
 __all__ = ["draw"]
 
 mpl.use("Agg")
 
 
-def draw(flown: Sequence[Flown], path: Path) -> None:
+def draw(executed: Sequence[Executed], path: Path) -> None:
     """Draw measured peaks against the predicted ones and the budgets, and measured replay seconds likewise."""
     from matplotlib import pyplot as plt  # noqa: PLC0415  after the backend is chosen
 
     figure, (peaks, seconds) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", width_ratios=(3, 2))
-    _draw_peaks(peaks, flown)
-    _draw_seconds(seconds, flown)
+    _draw_peaks(peaks, executed)
+    _draw_seconds(seconds, executed)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_peaks(axis: Any, flown: Sequence[Flown]) -> None:
-    places = range(len(flown))
+def _draw_peaks(axis: Any, executed: Sequence[Executed]) -> None:
+    places = range(len(executed))
     axis.axhspan(
         100 * (1 - PEAK_TOLERANCE),
         100 * (1 + PEAK_TOLERANCE),
@@ -37,16 +37,16 @@ def _draw_peaks(axis: Any, flown: Sequence[Flown]) -> None:
         label=f"prediction ± {PEAK_TOLERANCE:.0%}",
     )
     axis.axhline(100, color="tab:red", linewidth=1, label="budget")
-    axis.plot(places, [100 * row.of_prediction for row in flown], "o", color="tab:blue", label="of the prediction")
-    axis.plot(places, [100 * row.of_budget for row in flown], "x", color="tab:red", label="of the budget")
-    axis.set_xticks(places, [f"{row.model}\n{row.budget}" for row in flown], rotation=60, fontsize=8)
+    axis.plot(places, [100 * row.of_prediction for row in executed], "o", color="tab:blue", label="of the prediction")
+    axis.plot(places, [100 * row.of_budget for row in executed], "x", color="tab:red", label="of the budget")
+    axis.set_xticks(places, [f"{row.model}\n{row.budget}" for row in executed], rotation=60, fontsize=8)
     axis.set_ylabel("measured peak, percent")
     axis.grid(visible=True, axis="y", alpha=0.3)
     axis.legend(fontsize=8)
 
 
-def _draw_seconds(axis: Any, flown: Sequence[Flown]) -> None:
-    shown = [row for row in flown if row.seconds_ratio is not None]
+def _draw_seconds(axis: Any, executed: Sequence[Executed]) -> None:
+    shown = [row for row in executed if row.seconds_ratio is not None]
     ends = sorted(s for row in shown for s in (row.replay_s, row.result["predicted_recompute_s"]))
     if ends:
         line = [ends[0] / 1.5, ends[-1] * 1.5]

@@ -1,4 +1,4 @@
-"""Which flown plans kept their promises? The rows of `benchmarks.executed`, their verdict and their table."""
+"""Judge executed plans by their predictions: the rows of `benchmarks.executed`, their verdict and their table."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, assert_never
 __all__ = [
     "PEAK_TOLERANCE",
     "SECONDS_TOLERANCE",
-    "Flown",
+    "Executed",
     "Row",
     "Stopped",
     "TooSmall",
@@ -18,9 +18,9 @@ __all__ = [
 ]
 
 PEAK_TOLERANCE = 0.03
-"""How far from its prediction a measured peak may be."""
+"""The largest accepted relative difference of a measured peak from its prediction."""
 SECONDS_TOLERANCE = 0.15
-"""How far from their prediction the seconds of replays should be, on a quiet machine."""
+"""The largest expected relative difference of replays' seconds from their prediction, on a quiet machine."""
 
 
 _MEBIBYTE = 2**20
@@ -41,8 +41,8 @@ _HEADER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Flown:
-    """One recipe trained under one budget. `result` is an `Execution` as JSON holds it."""
+class Executed:
+    """One recipe trained under one budget. `result` is an `Execution` as a JSON object."""
 
     model: str
     budget: str
@@ -60,7 +60,7 @@ class Flown:
 
     @property
     def is_as_predicted(self) -> bool:
-        """Whether the measured peak is near enough to the predicted one."""
+        """Whether the measured peak is within `PEAK_TOLERANCE` of the predicted one."""
         return abs(self.of_prediction - 1) <= PEAK_TOLERANCE
 
     @property
@@ -70,24 +70,24 @@ class Flown:
 
     @property
     def is_equal(self) -> bool:
-        """Whether losses and gradients of every step had the bits of plain training."""
+        """Whether the losses and gradients of every step had the bits of plain training."""
         return not self.result["first_difference"]
 
     @property
     def replay_s(self) -> float:
-        """Seconds of a settled step's replays, the median."""
+        """The median time of the replays in a settled step."""
         return statistics.median(self.result["replays_s"])
 
     @property
     def seconds_ratio(self) -> float | None:
-        """Those seconds over the predicted ones; `None` where no replay was predicted."""
+        """`replay_s` relative to the predicted time; `None` where no replay was predicted."""
         predicted_s = self.result["predicted_recompute_s"]
         return self.replay_s / predicted_s if predicted_s > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class TooSmall:
-    """One recipe that no plan trains under the budget. `result` is a `BelowMinimum` as JSON holds it."""
+    """One recipe whose budget no plan can meet. `result` is a `BelowMinimum` as a JSON object."""
 
     model: str
     budget: str
@@ -103,13 +103,13 @@ class Stopped:
     error: str
 
 
-Row = Flown | TooSmall | Stopped
+Row = Executed | TooSmall | Stopped
 
 
 def is_good(row: Row) -> bool:
-    """Whether `row` holds: bytes and bits as promised, or a budget refused beforehand. Seconds do not count."""
+    """Whether bytes and bits are as predicted, or the budget was refused beforehand. Seconds do not count."""
     match row:
-        case Flown():
+        case Executed():
             return row.is_as_predicted and row.is_within_budget and row.is_equal
         case TooSmall():
             return True
@@ -120,43 +120,43 @@ def is_good(row: Row) -> bool:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the table of `rows`, with the counts that matter above it, as Markdown."""
-    flown = [row for row in rows if isinstance(row, Flown)]
+    """Return the table of `rows` as Markdown, below a line that counts the failures."""
+    executed = [row for row in rows if isinstance(row, Executed)]
     num_stopped = sum(isinstance(row, Stopped) for row in rows)
     counts = (
-        f"{len(rows)} runs: {sum(not row.is_equal for row in flown)} with other bits, "
-        f"{sum(not row.is_within_budget for row in flown)} over budget, "
-        f"{sum(not row.is_as_predicted for row in flown)} farther than {PEAK_TOLERANCE:.0%} from the predicted peak, "
-        f"{len(rows) - len(flown) - num_stopped} below the minimum, {num_stopped} not finished."
+        f"{len(rows)} runs: {sum(not row.is_equal for row in executed)} with other bits, "
+        f"{sum(not row.is_within_budget for row in executed)} over budget, "
+        f"{sum(not row.is_as_predicted for row in executed)} more than {PEAK_TOLERANCE:.0%} from the predicted peak, "
+        f"{len(rows) - len(executed) - num_stopped} below the minimum, {num_stopped} not finished."
     )
     alignment = ["---", "---", "---:", "---", *["---:"] * 7, ":---:"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(cells_of, rows))]
-    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{_note(flown)}\n"
+    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{_note(executed)}\n"
 
 
-def _note(flown: Sequence[Flown]) -> str:
+def _note(executed: Sequence[Executed]) -> str:
     note = (
-        "Budgets are shares of plain training's measured activation peak; `min` is the smallest that the package says "
-        "it can meet. Predicted is what the plan said before its first step; measured peaks are from allocator events. "
-        "Replay seconds are the median of the settled steps. Bits: losses and gradients of every step. `!` marks what "
-        "is not as it should be."
+        "Budgets are shares of plain training's measured activation peak; `min` is the smallest budget that the "
+        "package reports. The plan makes its predictions before its first step; measured peaks are from allocator "
+        "events. Replay seconds are the median of the settled steps. Bits: losses and gradients of every step. `!` "
+        "marks a failure."
     )
-    if not flown:
+    if not executed:
         return note
-    loads = [row.result["load"] for row in flown]
-    ratios = [ratio for row in flown if (ratio := row.seconds_ratio) is not None]
+    loads = [row.result["load"] for row in executed]
+    ratios = [ratio for row in executed if (ratio := row.seconds_ratio) is not None]
     num_near = sum(abs(ratio - 1) <= SECONDS_TOLERANCE for ratio in ratios)
-    cores = flown[0].result["num_cores"]
+    cores = executed[0].result["num_cores"]
     quiet = max(loads) <= cores
     return (
         f"{note}\n\nReplay seconds were within {SECONDS_TOLERANCE:.0%} of the predicted ones in {num_near} of "
         f"{len(ratios)} runs. The machine of {cores} cores had a load of {min(loads):.1f} to {max(loads):.1f}"
-        + ("." if quiet else ": it was busy, so seconds of one run do not compare with another's.")
+        + ("." if quiet else ": it was busy, so the seconds of two runs cannot be compared.")
     )
 
 
 def cells_of(row: Row) -> list[str]:
-    """Return the table's cells for `row`, as many as the header has."""
+    """Return the cells of `row`, one for each column of the header."""
     head = [row.model, row.budget]
     match row:
         case Stopped():
@@ -165,7 +165,7 @@ def cells_of(row: Row) -> list[str]:
         case TooSmall(result=result):
             smallest = f"below the minimum: smallest is {result['smallest_bytes'] / _MEBIBYTE:.2f} MiB"
             return [*head, f"{result['budget_bytes'] / _MEBIBYTE:.2f}", smallest, *[""] * (len(_HEADER) - 4)]
-        case Flown(result=result):
+        case Executed(result=result):
             ratio = row.seconds_ratio
             return [
                 *head,

@@ -1,7 +1,8 @@
-"""How does a step run out of memory on demand? By an error at a chosen run of a block, where no device can be filled.
+"""Make a training step run out of memory, by an error at a chosen run of a block.
 
-The engine runs blocks through the `RunnableBlock` protocol, and that is the seam: while `Faults` is entered, every
-block that a run sweeps is wrapped. Nothing in the package knows of it.
+The engine runs blocks through the `RunnableBlock` protocol: while `Faults` is entered, every block that a run sweeps is
+wrapped.
+The package has no code for this.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ __all__ = ["Faults", "Place", "out_of_memory"]
 
 
 class Place(Enum):
-    """Where a fault strikes: in a block's first run, in a replay, or in a gradient hook (`Faults.hook`)."""
+    """Where a fault occurs: in a block's first run, in a replay, or in a gradient hook (`Faults.hook`)."""
 
     FORWARD = "forward"
     REPLAY = "replay"
@@ -26,14 +27,14 @@ class Place(Enum):
 
 
 def out_of_memory() -> BaseException:
-    """Return an error such as the CUDA allocator's."""
+    """Return an error like the CUDA allocator's."""
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. (injected)")
 
 
 class Faults:
-    """Raises at the places it is armed for, once for each `arm`; a context manager.
+    """Raises once for each `arm`, at the place that was armed. It is a context manager.
 
-    **Arguments:** `make`: makes what is raised.
+    **Arguments:** `make`: makes the exception.
     """
 
     def __init__(self, make: Callable[[], BaseException] = out_of_memory) -> None:
@@ -43,15 +44,15 @@ class Faults:
         self.num_raised = 0
 
     def arm(self, place: Place, *, after: int = 0) -> None:
-        """Raise at `place`, at the run that follows `after` others."""
+        """Raise at `place`, in the run that follows `after` other runs."""
         self._left[place] = after
 
     def disarm(self) -> None:
-        """Raise nowhere."""
+        """Forget all armed places."""
         self._left.clear()
 
     def strike(self, place: Place) -> None:
-        """Something happens at `place`: raise if this is the one."""
+        """Count a run at `place`, and raise if it is the armed one."""
         if place not in self._left:
             return
         self._left[place] -= 1
@@ -61,7 +62,7 @@ class Faults:
             raise self._make()
 
     def hook(self, _: torch.Tensor) -> None:
-        """Strike in backward: for `Tensor.register_hook`."""
+        """Strike in the backward; for `Tensor.register_hook`."""
         self.strike(Place.BACKWARD)
 
     def __enter__(self) -> "Faults":
@@ -78,7 +79,7 @@ class Faults:
 
 
 class _FaultyStep:
-    """A step whose runs may be struck."""
+    """A step whose runs may raise."""
 
     def __init__(self, step: RunnableBlock, faults: Faults) -> None:
         self._step = step

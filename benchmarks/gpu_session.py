@@ -1,8 +1,8 @@
-"""Is training on a GPU the same under a budget, and is the budget kept? `python -m benchmarks.gpu_session --help`.
+"""Compare training on a GPU under budgets with plain training: `python -m benchmarks.gpu_session --help`.
 
-Small real networks with deterministic kernels: loss, gradients and buffers of every step are compared bit for bit with
-plain training, at several budgets, with the allocator's own peak beside the predicted one. Runs on the CPU too, where
-it serves to test itself. Speed is `recipes.compare`'s matter.
+Small real networks train with deterministic kernels. At several budgets, the loss, gradients and buffers of every step
+are compared bit for bit with plain training's, and the allocator's own peak with the predicted one. The benchmark also
+runs on the CPU, to test itself. `recipes.compare` measures speed.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -39,7 +39,7 @@ CASES = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One case at one budget. Peaks are activations' bytes; `error` is empty where it ran."""
+    """One case at one budget. Peaks are bytes of activations; `error` is empty if the case ran."""
 
     case: str
     budget: str
@@ -53,7 +53,7 @@ class Check:
 
 
 def _steps(workload: Workload, batches: tuple[Batch, ...]) -> list[list[torch.Tensor]]:
-    """Return loss, gradients and buffers of every step; the parameters stay as they are."""
+    """Return the loss, gradients and buffers of every step; the parameters do not change."""
     torch.manual_seed(0)
     found: list[list[torch.Tensor]] = []
     for batch in batches:
@@ -114,7 +114,7 @@ def main(
             began = time.perf_counter()
             try:
                 check = _check(case, config, budget, place)
-            except (RuntimeError, ValueError) as error:  # reported in the table; the next case still runs
+            except (RuntimeError, ValueError) as error:  # the table reports it, and the next case runs
                 traceback.print_exc()
                 check = Check(case, budget, False, 0, 0, 0, 0, 0, f"{type(error).__name__}: {error}"[:300])
             checks.append(check)

@@ -1,4 +1,4 @@
-"""An observer that keeps what it is told, for checks that look at it afterwards."""
+"""Record plans and steps for the checks that benchmarks make afterwards."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ __all__ = ["Listener"]
 
 @dataclass(slots=True)
 class Listener(Observer):
-    """Keeps what is told about plans and steps, in order."""
+    """An observer that keeps the reports of plans and of steps, in order."""
 
     plans: list[PlanReport] = field(default_factory=list[PlanReport])
     profiles: list[StepProfile] = field(default_factory=list[StepProfile])

@@ -1,6 +1,6 @@
-"""Memory against time for one model under every mode, over several trials: what the three scripts beside it share.
+"""Measure memory against time for one model in every mode: what the three programs `mem_vs_time_*` share.
 
-A trial is one comparison as `python -m recipes.compare` runs it; seconds and bytes are medians over trials.
+A trial is one comparison of `python -m recipes.compare`. Seconds and bytes are medians over the trials.
 """
 
 import json
@@ -24,19 +24,25 @@ __all__ = ["export_json", "make_app", "run_trials"]
 
 
 def make_app(model: ModelName) -> typer.Typer:
-    """Return the command line of the benchmark of `model`."""
+    """Return the command line of the benchmark for `model`."""
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
     @app.command(help=f"Measure loss, time and peak of the {model.value} recipe in every mode, as medians over trials.")
     def main(
-        trials: Annotated[int, typer.Option(min=1, help="Trials; seconds and bytes are medians over them.")] = 3,
-        export: Annotated[Path, typer.Option(help="JSON to write; table and picture go beside it.")] = Path(
-            f"results/{model.value}.json"
-        ),
+        trials: Annotated[
+            int, typer.Option(min=1, help="Number of trials; seconds and bytes are medians over them.")
+        ] = 3,
+        export: Annotated[
+            Path, typer.Option(help="JSON file to write; the table and the picture go beside it.")
+        ] = Path(f"results/{model.value}.json"),
         size: Annotated[str, typer.Option(help="tiny, small, medium or large.")] = "small",
-        budget: Annotated[str, typer.Option(help="Activation budget: 30% of plain training, or 2GiB.")] = "30%",
-        mode: Annotated[list[Mode] | None, typer.Option(help="A mode; repeat it. All when not given.")] = None,
-        override: Annotated[list[str] | None, typer.Option(help="Hydra override, shape.batch_size=4.")] = None,
+        budget: Annotated[
+            str, typer.Option(help="Activation budget: a share of plain training (30%), or bytes (2GiB).")
+        ] = "30%",
+        mode: Annotated[list[Mode] | None, typer.Option(help="A mode; repeatable. Default: all modes.")] = None,
+        override: Annotated[
+            list[str] | None, typer.Option(help="A Hydra override, such as shape.batch_size=4; repeatable.")
+        ] = None,
     ) -> None:
         overrides = [f"model={model.value}", f"size={size}", f"budget={budget}", *(override or [])]
         config = compose_config(overrides)
@@ -59,7 +65,7 @@ def run_trials(
 ) -> tuple[tuple[Outcome, ...], ...]:
     """Run `num_trials` comparisons, one after the other, each in a folder of its own below `folder`.
 
-    **Returns:** for each mode, `naive` first, its outcome in every trial.
+    **Returns:** the outcomes of each mode, one per trial; `naive` is the first mode.
     """
     trials: list[tuple[Outcome, ...]] = []
     for trial in range(num_trials):
@@ -69,7 +75,7 @@ def run_trials(
 
 
 def export_json(config: CompareConfig, outcomes: Sequence[Sequence[Outcome]], path: Path, *, num_trials: int) -> None:
-    """Write the medians of every mode, and each trial's seconds and bytes, to `path`."""
+    """Write the medians of every mode, and the seconds and bytes of each trial, to `path`."""
     rows = comparison_rows([median_outcome(of_mode) for of_mode in outcomes])
     modes = [
         asdict(row) | {"mode": row.mode.value, "trials": [_trial(outcome) for outcome in of_mode]}

@@ -1,9 +1,9 @@
-"""Is a step lost when memory runs out? `python -m benchmarks.oom_session --help`.
+"""Check that no step is lost when memory runs out: `python -m benchmarks.oom_session --help`.
 
-The same network is trained twice from the same start: undisturbed, and with memory running out in every so-manieth
-step. On CUDA the allocator is capped for that step (`torch.cuda.set_per_process_memory_fraction`), lower each time, so
-that the plan in force cannot fit; on the CPU an error is injected into a block's first run or a replay, in turn.
-Losses, parameters, buffers, optimizer state and random generators are compared bit for bit.
+The same network trains twice from the same start: undisturbed, and with memory running out in every n-th step. On CUDA
+the allocator is capped for that step (`torch.cuda.set_per_process_memory_fraction`), lower each time, so that the
+active plan cannot fit. On the CPU an error is injected, alternately into a block's first run and into a replay. Losses,
+parameters, buffers, optimizer state and random generators are compared bit for bit.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -34,8 +34,10 @@ __all__ = ["Outcome", "main"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a session came to. `num_failures` are runs that were out of memory, over all steps; `first_difference` names
-    what first differed from undisturbed training, and is empty when nothing did.
+    """The result of the two runs.
+
+    `num_failures` counts the runs that ran out of memory, over all steps. `first_difference` names what first differed
+    from undisturbed training; it is empty if nothing did.
     """
 
     device: str
@@ -50,7 +52,7 @@ class Outcome:
 
 
 class _Recorder:
-    """Hears of every plan, and keeps those that were made because memory ran out."""
+    """An observer that keeps the plans that were made because memory ran out."""
 
     def __init__(self) -> None:
         self.answers: list[PlanReport] = []
@@ -60,7 +62,7 @@ class _Recorder:
             self.answers.append(plan)
 
     def on_replay(self, profile: StepProfile) -> None:
-        """Take no note."""
+        """Do nothing."""
 
 
 class _Block(nn.Module):
@@ -75,7 +77,7 @@ class _Block(nn.Module):
 
 
 class _Cap:
-    """Room for the allocator that becomes less with every use: from 95 % to 45 % of a plain step's own peak."""
+    """Limits the allocator's headroom, less with every use: from 95 % to 45 % of a plain step's own peak."""
 
     def __init__(self, device: torch.device, plain_peak_bytes: int, num_uses: int) -> None:
         self._device = device
@@ -84,7 +86,7 @@ class _Cap:
         self._total_bytes = torch.cuda.get_device_properties(device).total_memory
 
     def press(self) -> None:
-        """Cap the allocator: what is there now, and the next share of a plain step's peak."""
+        """Cap the allocator at what it holds now plus the next share of a plain step's peak."""
         torch.cuda.empty_cache()
         there_bytes = torch.cuda.memory_reserved(self._device)
         limit_bytes = there_bytes + int(self._shares.pop(0) * self._plain_peak_bytes)
@@ -92,7 +94,7 @@ class _Cap:
         cuda.set_per_process_memory_fraction(limit_bytes / self._total_bytes, self._device)
 
     def release(self) -> None:
-        """Lift the cap."""
+        """Remove the cap."""
         cuda: Any = torch.cuda
         cuda.set_per_process_memory_fraction(1.0, self._device)
 
@@ -103,7 +105,7 @@ def _train(
     step: Callable[[torch.Tensor], torch.Tensor],
     before: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:
-    """Return what every step and training as a whole left: losses, gradients, buffers, parameters, random numbers."""
+    """Return what every step and the whole training left: losses, gradients, buffers, parameters, random numbers."""
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     left: dict[str, torch.Tensor] = {}
@@ -126,7 +128,7 @@ def _gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _plain_peak_bytes(model: nn.Module, batch: torch.Tensor) -> int:
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()  # nobody else's counters: this is our own process
+    torch.cuda.reset_peak_memory_stats()  # this process is ours, so nobody else reads these counters
     before_bytes = torch.cuda.memory_allocated()
     model(batch).square().mean().backward()
     model.zero_grad()
@@ -164,7 +166,7 @@ def _session(device: torch.device, num_steps: int, every: int, depth: int, width
         return loss
 
     num_struck = num_steps // every
-    # Of another copy: a forward moves the buffers that are compared.
+    # Of another copy, because a forward changes the buffers that are compared.
     cap = _Cap(device, _plain_peak_bytes(make(), batches[0]), num_struck) if device.type == "cuda" else None
     want = _train(plain, batches, plain_step, lambda _: None)
     tbp.hcb(ours, activation_budget="100%", observers=(recorder,))
@@ -201,14 +203,14 @@ def _session(device: torch.device, num_steps: int, every: int, depth: int, width
 
 def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    steps: Annotated[int, typer.Option(help="How many training steps.", min=1)] = 200,
-    every: Annotated[int, typer.Option(help="Memory runs out at every so-manieth step.", min=2)] = 10,
-    depth: Annotated[int, typer.Option(help="Residual blocks.", min=2)] = 8,
-    width: Annotated[int, typer.Option(help="Features.", min=1)] = 64,
+    steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 200,
+    every: Annotated[int, typer.Option(help="Memory runs out in every n-th step.", min=2)] = 10,
+    depth: Annotated[int, typer.Option(help="Number of residual blocks.", min=2)] = 8,
+    width: Annotated[int, typer.Option(help="Number of features.", min=1)] = 64,
     rows: Annotated[int, typer.Option(help="Rows of a batch.", min=2)] = 64,
     export: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/oom_session.json"),
 ) -> None:
-    """Train with memory running out again and again, and compare with undisturbed training."""
+    """Train while memory runs out again and again, and compare with undisturbed training."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     warnings.filterwarnings("ignore", message=".*ran out of device memory", category=HCBWarning)

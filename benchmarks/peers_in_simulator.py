@@ -98,7 +98,7 @@ def main(
     faster: list[str] = []
     for name, schedule in _peers(chain):
         peer = simulate(chain, schedule)
-        plan = simulate(chain, planner.schedule(budget_bytes=peer.peak_bytes))
+        plan = simulate(chain, planner.plan(budget_bytes=peer.peak_bytes).schedule)
         away = plan_offload(planner, budget_bytes=peer.peak_bytes, link_bytes_per_s=link_gib_s * _GIB)
         if plan.recompute_s > peer.recompute_s + 1e-9:
             faster.append(name)

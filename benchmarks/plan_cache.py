@@ -1,7 +1,7 @@
-"""What does a warm plan cache save in the first steps? `python -m benchmarks.plan_cache --help`.
+"""Measure what a warm plan cache saves in the first steps: `python -m benchmarks.plan_cache --help`.
 
-Each training runs in a process of its own: first with an empty cache, then with what that left behind. Importing and
-building the network are not counted; tracing is, and no cache saves it.
+Each training runs in a process of its own, first with an empty cache, then with the cache that the first one filled.
+The times include tracing, which no cache saves, but not the imports and the building of the network.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -33,7 +33,7 @@ NUM_STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class FirstSteps:
-    """One training's first steps: seconds of each, and how many plans came from the cache."""
+    """The first steps of one training: the seconds of each, and how many plans came from the cache."""
 
     model: str
     num_cached: int
@@ -60,10 +60,10 @@ def first_steps(model: str, size: str, budget: str) -> FirstSteps:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Recipe models, with commas between them.")] = "transformer,resnet",
+    models: Annotated[str, typer.Option(help="Recipe models, separated by commas.")] = "transformer,resnet",
     size: Annotated[str, typer.Option(help="Recipe size.")] = "small",
     budget: Annotated[str, typer.Option(help="Activation budget.")] = "40%",
-    alone: Annotated[bool, typer.Option(help="Train the one model in this process, and print JSON.")] = False,
+    alone: Annotated[bool, typer.Option(help="Train one model in this process, and print JSON.")] = False,
 ) -> None:
     """Print the seconds of the first steps without and with a warm cache."""
     if alone:

@@ -1,4 +1,4 @@
-"""Which recipes does a benchmark train? The options that benchmarks of recipes share."""
+"""Declare the command-line options that benchmarks of recipes share."""
 
 from typing import Annotated
 
@@ -8,5 +8,5 @@ from recipes.config import ModelName
 
 __all__ = ["Models", "Size"]
 
-Models = Annotated[list[ModelName] | None, typer.Option(help="Recipe to train; repeat it. All when left out.")]
-Size = Annotated[str, typer.Option(help="The recipes' size: tiny or small.")]
+Models = Annotated[list[ModelName] | None, typer.Option(help="Recipe to train; repeatable. Default: all recipes.")]
+Size = Annotated[str, typer.Option(help="Size of the recipes: tiny or small.")]

@@ -1,14 +1,14 @@
-"""Does any peer recompute fewer FLOPs at its peak than a plan at that peak? `python -m benchmarks.recomputed_flops`.
+"""Compare the FLOPs that peers and plans recompute at equal peaks: `python -m benchmarks.recomputed_flops --help`.
 
-Recipes are trained on the CPU in each peer's way, then under a budget of the peer's measured peak. FLOPs of matrix
-products, convolutions and attention are counted by torch's `FlopCounterMode` while one settled step runs, and peaks are
-measured from allocator events in another; what a way counts beyond plain training is recomputed. Torch's budgeted
-partitioner (`activation_memory_budget`) runs its graphs in eager mode, so that they can be counted; they are not timed,
-for nobody would train that way. Plans are made for the fewest operations here (`costs="operations"`). With
-`--costs seconds` they are made for the least time, as they are by default: on a CPU a norm may take as long as a
-convolution, and a peer that repeats nothing but norms counts no FLOPs at all. Rows with more FLOPs than the peer's are
-marked, and the exit code is then 1, as it is where a plan is over its peer's peak. Seconds are the quickest of a few
-steps, and decide nothing. The simulator's own comparison, in seconds, is `benchmarks.peers_in_simulator`.
+Recipes train on the CPU with each peer, then under a budget of the peer's measured peak. Torch's `FlopCounterMode`
+counts the FLOPs of matrix products, convolutions and attention in one settled step; allocator events of another step
+give the peak. What exceeds plain training's count is recomputed. The graphs of torch's budgeted partitioner
+(`activation_memory_budget`) run in eager mode, so that they can be counted; they are not timed, because nobody would
+train that way. Plans minimise operations here (`costs="operations"`). With `--costs seconds` they minimise time, which
+is the package's default: on a CPU a norm may take as long as a convolution, but a peer that recomputes only norms
+counts no FLOPs. A row is marked, and the exit code is 1, where a plan recomputes more FLOPs than the peer or exceeds
+its peak. Seconds are those of the quickest of a few steps and decide nothing. `benchmarks.peers_in_simulator` compares
+in simulated seconds.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -58,7 +58,7 @@ _CHECKPOINTS = (Mode.checkpoint, Mode.selective)
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """What one step of one way of training takes; `step_s` is `None` where it was not timed."""
+    """What one step takes with one way of training; `step_s` is `None` if it was not timed."""
 
     peak_bytes: int
     flops: int
@@ -67,9 +67,9 @@ class _Cost:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One peer, and the plan under a budget of its peak. `plan_flops` is `None` where no plan is that small.
+    """One peer, and the plan under a budget of its peak. `plan_flops` is `None` if no plan meets that budget.
 
-    FLOPs are those beyond plain training's `plain_flops`; peaks are bytes of activations; seconds are a step's.
+    FLOPs are those beyond plain training's `plain_flops`. Peaks are bytes of activations. Seconds are of one step.
     """
 
     model: str
@@ -86,18 +86,18 @@ class Row:
 
     @property
     def is_good(self) -> bool:
-        """Whether the plan keeps to the peer's peak and recomputes no more; so where the peer is below any plan."""
+        """Whether the plan keeps within the peer's peak and recomputes no more than it, or no plan is that small."""
         if self.plan_peak_bytes is None or self.plan_flops is None:
             return True
         return self.plan_peak_bytes <= self.peer_peak_bytes and self.plan_flops <= self.peer_flops
 
 
 class _Counting:
-    """Torch's partitioner under a budget, its graphs run in eager mode and counted."""
+    """Runs the graphs of torch's budgeted partitioner in eager mode, and counts their FLOPs."""
 
     def __init__(self, workload: Workload) -> None:
         self.flops = 0
-        # Typed as any: torch annotates none of these.
+        # `Any`, because torch annotates none of these.
         backend: Any = aot_autograd(
             fw_compiler=self._compile,
             bw_compiler=self._compile,
@@ -114,7 +114,7 @@ class _Counting:
             self.flops += counter.get_total_flops()
             return outputs
 
-        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess] - torch's way to mark it
+        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess] - torch marks it this way
         return run
 
 
@@ -129,9 +129,9 @@ def _cost(
     counting: _Counting | None = None,
     listener: Listener | None = None,
 ) -> _Cost:
-    """Train some steps, until the plan that `listener` hears of is settled, and take what one step costs.
+    """Train until the plan that `listener` records has settled, and return what one step costs.
 
-    **Raises:** `RuntimeError` where it does not settle.
+    **Raises:** `RuntimeError` if it does not settle.
     """
 
     def step(batch: Batch) -> None:
@@ -173,7 +173,7 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def _peers(config: CompareConfig, batches: Sequence[Batch], console: Console) -> list[tuple[str, _Cost]]:
-    """Return what each peer costs; one that cannot train the model is named on `console` and left out."""
+    """Return what each peer costs, without those that cannot train the model; `console` shows why."""
     found: list[tuple[str, _Cost]] = []
     for mode in _CHECKPOINTS:
         workload = _build(config)
@@ -201,9 +201,9 @@ def compare(
     costs: Costs = Costs.OPERATIONS,
     precision: Precision = Precision.fp32,
 ) -> list[Row]:
-    """Return a row for each peer on the recipe `model` at `size`; `costs`: what plans take least of.
+    """Return a row for each peer on the recipe `model` at `size`. `costs`: what plans minimise.
 
-    **Raises:** whatever building, compiling or training raises.
+    **Raises:** the errors of building, compiling and training.
     """
     config = compose_config([f"model={model}", f"size={size}", "device=cpu", f"shape.precision={precision.value}"])
     batches = make_batches(config.model.name, config.shape, num_batches=_MAX_STEPS + 2, seed=config.seed)
@@ -242,7 +242,7 @@ def compare(
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table; `!` marks what is not as it should be."""
+    """Return the rows as a Markdown table; `!` marks a failure."""
     head = "| model | peer | peak, MiB | of plain | recomputed, MFLOP | step, plain = 1 |"
     head += " plan's peak, MiB | plan's MFLOP | plan's step |\n"
     lines = [head + "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
@@ -270,13 +270,15 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 def main(
     model: Models = None,
     size: Size = "small",
-    costs: Annotated[Costs, typer.Option(help="What plans are to take least of.")] = Costs.OPERATIONS,
-    precision: Annotated[Precision, typer.Option(help="Number format of parameters, or of autocast.")] = Precision.fp32,
-    export: Annotated[Path, typer.Option(help="JSON to write; the table goes beside it as Markdown.")] = Path(
+    costs: Annotated[Costs, typer.Option(help="What plans minimise.")] = Costs.OPERATIONS,
+    precision: Annotated[
+        Precision, typer.Option(help="Number format of the parameters, or of autocast regions.")
+    ] = Precision.fp32,
+    export: Annotated[Path, typer.Option(help="JSON file to write; the table goes beside it as Markdown.")] = Path(
         f"results/{_TODAY}_recomputed_flops.json"
     ),
 ) -> None:
-    """Compare what peers and plans recompute at equal peaks, measured."""
+    """Measure and compare what peers and plans recompute at equal peaks."""
     torch.set_num_threads(1)
     console = Console()
     rows: list[Row] = []
@@ -291,10 +293,10 @@ def main(
             "rows": [asdict(r) for r in rows],
         }
         export.parent.mkdir(parents=True, exist_ok=True)
-        # After every model: one that is stopped by hand leaves what it measured.
+        # After every model, so that an interrupted benchmark leaves what it measured.
         export.write_text(json.dumps(where, indent=1) + "\n")
         title = f"# Recomputed FLOPs at equal peaks, {_TODAY}\n\n"
-        title += f"Size `{size}`, {precision.value}, plans for the least {costs.value}, "
+        title += f"Size `{size}`, {precision.value}, plans that minimise {costs.value}, "
         title += f"torch {package_version('torch')}.\n\n"
         export.with_suffix(".md").write_text(title + markdown_table(rows))
     console.print(markdown_table(rows), soft_wrap=True)

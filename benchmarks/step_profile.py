@@ -1,8 +1,8 @@
-"""Where does a mode's step spend its time? `python -m benchmarks.step_profile --help`.
+"""Profile where the time of a step goes in each mode: `python -m benchmarks.step_profile --help`.
 
-All modes train in one process and take turns, step by step, so that a device that slows down slows all of them. Then
-one step of each is profiled: how long the device was busy, how long the host took to hand out the work, and which
-kernels it ran how often. The difference of two modes' kernel tables is what one does and the other does not.
+All modes train in one process and alternate step by step, so that a device that slows down slows all of them. Then one
+step of each is profiled: how long the device was busy, how long the host took to launch the work, and how often each
+kernel ran. The difference of two modes' kernel tables shows what only one of them does.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -41,9 +41,9 @@ NUM_KERNELS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ModeProfile:
-    """One mode's step. Times in seconds; `host_s` ends when backward returns, before the device has finished.
+    """A step of one mode. `host_s` ends when backward returns, before the device has finished.
 
-    `chain` and `schedule` are those of the plan in force: what the planner saw and what it made of it.
+    `chain` and `schedule` are the active plan's: what the planner was given and what it returned.
     """
 
     mode: str
@@ -71,7 +71,7 @@ class _Trainee:
 
 
 class _Watcher:
-    """Keeps the last plan and the last step's profile."""
+    """An observer that keeps the last plan and the last step's profile."""
 
     def __init__(self) -> None:
         self.plan: PlanReport | None = None
@@ -90,7 +90,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _step(workload: Workload, batch: Batch, device: torch.device) -> tuple[float, float]:
-    """Seconds until the device is done, and until the host is."""
+    """Return the seconds until the device has finished, and until the host has."""
     workload.model.zero_grad(set_to_none=True)
     _synchronize(device)
     began = time.perf_counter()
@@ -101,7 +101,7 @@ def _step(workload: Workload, batch: Batch, device: torch.device) -> tuple[float
 
 
 def _kernels(step: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
-    """Run `step` under the profiler; by kernel (on the CPU: by op), how often it ran and the seconds of all."""
+    """Run `step` under the profiler; return the count and the total seconds of each kernel (on the CPU: of each op)."""
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with profile(activities=activities) as profiler:
@@ -167,12 +167,12 @@ def _show(found: ModeProfile, base: ModeProfile) -> None:
 
 
 def main(
-    overrides: Annotated[list[str], typer.Argument(help="As for `recipes.compare`: model=transformer size=medium ...")],
+    overrides: Annotated[list[str], typer.Argument(help="As in `recipes.compare`: model=transformer size=medium ...")],
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each mode.")] = 10,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of each mode before those.")] = 6,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Untimed steps of each mode, before the timed ones.")] = 6,
     export: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/step_profile.json"),
 ) -> None:
-    """Time modes in turns and profile a step of each; the first mode is the one the others are compared with."""
+    """Time steps of the modes alternately and profile a step of each; the first mode is the base of the comparison."""
     config = compose_config(overrides)
     device = pick_device(config.device)
     if config.threads:

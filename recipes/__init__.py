@@ -1,1 +1,1 @@
-"""Runnable comparisons of height-compressed backpropagation with what people use today, on real data."""
+"""Programs that compare height-compressed backpropagation with other methods, on real data."""

@@ -1,4 +1,4 @@
-"""What does a comparison's activation budget come to, in bytes and as a share of plain training?"""
+"""Convert a comparison's activation budget to bytes, or to a share of plain training's peak."""
 
 import math
 
@@ -23,12 +23,12 @@ def budget_bytes(budget: str, *, naive_peak_bytes: int) -> int:
 def budget_share(budget: str, *, naive_peak_bytes: int) -> float:
     """Return `budget` as a share of plain training's activation peak, at most 1.
 
-    **Raises:** `BudgetError` when `budget` cannot be read, or is in bytes while the peak is not known (0).
+    **Raises:** `BudgetError` when `budget` cannot be read, or is in bytes and the peak is unknown (0).
     """
     parsed = parse_budget(budget, BudgetKind.ACTIVATION)
     if parsed.fraction is not None:
         return parsed.fraction
     if naive_peak_bytes <= 0:
-        raise BudgetError(f"`budget={budget}` needs plain training's peak to become a share: let mode `naive` finish.")
+        raise BudgetError(f"`budget={budget}` needs plain training's peak to become a share: run `naive` first.")
     assert parsed.size_bytes is not None
     return min(1.0, parsed.size_bytes / naive_peak_bytes)

@@ -1,6 +1,7 @@
-"""Which way to spend less activation memory is best for a model? `python -m recipes.compare --help`.
+"""Compare the ways to train a model in less activation memory: `python -m recipes.compare --help`.
 
-Trains one model in every mode, each in its own process with the same seeds and data, and writes a table and a picture.
+It trains one model in every mode, each in its own process with the same seeds and data, and writes a table and a
+picture.
 """
 
 import sys
@@ -26,9 +27,9 @@ register_schemas()
 
 
 def compare(config: CompareConfig, folder: Path, *, console: Console) -> tuple[Outcome, ...]:
-    """Train in every mode that `config` names and write table, picture and results to `folder`.
+    """Train in every mode that `config` names, and write the table, the picture and the results to `folder`.
 
-    **Returns:** the outcomes, that of plain training first.
+    **Returns:** the outcomes, plain training's first.
 
     **Raises:** `ConfigError` when `config.mode` names no mode.
     """
@@ -49,7 +50,7 @@ def write_report(config: CompareConfig, outcomes: Sequence[Outcome], folder: Pat
 
 @hydra.main(config_path=str(conf_dir()), config_name="compare", version_base="1.3")
 def main(config: DictConfig) -> None:
-    """Compare, in the folder that Hydra made for the run."""
+    """Run the comparison in the folder that Hydra made for it."""
     console = Console()
     outcomes = compare(to_compare_config(config), Path(HydraConfig.get().runtime.output_dir), console=console)
     if naive_of(outcomes) is None:

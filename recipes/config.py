@@ -1,6 +1,6 @@
-"""What can a user set? The Hydra schema of `conf/`: every key there is a field here, with the same name.
+"""Define the Hydra schema of `conf/`: every key there is a field of the same name here.
 
-The classes are not frozen because OmegaConf writes into them while it composes a run; nobody writes afterwards.
+The classes are not frozen because OmegaConf writes into them while it composes a run. Nothing writes to them later.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class ModelName(Enum):
 
 
 class Architecture(Enum):
-    """Which network of the family: Llama or GPT-2 for the transformer, one each for the others."""
+    """The network of a family: Llama or GPT-2 for the transformer; the other families have one each."""
 
     llama = "llama"
     gpt2 = "gpt2"
@@ -53,7 +53,7 @@ class Architecture(Enum):
 
 
 class Precision(Enum):
-    """Number format: of parameters and activations (`fp32`, `bf16`), or of autocast regions alone."""
+    """Number format of parameters and activations (`fp32`, `bf16`), or of autocast regions alone (`bf16_autocast`)."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -61,7 +61,7 @@ class Precision(Enum):
 
 
 class OptimizerName(Enum):
-    """The optimizer that runs between two steps; its time and memory are not measured."""
+    """The optimizer that runs between two steps. Its time and memory are not measured."""
 
     sgd = "sgd"
     adamw = "adamw"
@@ -69,7 +69,7 @@ class OptimizerName(Enum):
 
 @dataclass(slots=True)
 class ModelConfig:
-    """What is trained, at any size. `dropout` applies to GPT-2 and to the U-Net; Llama and ResNet have none."""
+    """The model to train, at any size. `dropout` applies to GPT-2 and to the U-Net; Llama and ResNet have none."""
 
     name: ModelName = MISSING
     architecture: Architecture = MISSING
@@ -80,7 +80,7 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class Shape:
-    """Extents that every family has."""
+    """The extents that every family has."""
 
     batch_size: int = MISSING
     precision: Precision = Precision.fp32
@@ -88,7 +88,7 @@ class Shape:
 
 @dataclass(slots=True)
 class TransformerShape(Shape):
-    """Extents of a Llama or GPT-2. Input is bytes, so `vocab_size` is at least 256; more only enlarges the logits."""
+    """Extents of a Llama or GPT-2. The input is bytes: `vocab_size` is at least 256; more only enlarges the logits."""
 
     num_tokens: int = MISSING
     hidden_size: int = MISSING
@@ -125,7 +125,7 @@ class UNetShape(Shape):
 
 @dataclass(slots=True)
 class SizeConfig:
-    """How long one measurement takes: `steps` optimizer steps, of which `warmup_steps` are not timed."""
+    """The length of one measurement: `steps` optimizer steps, of which the first `warmup_steps` are not timed."""
 
     name: str = MISSING
     steps: int = MISSING
@@ -137,9 +137,9 @@ class SizeConfig:
 class CompareConfig:
     """One comparison: a model, its extents, a budget, and the modes that train it.
 
-    `mode` is `all`, a mode's name, or a list of names; `naive` always runs too, for it is what the others are compared
-    with. `budget` bounds activations: bytes (`"2GiB"`) or a share of what plain training keeps (`"30%"`).
-    `device` is `auto`, `cpu` or `cuda`; `threads` 0 leaves torch's choice.
+    `mode` is `all`, a mode's name, or a list of names. `naive` always runs, because the others are compared with it.
+    `budget` bounds activations: bytes (`"2GiB"`) or a share of what plain training keeps (`"30%"`). `device` is `auto`,
+    `cpu` or `cuda`. `threads=0` leaves the number of threads to torch.
     """
 
     model: ModelConfig = MISSING
@@ -161,19 +161,19 @@ SHAPES: dict[ModelName, type[Shape]] = {
 
 
 def conf_dir() -> Path:
-    """Return the absolute folder of the Hydra configuration: beside this package in a checkout, else in the wheel.
+    """Return the absolute folder of the Hydra configuration: beside this package in a checkout, or else in the wheel.
 
-    **Raises:** `ConfigError` when neither place has it.
+    **Raises:** `ConfigError` when it is in neither place.
     """
     beside = Path(__file__).resolve().parent.parent
     for candidate in (beside / "conf", beside / "tinybp_lightning" / "conf"):
         if (candidate / "compare.yaml").is_file():
             return candidate
-    raise ConfigError(f"no `conf/compare.yaml` at `{beside}`: reinstall the package, or run from a whole checkout.")
+    raise ConfigError(f"`{beside}` has no `conf/compare.yaml`: reinstall the package, or run from a checkout.")
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, as the schemas that the YAML files name in their defaults."""
+    """Register the dataclasses with Hydra, as the schemas that the YAML files name in their defaults."""
     store = ConfigStore.instance()
     store.store(name="compare_schema", node=CompareConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)
@@ -202,7 +202,7 @@ def save_config(config: CompareConfig, path: Path) -> None:
 def load_config(path: Path) -> CompareConfig:
     """Return the configuration that `save_config` wrote.
 
-    **Raises:** OmegaConf's own errors for keys and values that the schema does not have.
+    **Raises:** OmegaConf's own errors for keys and values that the schema does not allow.
     """
     saved = cast(DictConfig, OmegaConf.load(path))
     schema = OmegaConf.structured(
@@ -212,7 +212,7 @@ def load_config(path: Path) -> CompareConfig:
 
 
 def to_compare_config(config: DictConfig) -> CompareConfig:
-    """Return the composed `config` as the dataclasses above.
+    """Return the composed `config` as a `CompareConfig`.
 
     **Raises:** `omegaconf.MissingMandatoryValue` when an extent is not set.
     """

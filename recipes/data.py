@@ -1,9 +1,9 @@
-"""What do the recipes train on? Real data that installed packages carry, so that nothing is downloaded.
+"""Make batches of real data that installed packages contain, so that nothing is downloaded.
 
-Text is CPython's own language reference (`pydoc_data.topics`), read as bytes; images are scikit-learn's handwritten
-digits (`load_digits`) and its two photographs (`load_sample_images`). Batches depend on the seed alone, and come from
-generators of their own: the model's random numbers are not touched. The text differs between Python versions, so each
-run reports a digest of its batches.
+The text is CPython's own language reference (`pydoc_data.topics`), read as bytes. The images are scikit-learn's
+handwritten digits (`load_digits`) and its two photographs (`load_sample_images`). Batches depend on the seed alone, and
+have a random generator of their own, so they do not touch the model's random numbers. The text differs between Python
+versions, so each run reports a digest of its batches.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -33,14 +33,14 @@ __all__ = [
     "topics_text",
 ]
 
-# Noise schedule of the denoising task: linear variances of DDPM (Ho et al. 2020, section 4).
+# The noise schedule of the denoising task: linear variances, as in DDPM (Ho et al. 2020, section 4).
 NUM_NOISE_LEVELS = 1000
 FIRST_VARIANCE, LAST_VARIANCE = 1e-4, 2e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's data: keyword arguments of the model, and the target where the model does not compute its loss."""
+    """One step's data: the model's keyword arguments, and the target if the model does not compute its own loss."""
 
     inputs: Mapping[str, Tensor]
     target: Tensor | None = None
@@ -56,7 +56,7 @@ def make_batches(name: ModelName, shape: Shape, *, num_batches: int, seed: int) 
 
     **Returns:** the same tensors, bit for bit, for the same arguments and package versions.
 
-    **Raises:** `ConfigError` when the data has nothing of the size that `shape` asks for.
+    **Raises:** `ConfigError` when the data has no sample of the size that `shape` asks for.
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(_batch(name, shape, generator) for _ in range(num_batches))
@@ -80,13 +80,13 @@ def _batch(name: ModelName, shape: Shape, generator: torch.Generator) -> Batch:
 @cache
 def topics_text() -> bytes:
     """Return CPython's language reference as one text, its topics in alphabetical order."""
-    from pydoc_data.topics import topics  # noqa: PLC0415  half a megabyte of source that only the text recipe needs
+    from pydoc_data.topics import topics  # noqa: PLC0415  half a megabyte of source, for the text recipe only
 
     return "\n\n".join(topics[title] for title in sorted(topics)).encode()
 
 
 def _text_batch(shape: TransformerShape, generator: torch.Generator) -> Batch:
-    """Windows of the text at random places; the model shifts the labels itself."""
+    """Cut windows at random places of the text; the model itself shifts the labels."""
     text = torch.frombuffer(bytearray(topics_text()), dtype=torch.uint8)
     if shape.vocab_size <= int(text.max()):
         raise ConfigError(f"`vocab_size={shape.vocab_size}` is too small for bytes: set `shape.vocab_size` to 256.")
@@ -106,7 +106,7 @@ def digit_images() -> tuple[Tensor, Tensor]:
 
 
 def _digits_batch(shape: ResNetShape, generator: torch.Generator) -> Batch:
-    """Random digits, enlarged to the configured size and repeated over three channels."""
+    """Draw random digits, enlarge them to the configured size, and repeat them over three channels."""
     pixels, labels = digit_images()
     rows = torch.randint(len(pixels), (shape.batch_size,), generator=generator)
     extent = (shape.image_size, shape.image_size)
@@ -116,7 +116,7 @@ def _digits_batch(shape: ResNetShape, generator: torch.Generator) -> Batch:
 
 
 def _sklearn_datasets() -> Any:
-    """Imported late: it costs a second that the text recipe need not pay. Without stubs, so typed where it is used."""
+    """Import late, as the text recipe does without; untyped, as scikit-learn has no stubs."""
     return importlib.import_module("sklearn.datasets")
 
 
@@ -128,7 +128,7 @@ def photographs() -> tuple[Tensor, ...]:
 
 
 def _denoising_batch(shape: UNetShape, generator: torch.Generator) -> Batch:
-    """Patches of the photographs, each noised to a random level; the target is the noise (Ho et al. 2020, eq. 14)."""
+    """Noise patches of the photographs, each at a random level; the target is the noise (Ho et al. 2020, eq. 14)."""
     patches = torch.stack([_patch(shape.image_size, generator) for _ in range(shape.batch_size)])
     noise = torch.randn(patches.shape, generator=generator)
     levels = torch.randint(NUM_NOISE_LEVELS, (shape.batch_size,), generator=generator)
@@ -155,7 +155,7 @@ def _memory_format(is_channels_last: bool) -> torch.memory_format:
 
 
 def batches_sha256(batches: tuple[Batch, ...]) -> str:
-    """Return a digest of every tensor in `batches`, in order, so that two runs can prove they saw the same data."""
+    """Return a digest of every tensor in `batches`, in order, so that two runs can show that they saw the same data."""
     digest = hashlib.sha256()
     for batch in batches:
         tensors = [*batch.inputs.items(), *([] if batch.target is None else [("target", batch.target)])]

@@ -1,8 +1,8 @@
-"""Does `strategy="hcb"` train a real model on real text in less memory, and the same? `python -m recipes.demo`.
+"""Show that `strategy="hcb"` trains a real model in less memory with the same losses: `python -m recipes.demo`.
 
-Two Lightning runs of one small Llama on CPython's own documentation, byte by byte: the plain strategy, then
-`hcb` at a share of the activations. Every logged loss is compared bit for bit, one late step of each run is measured
-by the allocator's events, and a table and a picture are written. Ends with exit code 1 if a promise is broken.
+It trains a small Llama on CPython's own documentation, byte by byte, in two Lightning runs: with the plain strategy,
+then with `hcb` at a share of the activations. It compares every logged loss bit for bit, measures one late step of each
+run from the allocator's events, and writes a table and a picture. The exit code is 1 if a check fails.
 """
 
 # torch and Lightning annotate their members in part only, so the rules would report them and not us.
@@ -40,7 +40,7 @@ _MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One finished run: every step's logged loss, the measured step, and seconds for all steps."""
+    """One finished run: the logged loss of every step, the memory of the measured step, and the time of all steps."""
 
     name: str
     losses: tuple[torch.Tensor, ...]
@@ -49,7 +49,7 @@ class Fit:
 
 
 class TextModel(pl.LightningModule):
-    """A language model as a user would write it; nothing in here knows about memory."""
+    """A language model as a user would write it, without any code about memory."""
 
     def __init__(self, workload: Workload, config: CompareConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class TextModel(pl.LightningModule):
 
 
 class _MeasuredStep(pl.Callback):
-    """Profiles one step's forward and backward, seen from outside."""
+    """Profiles the forward and the backward of one step with torch's profiler."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -86,7 +86,7 @@ class _MeasuredStep(pl.Callback):
             self._profiler.start()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Stop once the gradients are there."""
+        """Stop when the backward has made the gradients."""
         if self._profiler is not None:
             self._profiler.stop()
             self.memory, self._profiler = cpu_memory(self._profiler, pl_module), None
@@ -99,7 +99,7 @@ def main(
     steps: Annotated[int, typer.Option(min=8, help="Training steps of each run.")] = 40,
     output: Annotated[Path, typer.Option(help="Folder for demo.md and demo.png.")] = Path("outputs/demo"),
 ) -> None:
-    """Train a small Llama on real text, plainly and under a memory budget, and compare everything."""
+    """Train a small Llama on real text, plainly and under a memory budget, and compare the two runs."""
     console = Console()
     config = compose_config(["model=transformer", "size=small", f"size.steps={steps}", "device=cpu"])
     recorder = PlanRecorder()
@@ -108,10 +108,10 @@ def main(
     ours = _fit(f"hcb {budget}", strategy, config)
     plan = recorder.plan
     if plan is None:
-        raise SystemExit("demo: no plan was made; the strategy did not see the model train.")
+        raise SystemExit("demo: the strategy made no plan, so it did not see the model train.")
     checks = {
         "every logged loss is bit-identical": _same(plain.losses, ours.losses),
-        "the loss fell": bool(ours.losses[-1] < ours.losses[0]),
+        "the loss has fallen": bool(ours.losses[-1] < ours.losses[0]),
         "the measured peak is within the budget": ours.memory.activation_peak_bytes <= plan.budget_bytes,
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _fit(name: str, strategy: Any, config: CompareConfig) -> Fit:
         trainer.fit(model, loader)
     wall_s = time.perf_counter() - started
     if measured.memory is None:
-        raise SystemExit(f"demo: the measured step of `{name}` never ran.")
+        raise SystemExit(f"demo: the measured step of `{name}` did not run.")
     return Fit(name, tuple(model.losses), measured.memory, wall_s)
 
 

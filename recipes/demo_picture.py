@@ -1,4 +1,4 @@
-"""What does the demo's picture show? The two runs' losses, and the memory of one step of each."""
+"""Draw the demo's picture: the two runs' losses, and the memory of one step of each."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

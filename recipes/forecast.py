@@ -1,4 +1,4 @@
-"""What did `tinybp_lightning` say about the step before it ran? The last plan, as a peak and a timeline."""
+"""Record what `tinybp_lightning` predicts for a step: the last plan's peak and memory timeline."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ __all__ = ["PlanRecorder", "Prediction", "predict"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a mode said about the memory of its own step; `timeline` lasts as long as the mode thinks the step does."""
+    """What a mode predicts for the memory of its step. `timeline` spans the step time that the mode predicts."""
 
     peak_bytes: int
     timeline: Timeline
@@ -29,20 +29,20 @@ class PlanRecorder:
         self.plans[plan.target] = plan
 
     def on_replay(self, profile: StepProfile) -> None:
-        """The referee measures steps itself."""
+        """Do nothing: `recipes.measure` measures the steps."""
 
     @property
     def plan(self) -> PlanReport | None:
-        """The last plan of the target that needs most memory; `None` when nothing was planned."""
+        """The last plan of the target that needs the most memory; `None` when there is no plan."""
         return max(self.plans.values(), key=lambda plan: plan.plain_peak_bytes, default=None)
 
     def prediction(self) -> Prediction | None:
-        """Return what that plan predicted; `None` when nothing was planned."""
+        """Return the prediction of that plan; `None` when there is no plan."""
         return None if self.plan is None else predict(self.plan)
 
 
 def predict(plan: PlanReport) -> Prediction:
-    """Return the peak and the memory timeline of `plan`: at each action, its peak from its start to its end."""
+    """Return the peak and the memory timeline of `plan`: for each action, its peak from its start to its end."""
     simulated = simulate(plan.chain, plan.schedule)
     times_s: list[float] = []
     live: list[int] = []

@@ -1,7 +1,7 @@
-"""How do many modes run without touching one another? Each in a process of its own, one after the other.
+"""Run each mode in a process of its own, one after the other.
 
-Compilers, allocators and random numbers are process-wide, so a mode must not see what another one left behind; and a
-mode that crashes, runs out of memory or hangs is an outcome like any other.
+Compilers, allocators and random generators have process-wide state, which one mode must not pass on to the next. A mode
+that crashes, runs out of memory or hangs gives an outcome like any other.
 """
 
 import os
@@ -27,12 +27,12 @@ MEBIBYTE = 2**20
 
 
 def run_modes(config: CompareConfig, modes: Sequence[Mode], folder: Path, *, console: Console) -> tuple[Outcome, ...]:
-    """Train `config`'s model in each of `modes`, plain training first whether or not it is named.
+    """Train `config`'s model in each of `modes`; plain training always runs, as the first.
 
-    **Arguments:** `folder`: receives `config.yaml`, and for each mode its JSON and its log; made when absent.
+    **Arguments:** `folder`: receives `config.yaml`, and a JSON file and a log for each mode; it is made when absent.
     `console`: shows the progress.
 
-    **Returns:** outcomes, that of `naive` first; failures are among them.
+    **Returns:** the outcomes, failures included, that of `naive` first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
@@ -79,7 +79,7 @@ def _run_mode(
     command += ["--naive-peak-bytes", str(naive_peak_bytes)]
     result.unlink(missing_ok=True)
     with log.open("w") as log_file:
-        # A session of its own, so that a timeout reaches the compiler's worker processes as well.
+        # In a process group of its own, so that a timeout also ends the compiler's worker processes.
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -115,14 +115,14 @@ def _forward_lines(stream: IO[str], on_line: Callable[[str], None]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, where a child finds `recipes` wherever it was started from."""
+    """Return this process's environment, changed so that a child finds `recipes` from any working directory."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
 
 
 def error_line(log: str) -> str:
-    """Return the line of `log` that names the exception of its last traceback; empty when there is none."""
+    """Return the line of `log` that names the exception of its last traceback; empty if `log` has no traceback."""
     _, found, tail = log.rpartition("Traceback (most recent call last):\n")
     lines = tail.splitlines() if found else []
     return next((line for line in lines if line and not line[0].isspace()), "")

@@ -1,9 +1,9 @@
-"""What does training cost: how long is a step, how much memory is alive in it, and what did it compute?
+"""Measure training: the time of a step, the memory that is alive in it, and digests of what it computed.
 
-A step is a forward and a backward; the optimizer runs between steps, unmeasured. Time is taken without a profiler.
-Memory is taken in one further step, from allocator events: `torch.profiler` on the CPU, the caching allocator's own
-history on CUDA. Digests of gradients, parameters and buffers tell whether two modes computed the same thing. Nothing
-here uses the package that is being judged.
+A step is a forward and a backward; the optimizer runs between steps and is not measured. Steps are timed without a
+profiler. One further step is measured for memory, from allocator events: `torch.profiler`'s on the CPU, the caching
+allocator's own history on CUDA. Digests of gradients, parameters and buffers show whether two modes computed the same.
+Nothing here uses the package that is being judged.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -32,11 +32,11 @@ from recipes.timeline import MemoryEvent, StepMemory, Timeline, account, downsam
 
 __all__ = ["cpu_memory", "cuda_events", "measure", "package_version", "record_memory", "tensors_sha256"]
 
-# Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
+# Kineto writes a line to stderr each time a profiler starts or stops. It reads this setting when the first one starts.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 NANOSECONDS = 1e-9
 MICROSECONDS = 1e-6
-# Past this the CUDA allocator's history would overwrite its own beginning.
+# With more events the CUDA allocator's history would overwrite its own beginning.
 MAX_CUDA_EVENTS = 4_000_000
 
 
@@ -57,10 +57,12 @@ def measure(
 ) -> Measurement:
     """Train on all but the last of `batches`, then profile a step on the last one.
 
-    **Arguments:** `warmup_steps`: steps that are not timed. `seed`: of the random numbers of the whole run, set once,
-    so that a mode that draws more of them than plain training shows in its losses. `on_step`: told each step's index.
+    **Arguments:** `warmup_steps`: steps that are not timed. `seed`: seeds the random numbers once, for the whole run,
+    so that a mode that draws more of them than plain training gets other losses. `on_step`: called with each step's
+    index.
 
-    **Returns:** the measurement; digests are of the state after the last optimizer step and of the profiled gradients.
+    **Returns:** the measurement. Its digests are of the state after the last optimizer step and of the gradients of the
+    profiled step.
 
     **Raises:** `ValueError` unless at least one step is timed.
     """
@@ -109,7 +111,7 @@ def _step(workload: Workload, batch: Batch) -> float:
 
 
 def _timed_step(workload: Workload, batch: Batch, device: torch.device) -> tuple[float, float]:
-    """Seconds and loss of one step; `loss.item()` has waited for a CUDA device's forward, so wait for the rest."""
+    """Return the seconds and the loss of one step, after the device has finished it."""
     _synchronize(device)
     begin_s = time.perf_counter()
     loss = workload.loss(batch)
@@ -124,7 +126,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def record_memory(step: Callable[[], None], model: nn.Module) -> _Recorded:
-    """Run `step` and return what it allocated on the device of `model`, whose gradients must be `None` before.
+    """Run `step` and return what it allocated on the device of `model`, whose gradients must be `None` at the start.
 
     **Arguments:** `step`: one forward and backward that leaves gradients in `model`'s parameters.
 
@@ -133,7 +135,7 @@ def record_memory(step: Callable[[], None], model: nn.Module) -> _Recorded:
     stale = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     if stale:
         raise ValueError(f"`{stale[0]}` has a gradient before the step: call `zero_grad(set_to_none=True)` first.")
-    # Garbage of earlier steps would be released inside this one.
+    # Otherwise garbage of earlier steps could be released inside this one.
     gc.collect()
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -148,9 +150,9 @@ def _record_cpu(step: Callable[[], None], model: nn.Module) -> _Recorded:
 
 
 def cpu_memory(profiler: profile, model: nn.Module) -> StepMemory:
-    """Return what a profiled step (`profile_memory=True`) allocated, given the model whose gradients it left behind."""
+    """Return what a profiled step (`profile_memory=True`) allocated, given the model that has its gradients."""
     kineto = cast(Any, profiler).profiler.kineto_results
-    # Sorted as integers: seconds since 1970 in a float cannot tell two allocations apart.
+    # Sorted by integer nanoseconds: floats of seconds since 1970 would make two allocations equal.
     nodes = sorted(_allocations(kineto.experimental_event_tree()), key=lambda node: node.start_time_ns)
     begin_ns = nodes[0].start_time_ns if nodes else 0
     events = [
@@ -161,7 +163,7 @@ def cpu_memory(profiler: profile, model: nn.Module) -> StepMemory:
 
 
 def _allocations(roots: Sequence[Any]) -> Iterator[Any]:
-    """Allocator events of a profiler event tree, depth first; a stack, for the tree may be deeper than recursion."""
+    """Yield the allocator events of a profiler's event tree, depth first, without recursion: the tree may be deep."""
     pending = list(reversed(roots))
     while pending:
         node = pending.pop()
@@ -173,7 +175,7 @@ def _allocations(roots: Sequence[Any]) -> Iterator[Any]:
 def _record_cuda(step: Callable[[], None], model: nn.Module, device: torch.device) -> _Recorded:
     memory = cast(Any, torch.cuda.memory)
     torch.cuda.synchronize(device)
-    # Not `max_memory_allocated`: a mode may reset that counter inside the step, and then it has missed the peak.
+    # Not from `max_memory_allocated`: a mode may reset that counter inside the step, which would hide the peak.
     reserved_bytes = torch.cuda.memory_reserved(device)
     memory._record_memory_history(enabled="all", context=None, max_entries=MAX_CUDA_EVENTS)
     try:
@@ -187,10 +189,10 @@ def _record_cuda(step: Callable[[], None], model: nn.Module, device: torch.devic
 
 
 def cuda_events(entries: Sequence[Mapping[str, Any]]) -> list[MemoryEvent]:
-    """Return the allocations and releases in one device's trace of the caching allocator, in its order.
+    """Return the allocations and releases in one device's trace of the caching allocator, in order.
 
-    **Arguments:** `entries`: as in `torch.cuda.memory._snapshot()["device_traces"]`. A release counts when it is asked
-    for, as in `memory_allocated`: completed releases, and segments taken from the driver, are left out.
+    **Arguments:** `entries`: as in `torch.cuda.memory._snapshot()["device_traces"]`. A release counts when it is
+    requested, as in `memory_allocated`; completed releases and segments from the driver do not count.
     """
     sign = {"alloc": 1, "free_requested": -1}
     changes = [entry for entry in entries if entry["action"] in sign]
@@ -210,7 +212,7 @@ def _gradient_addresses(model: nn.Module) -> list[int]:
 
 
 def _stretch(timeline: Timeline, wall_s: float) -> Timeline:
-    """Profiling slows a step down: let the timeline begin at 0 and end at `wall_s`."""
+    """Scale the timeline to the range from 0 to `wall_s`, because profiling slows a step down."""
     if not timeline.time_s:
         return timeline
     begin_s, end_s = timeline.time_s[0], timeline.time_s[-1]
@@ -219,7 +221,7 @@ def _stretch(timeline: Timeline, wall_s: float) -> Timeline:
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of names, types, shapes and every bit of the tensors, in order."""
+    """Return a digest of the names, types, shapes and bits of the tensors, in order."""
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -239,7 +241,7 @@ def _versions() -> Versions:
 
 
 def package_version(package: str) -> str:
-    """Return the installed version of `package`; empty where it is not installed."""
+    """Return the installed version of `package`; empty when it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

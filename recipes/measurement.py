@@ -1,4 +1,4 @@
-"""What was measured of training in one mode? The record that `recipes.measure` makes; importing it loads no torch."""
+"""Define the records that `recipes.measure` makes. To import them does not load torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ __all__ = ["Measurement", "Versions"]
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Versions of what computed a result; an empty one is not installed."""
+    """Versions of the packages that computed a result; empty for a package that is not installed."""
 
     python: str
     torch: str
@@ -23,10 +23,10 @@ class Measurement:
     """One mode's training run.
 
     `losses` are those of every optimizer step and of the profiled step after them. `wall_s` is the median of the timed
-    steps, `first_step_s` the first one (compilation and planning included). Peaks are bytes above what was alive
-    before the step: `activation_peak_bytes` without the parameters' gradients, `peak_bytes` with them;
-    `residue_bytes` is alive after the step beside them. `reserved_peak_bytes` is the CUDA allocator's, of the whole
-    process. `timeline` shows the activations of the profiled step, stretched to last `wall_s`.
+    steps, `first_step_s` the time of the first (compilation and planning included). Peaks are bytes above what was
+    alive before the step: `activation_peak_bytes` without the parameters' gradients, `peak_bytes` with them.
+    `residue_bytes` is what else is alive after the step. `reserved_peak_bytes` is the CUDA allocator's, for the whole
+    process. `timeline` shows the activations of the profiled step, scaled to last `wall_s`.
     """
 
     losses: tuple[float, ...]

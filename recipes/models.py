@@ -1,8 +1,8 @@
-"""Which networks are trained, what are their repeated blocks, and how is a step's loss computed?
+"""Build the networks that the recipes train, with their repeated blocks and their losses.
 
-Networks come from the libraries people use, built from a config with random weights: nothing is downloaded.
-ResNet is `torchvision.models.ResNet` where torchvision imports and transformers' `ResNetForImageClassification` where
-it does not (a wheel built for CUDA does not import beside a CPU-only torch); `Workload.source` says which.
+The networks come from public libraries and have random weights: nothing is downloaded. The ResNet is
+`torchvision.models.ResNet` where torchvision can be imported, else transformers' `ResNetForImageClassification` (a
+wheel built for CUDA cannot be imported beside a CPU-only torch). `Workload.source` names the one that was built.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -37,7 +37,7 @@ NUM_DIGITS = 10
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A network ready to train. `blocks` are its repeated layers, in execution order; `source` names the library."""
+    """A network ready to train. `blocks` are its repeated layers in execution order; `source` names its class."""
 
     model: nn.Module
     blocks: tuple[nn.Module, ...]
@@ -46,7 +46,7 @@ class Workload:
     source: str
 
     def loss(self, batch: Batch) -> Tensor:
-        """Run the model on `batch` and return its loss, under autocast where the precision asks for it."""
+        """Run the model on `batch` and return its loss, under autocast if the precision asks for it."""
         with self._autocast(next(self.model.parameters()).device.type):
             return self.loss_of(self.model, batch)
 
@@ -95,8 +95,8 @@ def _network(model: ModelConfig, shape: Shape) -> _Network:
             return _unet(shape, model.dropout)
         case _:
             raise ConfigError(
-                f"`model.architecture={model.architecture.value}` does not go with `shape` of type "
-                f"`{type(shape).__name__}`: take llama or gpt2 for a transformer, resnet or unet for their own."
+                f"`model.architecture={model.architecture.value}` does not fit a `shape` of type "
+                f"`{type(shape).__name__}`: use llama or gpt2 for a transformer, resnet or unet for the others."
             )
 
 
@@ -111,7 +111,7 @@ def _llama(shape: TransformerShape) -> _Network:
         num_key_value_heads=shape.num_heads,
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.num_tokens,
-        # A training step has no use for the key-value cache, which would keep keys and values alive.
+        # Training does not use the key-value cache, which would keep keys and values alive.
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
@@ -138,7 +138,7 @@ def _gpt2(shape: TransformerShape, dropout: float) -> _Network:
         eos_token_id=None,
     )
     model = GPT2LMHeadModel(config)
-    # Left unset, the loss warns at every trace, and the warning breaks a compiled graph.
+    # Without it, the loss warns at every trace, and the warning breaks a compiled graph.
     model.loss_type = "ForCausalLM"
     return _Network(model, tuple(model.transformer.h), _own_loss, "transformers.GPT2LMHeadModel")
 
@@ -147,7 +147,7 @@ def _resnet(shape: ResNetShape) -> _Network:
     try:
         torchvision_resnet: Any = importlib.import_module("torchvision.models.resnet")
     except (ImportError, RuntimeError):
-        # Absent, or built for another torch than the one installed (its import raises RuntimeError then).
+        # It is absent, or it was built for another torch (then its import raises RuntimeError).
         return _transformers_resnet(shape)
     layer = torchvision_resnet.Bottleneck if shape.bottleneck else torchvision_resnet.BasicBlock
     model = torchvision_resnet.ResNet(layer, list(shape.depths), num_classes=NUM_DIGITS)
@@ -157,7 +157,7 @@ def _resnet(shape: ResNetShape) -> _Network:
 
 
 def _transformers_resnet(shape: ResNetShape) -> _Network:
-    """The same network (version 1.5: the stride is in the 3x3 convolution), with transformers' module names."""
+    """Build the same network (version 1.5: the stride is in the 3x3 convolution) with transformers' module names."""
     from transformers import ResNetConfig, ResNetForImageClassification  # noqa: PLC0415  one family a run
 
     config: ResNetConfig = cast(Any, ResNetConfig)(

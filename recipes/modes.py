@@ -1,4 +1,4 @@
-"""Which ways to train are compared? Their names alone: what each does is in `recipes.peers`."""
+"""Name the ways to train that are compared; `recipes.peers` implements them."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -37,5 +37,5 @@ def parse_modes(mode: object) -> tuple[Mode, ...]:
     known = {known_mode.value: known_mode for known_mode in Mode}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"`mode={unknown[0]}` is not a mode: take `all` or some of {', '.join(known)}.")
+        raise ConfigError(f"`mode={unknown[0]}` is not a mode: use `all` or some of {', '.join(known)}.")
     return tuple(known[str(name)] for name in dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""What came of training in one mode? A measurement or an error, as data that a JSON file holds."""
+"""Define the outcome of training in one mode (a measurement or an error), and its JSON file."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ __all__ = ["Failed", "Finished", "Outcome", "median_outcome", "read_outcome", "w
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The mode trained. `source` names the network, `data_sha256` the batches, `setup_s` what came before step one."""
+    """The mode trained. `source` names the network, `data_sha256` the batches; `setup_s` precedes the first step."""
 
     mode: Mode
     measurement: Measurement
@@ -29,7 +29,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The mode did not train: `error` is one line, `log` the file with the rest."""
+    """The mode failed: `error` is one line, `log` the path of the file with the rest."""
 
     mode: Mode
     error: str
@@ -40,14 +40,14 @@ Outcome = Finished | Failed
 
 
 def write_outcome(outcome: Outcome, path: Path) -> None:
-    """Write `outcome` as JSON; the mode is its name, and only a failed one has the key `error`."""
+    """Write `outcome` as JSON; the mode is stored by name, and only a failed outcome has the key `error`."""
     path.write_text(json.dumps(asdict(outcome) | {"mode": outcome.mode.value}, indent=1) + "\n")
 
 
 def read_outcome(path: Path) -> Outcome:
     """Return what `write_outcome` wrote.
 
-    **Raises:** `KeyError` or `TypeError` when the file holds something else.
+    **Raises:** `KeyError` or `TypeError` when the file contains something else.
     """
     fields: dict[str, Any] = json.loads(path.read_text())
     mode = Mode(fields["mode"])
@@ -83,7 +83,7 @@ def _timeline(fields: dict[str, Any]) -> Timeline:
 
 
 def median_outcome(trials: Sequence[Outcome]) -> Outcome:
-    """Return one outcome for several trials of one mode: the first failure, or medians of seconds and bytes.
+    """Return one outcome for several trials of one mode: the first failure, or the medians of seconds and bytes.
 
     **Arguments:** `trials`: at least one, all of one mode.
 

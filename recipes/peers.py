@@ -1,8 +1,8 @@
-"""How does each way to spend less activation memory change a model before it trains?
+"""Prepare a model for training in each mode.
 
-One function a mode, each as its documentation recommends and tuned the way an expert would: compiled blocks have
-static shapes, so that equal blocks share one compilation, and a language model's loss is compiled apart. Compilers'
-settings are global: a process applies one mode, once.
+Each mode follows its documentation and is tuned as an expert would tune it: compiled blocks have static shapes, so that
+equal blocks share one compilation, and a language model's loss is compiled apart. The compiler's settings are global:
+a process may apply one mode only.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -28,15 +28,16 @@ from recipes.models import Workload
 from recipes.modes import Mode
 
 if TYPE_CHECKING:
+    from tinybp_lightning.config import CostsChoice, ExecutorChoice
     from tinybp_lightning.runtime.profile import Observer
 
 __all__ = ["apply_mode"]
 
-# More than any recipe's model has distinct blocks: past the default of 8 Dynamo would give up and run eagerly.
+# More than the distinct blocks of any recipe's model: beyond its default of 8, Dynamo would give up and run eagerly.
 MAX_COMPILED_VARIANTS = 256
 
 aten = torch.ops.aten
-# What selective checkpointing keeps: the ops whose recomputation costs most for each byte of their outputs.
+# Selective checkpointing keeps the outputs of these ops: they cost most to recompute for each byte.
 KEPT_OPS: frozenset[Any] = frozenset(
     {
         aten.mm.default,
@@ -62,17 +63,17 @@ def apply_mode(
     budget: str,
     naive_peak_bytes: int,
     observers: Sequence["Observer"] = (),
-    costs: str = "seconds",
+    costs: "CostsChoice" = "seconds",
 ) -> Forecast:
     """Change `workload.model`, in place, so that it trains in `mode`.
 
     **Arguments:** `budget`: for activations, `"30%"` or `"2GiB"`; `naive_peak_bytes`: the activation peak of plain
-    training, which turns bytes into the share that torch's own budget wants (0 when it is not known); `observers`: told
-    of `hcb`'s plans and steps; `costs`: what these take least of.
+    training, which turns bytes into the share that torch's own budget needs (0 when it is not known); `observers`: are
+    told of `hcb`'s plans and steps; `costs`: what `hcb`'s plans minimise.
 
-    **Returns:** a function that tells, after training, what the mode predicted; `None` for modes that do not predict.
+    **Returns:** a function that returns, after training, what the mode predicted, or `None` if it does not predict.
 
-    **Raises:** whatever the mode raises for a model or a budget that it cannot take.
+    **Raises:** the mode's own errors for a model or a budget that it does not accept.
     """
     torch._dynamo.config.recompile_limit = MAX_COMPILED_VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = MAX_COMPILED_VARIANTS
@@ -110,7 +111,7 @@ def _no_forecast() -> Prediction | None:
 
 
 def _checkpoint_blocks(workload: Workload, **options: Any) -> None:
-    """Recompute each block's activations in its backward (non-reentrant, random numbers replayed)."""
+    """Recompute each block's activations in its backward (non-reentrant, with the same random numbers)."""
     for block in workload.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
@@ -124,20 +125,20 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
 
 
 def _compile_blocks(workload: Workload) -> None:
-    """Compile each block by itself; as a function, so that checkpointing can go around it."""
+    """Compile the forward of each block by itself, so that checkpointing can wrap it."""
     for block in workload.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     _compile_token_loss(workload.model)
 
 
 def _compile_token_loss(model: nn.Module) -> None:
-    """Compile a transformers language model's loss, whose float32 logits set the peak when they run eagerly."""
+    """Compile a transformers language model's loss: in eager mode, its float32 logits determine the peak."""
     if hasattr(model, "lm_head") and hasattr(model, "loss_function"):
         cast(Any, model).loss_function = torch.compile(cast(Any, model).loss_function, dynamic=False)
 
 
 def _set_memory_budget(budget: str, naive_peak_bytes: int) -> None:
-    """Torch's budget is a share of what the compiled graph would save, 0 to 1."""
+    """Set torch's own budget: a share, from 0 to 1, of what the compiled graph would save."""
     torch._functorch.config.activation_memory_budget = budget_share(budget, naive_peak_bytes=naive_peak_bytes)
 
 
@@ -146,16 +147,21 @@ def _hcb(
     budget: str,
     naive_peak_bytes: int,
     *,
-    executor: str,
+    executor: "ExecutorChoice",
     observers: Sequence["Observer"],
-    costs: str,
+    costs: "CostsChoice",
 ) -> Forecast:
-    """A share is turned into bytes of plain training's *measured* peak, which is what the table judges by."""
-    from tinybp_lightning import HCBConfig, hcb  # noqa: PLC0415  the peers' processes do without it
+    """Apply `hcb`, with a share turned into bytes of plain training's *measured* peak, by which the table judges."""
+    from tinybp_lightning import hcb  # noqa: PLC0415  the other modes do not load it
 
     recorder = PlanRecorder()
     activation_budget = budget_bytes(budget, naive_peak_bytes=naive_peak_bytes) if naive_peak_bytes else budget
-    # What an earlier run left in the user's cache must not change what this one measures.
-    config = HCBConfig(activation_budget=activation_budget, executor=executor, plan_cache=False, costs=costs)
-    hcb(workload.model, config=config, observers=(recorder, *observers))
+    hcb(
+        workload.model,
+        activation_budget=activation_budget,
+        executor=executor,
+        plan_cache=False,  # a plan from an earlier run must not change what this one measures
+        costs=costs,
+        observers=(recorder, *observers),
+    )
     return recorder.prediction

@@ -1,4 +1,4 @@
-"""What does the comparison look like? Peak against time, and the memory of a step as it goes by."""
+"""Draw a comparison: the modes' peaks against their times, and the memory in the course of a step."""
 
 # matplotlib annotates its members in part only, so the rule would report it and not us.
 # pyright: reportUnknownMemberType=false
@@ -37,7 +37,7 @@ COLORS = {
 }
 OURS = (Mode.hcb_eager, Mode.hcb_inductor)
 BUDGET_COLOR = "#666666"
-# Darker than the mode's own, for a dashed line on top of it.
+# Darker than the mode's own colour, for a dashed line on top of its solid one.
 PREDICTED_COLORS = {Mode.hcb_eager: "#4d0a0b", Mode.hcb_inductor: "#5c3000"}
 PREDICTED_STYLE: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (3, 1.5))}
 
@@ -51,13 +51,13 @@ class _Mark:
 
 
 def draw_comparison(config: CompareConfig, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write the picture of `outcomes` to `path`, a PNG; modes that failed are left out.
+    """Write the picture of `outcomes` to `path`, a PNG, without the modes that failed.
 
     **Raises:** `ValueError` when no mode finished.
     """
     finished = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
     if not finished:
-        raise ValueError("`outcomes` has no mode that finished: there is nothing to draw.")
+        raise ValueError("every mode of `outcomes` failed: there is nothing to draw.")
     unit_bytes, unit = _unit(finished)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(15.0, 5.6), dpi=130, layout="constrained")
@@ -75,7 +75,7 @@ def _unit(finished: Sequence[Finished]) -> tuple[int, str]:
 
 
 def _draw_peaks(axes: Axes, config: CompareConfig, finished: Sequence[Finished], unit_bytes: int, unit: str) -> None:
-    """One point a mode; names stand in a column beside the axes, in the order of the points, so that none overlap."""
+    """Draw one point per mode, and the labels in a column beside the axes, in the order of the points."""
     walls_ms = [outcome.measurement.wall_s * 1e3 for outcome in finished]
     peaks = [outcome.measurement.activation_peak_bytes / unit_bytes for outcome in finished]
     top = 1.08 * max(peaks)
@@ -117,12 +117,11 @@ def _write_beside(axes: Axes, mark: _Mark, height: float) -> None:
 
 
 def spread(heights: Sequence[float], *, spacing: float) -> list[float]:
-    """Return `heights`, moved as little as a sweep up and a sweep down can, so that any two are `spacing` apart.
+    """Return `heights`, moved by one sweep up and one sweep down so that any two are at least `spacing` apart.
 
     **Arguments:** `heights`: shares of the axes, 0 to 1.
 
-    **Returns:** the moved heights, in the order given; the order by height is kept and none exceeds 1 unless there are
-    too many to fit.
+    **Returns:** the moved heights, in the order given. Their order by height does not change, and none exceeds 1.
     """
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = [heights[index] for index in order]
@@ -138,7 +137,7 @@ def spread(heights: Sequence[float], *, spacing: float) -> list[float]:
 
 
 def _draw_timelines(axes: Axes, finished: Sequence[Finished], unit_bytes: int, unit: str) -> None:
-    """Measured activations of every mode, and over ours what they predicted."""
+    """Draw the measured activations of every mode and, over those of our modes, the predicted ones."""
     for outcome in finished:
         color, measured = COLORS[outcome.mode], outcome.measurement
         is_front = outcome.mode in OURS or outcome.mode is Mode.naive
@@ -162,7 +161,7 @@ def _draw_timelines(axes: Axes, finished: Sequence[Finished], unit_bytes: int, u
 
 
 def _points(timeline: Timeline, wall_s: float, unit_bytes: int) -> tuple[list[float], list[float]]:
-    """Milliseconds and units of a timeline, stretched to last as long as the measured step."""
+    """Return the milliseconds and the sizes of a timeline, scaled to last as long as the measured step."""
     end_s = timeline.time_s[-1] if timeline.time_s else 1.0
     scale_ms = 1e3 * wall_s / end_s if end_s > 0.0 else 0.0
     return [time_s * scale_ms for time_s in timeline.time_s], [live / unit_bytes for live in timeline.live_bytes]

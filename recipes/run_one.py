@@ -1,7 +1,7 @@
-"""Train one mode in this process and write what was measured: `python -m recipes.run_one`, one process a mode.
+"""Train one mode in this process and write its measurement: `python -m recipes.run_one`.
 
-`recipes.compare` starts it; by hand, give it the `config.yaml` of a comparison's folder. Standard output carries one
-line a step. An error ends the process with a traceback and no result file.
+`recipes.compare` starts one such process for each mode. By hand, pass the `config.yaml` of a comparison's folder. The
+process prints one line a step. An error ends it with a traceback and without a result file.
 """
 
 # torch annotates its members in part only, so the rule would report it and not us.
@@ -28,30 +28,30 @@ __all__ = ["main", "pick_device", "run_one"]
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that a configuration's `device` names: `auto` is CUDA where there is one.
+    """Return the device that a configuration's `device` names: `auto` means CUDA if torch finds it, else the CPU.
 
-    **Raises:** `ConfigError` when the name is unknown or CUDA is asked for and absent.
+    **Raises:** `ConfigError` when the name is unknown, or asks for CUDA and there is none.
     """
     has_cuda = torch.cuda.is_available()
     if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"`device={name}` is not a device: take `auto`, `cpu` or `cuda`.")
+        raise ConfigError(f"`device={name}` is not a device: use `auto`, `cpu` or `cuda`.")
     if name == "cuda" and not has_cuda:
-        raise ConfigError("`device=cuda`, but torch finds no CUDA device: take `cpu`.")
+        raise ConfigError("`device=cuda`, but torch finds no CUDA device: use `cpu`.")
     return torch.device("cuda", 0) if has_cuda and name != "cpu" else torch.device("cpu")
 
 
 def run_one(config: CompareConfig, mode: Mode, *, naive_peak_bytes: int) -> Finished:
-    """Train `config`'s model in `mode` and return what was measured. Sets torch's process-wide options.
+    """Train `config`'s model in `mode` and return the measurement. Sets torch's process-wide options.
 
-    **Arguments:** `naive_peak_bytes`: activation peak of plain training, 0 when not known.
+    **Arguments:** `naive_peak_bytes`: activation peak of plain training, 0 when it is not known.
 
-    **Raises:** whatever the mode raises.
+    **Raises:** the mode's own errors.
     """
     begin_s = time.perf_counter()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
-        # cuBLAS reads this when its first handle is made, which is later than here.
+        # cuBLAS reads this when it makes its first handle, which is later.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = pick_device(config.device)
@@ -76,9 +76,9 @@ def main(
     config: Annotated[Path, typer.Option(help="config.yaml of a comparison's folder.")],
     mode: Annotated[Mode, typer.Option(help="The mode to train in.")],
     output: Annotated[Path, typer.Option(help="JSON file to write.")],
-    naive_peak_bytes: Annotated[int, typer.Option(help="Activation peak of plain training; 0: not known.")] = 0,
+    naive_peak_bytes: Annotated[int, typer.Option(help="Activation peak of plain training; 0 if it is not known.")] = 0,
 ) -> None:
-    """Train one mode and write what was measured."""
+    """Train one mode and write its measurement."""
     write_outcome(run_one(load_config(config), mode, naive_peak_bytes=naive_peak_bytes), output)
 
 

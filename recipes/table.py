@@ -1,4 +1,4 @@
-"""How do the modes compare? Rows against plain training, and the Markdown table of them."""
+"""Compare the modes with plain training, in rows and in a Markdown table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ HEADER = (
 
 @dataclass(frozen=True, slots=True)
 class Sameness:
-    """Whether a mode computed, bit for bit, what plain training did; `largest_loss_gap` is 0 when all losses are."""
+    """Whether a mode computed the bits of plain training; `largest_loss_gap` is the largest difference of a loss."""
 
     has_same_losses: bool
     has_same_gradients: bool
@@ -41,7 +41,7 @@ class Sameness:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mode that trained. Ratios and `sameness` are against plain training, `None` when that failed."""
+    """One mode that trained. Ratios and `sameness` refer to plain training; they are `None` if that failed."""
 
     mode: Mode
     loss: float
@@ -61,7 +61,7 @@ def naive_of(outcomes: Sequence[Outcome]) -> Measurement | None:
 
 
 def comparison_rows(outcomes: Sequence[Outcome]) -> tuple[Row | Failed, ...]:
-    """Return one row for each outcome, in order; failures stay as they are."""
+    """Return one row for each finished outcome, in order, and the failed ones unchanged."""
     naive = naive_of(outcomes)
     return tuple(outcome if isinstance(outcome, Failed) else _row(outcome, naive) for outcome in outcomes)
 
@@ -93,7 +93,7 @@ def _sameness(measured: Measurement, naive: Measurement) -> Sameness:
 
 
 def markdown_report(config: CompareConfig, outcomes: Sequence[Outcome]) -> str:
-    """Return the table of `outcomes` with what one has to know to read it, as Markdown."""
+    """Return the table of `outcomes` as Markdown, with notes on how to read it."""
     rows = [_cells(row) for row in comparison_rows(outcomes)]
     alignment = ["---", *["---:"] * 7, *[":---:"] * 4]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, alignment, *rows))
@@ -108,8 +108,8 @@ def _title(config: CompareConfig, outcomes: Sequence[Outcome]) -> str:
 def _notes(config: CompareConfig, outcomes: Sequence[Outcome]) -> str:
     method = (
         f"{config.size.steps} optimizer steps, of which {config.size.warmup_steps} are not timed; seed {config.seed}. "
-        "A step is a forward and a backward; its time is the median. Peaks are above what was alive before the step, "
-        "the activation peak without the parameters' gradients. Losses, gradients, parameters and buffers are "
+        "A step is a forward and a backward; its time is the median. Peaks are bytes above what was alive before the "
+        "step; the activation peak leaves out the parameters' gradients. Losses, gradients, parameters and buffers are "
         "compared bit for bit; a number is the largest difference of a loss."
     )
     notes = [method]

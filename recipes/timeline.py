@@ -1,8 +1,8 @@
-"""How much memory was alive at each moment of a step, given what the allocator did?
+"""Compute the memory that is alive at each moment of a step, from the allocator's events.
 
-Pure accounting over allocator events, for CPU and CUDA alike, and independent of the package that is being judged.
-The *activation peak* leaves out the allocations that end the step as parameters' gradients, from their birth on: every
-mode has to make those, and they would hide the differences.
+This is pure accounting, for CPU and CUDA alike, and independent of the package that is being judged. The *activation
+peak* leaves out the allocations that are parameters' gradients at the end of the step, from their beginning: every mode
+makes them, and they would hide the differences.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,8 +37,8 @@ class Timeline:
 class StepMemory:
     """What one step allocated above what was alive when it began.
 
-    `peak_bytes` counts everything, `activation_peak_bytes` everything but gradients that outlive the step, and
-    `residue_bytes` what was still alive at its end beside them. `timeline` shows the activations.
+    `peak_bytes` counts everything, `activation_peak_bytes` everything but the gradients that outlive the step, and
+    `residue_bytes` what else was alive at its end. `timeline` shows the activations.
     """
 
     peak_bytes: int
@@ -50,11 +50,11 @@ class StepMemory:
 def account(events: Sequence[MemoryEvent], *, gradient_addresses: Iterable[int]) -> StepMemory:
     """Return the peaks of a step from its allocator events.
 
-    **Arguments:** `events`: in time order; releases of what was allocated before the first event are ignored.
-    `gradient_addresses`: where the parameters' gradients lie when the step has ended. An address may have been used
-    before: only its last allocation is the gradient.
+    **Arguments:** `events`: in time order; releases of memory that was allocated before the first event are ignored.
+    `gradient_addresses`: the addresses of the parameters' gradients after the step. The last allocation at such an
+    address is the gradient.
 
-    **Returns:** exact byte counts; the timeline has one point an event.
+    **Returns:** exact byte counts; the timeline has one point per event.
     """
     begun_by: dict[int, int] = {}
     ended_by: dict[int, int] = {}
@@ -85,14 +85,14 @@ def account(events: Sequence[MemoryEvent], *, gradient_addresses: Iterable[int])
 
 
 def downsample(timeline: Timeline, *, max_points: int = MAX_POINTS) -> Timeline:
-    """Return `timeline` with at most `max_points` points: the least and the most of each of equal runs of points.
+    """Return `timeline` with at most `max_points` points: the smallest and the largest of each run of points.
 
-    **Returns:** the same object when it is short enough; else its peak and the order of its points are kept.
+    **Returns:** the same object if it is short enough; otherwise its peak and the order of its points stay.
 
     **Raises:** `ValueError` when `max_points` is below 2.
     """
     if max_points < 2:
-        raise ValueError(f"`max_points={max_points}` cannot hold a least and a most: pass 2 or more.")
+        raise ValueError(f"`max_points={max_points}` cannot hold a smallest and a largest point: pass 2 or more.")
     num_points = len(timeline.time_s)
     if num_points <= max_points:
         return timeline

@@ -20,11 +20,10 @@ __all__ = [
     "Budget",
     "BudgetKind",
     "Costs",
-    "CostsName",
-    "Executor",
-    "ExecutorName",
+    "CostsChoice",
+    "ExecutorChoice",
     "HCBConfig",
-    "OnOomName",
+    "OnOomChoice",
     "check_config",
     "config_from",
     "parse_budget",
@@ -50,14 +49,6 @@ class BudgetKind(Enum):
     ACTIVATION = "activation_budget"
 
 
-class Executor(Enum):
-    """Who runs a block: the user's own kernels (`EAGER`, bit-identical), or Inductor's, compiled per block."""
-
-    AUTO = "auto"
-    EAGER = "eager"
-    INDUCTOR = "inductor"
-
-
 class Costs(Enum):
     """What a plan minimises: seconds, measured on this machine, or floating-point operations, counted."""
 
@@ -65,10 +56,10 @@ class Costs(Enum):
     OPERATIONS = "operations"
 
 
-# What editors complete and type checkers check: the values of the enums above (a test compares them).
-ExecutorName = Literal["auto", "eager", "inductor"]
-CostsName = Literal["seconds", "operations"]
-OnOomName = Literal["replan", "raise"]
+# What editors complete and type checkers check. `executors.registry` has an executor for each name.
+ExecutorChoice = Literal["auto", "eager", "inductor"]
+CostsChoice = Literal["seconds", "operations"]
+OnOomChoice = Literal["replan", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +108,16 @@ class HCBConfig:
 
     memory_budget: int | str | None = None
     activation_budget: int | str | None = None
-    executor: ExecutorName = "auto"
+    executor: ExecutorChoice = "auto"
     optimizer_state_bytes: int | None = None
-    on_oom: OnOomName = "replan"
+    on_oom: OnOomChoice = "replan"
     plan_cache: bool | str = True
     check: bool = False
-    costs: CostsName = "seconds"
+    costs: CostsChoice = "seconds"
 
     def __post_init__(self) -> None:
         _ = self.budget
-        for name, names in (("executor", ExecutorName), ("on_oom", OnOomName), ("costs", CostsName)):
+        for name, names in (("executor", ExecutorChoice), ("on_oom", OnOomChoice), ("costs", CostsChoice)):
             value, choices = getattr(self, name), list(get_args(names))
             if value not in choices:
                 raise ConfigError(f"`{name}={value!r}` is unknown: expected one of {choices}.")

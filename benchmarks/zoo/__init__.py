@@ -1,4 +1,4 @@
-"""Small real architectures, built from configs, that every way of training is held to. Nothing is downloaded."""
+"""Small real architectures, built from configs, on which every executor is checked. Nothing is downloaded."""
 
 from benchmarks.zoo.architecture import Architecture, Batch, Blocks, Phase, Workload
 from benchmarks.zoo.diffusion import DIFFUSION

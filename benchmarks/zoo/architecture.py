@@ -1,4 +1,4 @@
-"""What does the zoo hold? One `Architecture` per network: how to build it, and what a training step of it is."""
+"""Describe a network of the zoo: how to build it, and what its training step is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Blocks(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One forward, backward and optimizer step. Only parameters below the submodule `trains` train ("" for all)."""
+    """One forward, backward and optimizer step. Only the submodule `trains` is trained ("" for the whole network)."""
 
     loss: Callable[[nn.Module, Batch], Tensor]
     trains: str = ""
@@ -52,5 +52,5 @@ class Architecture:
 
 
 def own_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss that a transformers model computes itself when it is given labels."""
+    """Return the loss that a transformers model computes from labels."""
     return module(**batch).loss

@@ -19,7 +19,7 @@ def _tokens(batch_size: int, length: int) -> Tensor:
 def _model(name: str, head: str, **config: object) -> nn.Module:
     import transformers  # noqa: PLC0415 - seconds to import
 
-    # The cache of keys and values is for generation; tokens that end a text play no part in training.
+    # Training uses neither the cache of keys and values nor the tokens that end a text.
     common = {"use_cache": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     made = getattr(transformers, f"{name}Config")(**(common | config))
     return getattr(transformers, f"{name}{head}")(made).train()
@@ -131,7 +131,7 @@ def _clip(seed: int) -> Workload:
 
     torch.manual_seed(seed)
     shared = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    # The text ends where the token with the highest number stands.
+    # The text ends at the token with the highest number.
     text = {
         "vocab_size": _VOCABULARY,
         "max_position_embeddings": 32,

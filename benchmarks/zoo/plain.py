@@ -1,4 +1,4 @@
-"""Networks written in plain torch: those whose shape of graph the libraries' models do not have."""
+"""Networks written in plain torch, with graphs that no model of the libraries has."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ __all__ = ["PLAIN"]
 
 
 class _RecurrentLanguageModel(nn.Module):
-    """A stack of LSTMs with dropout between and inside them; the embedding is the head, too."""
+    """A stack of LSTMs with dropout between and inside them; the embedding is also the head."""
 
     def __init__(self, vocabulary: int = 128, width: int = 96, num_layers: int = 4) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def _graph_net(seed: int) -> Workload:
 
 
 class _DenseBlock(nn.Module):
-    """Each layer reads everything the layers before it made, and activates in place."""
+    """Each layer reads the outputs of all layers before it, and activates in place."""
 
     def __init__(self, num_channels: int, growth: int, num_layers: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def _discriminator() -> nn.Sequential:
 
 
 class _AdversarialPair(nn.Module):
-    """Generator and discriminator; which of them trains is said by `requires_grad`."""
+    """A generator and a discriminator; `requires_grad` selects the one that trains."""
 
     def __init__(self) -> None:
         super().__init__()

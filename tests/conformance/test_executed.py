@@ -1,4 +1,4 @@
-"""Does the table of plans that were flown judge bytes and bits, show seconds, and hold every outcome?"""
+"""Does the table of executed plans judge bytes and bits, show seconds, and hold every outcome?"""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from benchmarks import executed
 from benchmarks.chains.shapes import uniform_chain
 from benchmarks.executed import app
 from benchmarks.executed_check import BelowMinimum, Execution, execute, first_difference, first_told
-from benchmarks.executed_table import Flown, Row, Stopped, TooSmall, is_good, markdown_table
+from benchmarks.executed_table import Executed, Row, Stopped, TooSmall, is_good, markdown_table
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.explanation import Explanation
 from tinybp_lightning.schedule import keep_all
@@ -42,13 +42,13 @@ _EXECUTION = Execution(
 _BELOW = BelowMinimum("unet", "15%", 50 * _MIB, 300 * _MIB, 60 * _MIB)
 
 
-def _flown(**changes: object) -> Flown:
-    return Flown("unet", "30%", asdict(_EXECUTION) | changes)
+def _executed(**changes: object) -> Executed:
+    return Executed("unet", "30%", asdict(_EXECUTION) | changes)
 
 
 def test_a_good_row_shows_both_peaks_and_the_median_of_the_replays() -> None:
-    table = markdown_table([_flown()])
-    assert "1 runs: 0 with other bits, 0 over budget, 0 farther than 3% from the predicted peak" in table
+    table = markdown_table([_executed()])
+    assert "1 runs: 0 with other bits, 0 over budget, 0 more than 3% from the predicted peak" in table
     row = "| unet | 30% | 100.00 | yes | 99.00 | 98.00 | 0.9899 | 0.9800 | 0.5000 | 0.6000 | 1.20 | yes |"
     assert row in table
     assert "had a load of 1.5 to 1.5." in table
@@ -57,10 +57,10 @@ def test_a_good_row_shows_both_peaks_and_the_median_of_the_replays() -> None:
 @pytest.mark.parametrize(
     ("row", "counts", "cells"),
     [
-        (_flown(measured_peak_bytes=100 * _MIB + 1), "1 over budget, 0 farther", "| 1.0000 ! |"),
-        (_flown(measured_peak_bytes=96 * _MIB), "0 over budget, 1 farther", "| 0.9697 ! |"),
-        (_flown(predicted_peak_bytes=95 * _MIB), "0 over budget, 1 farther", "| 1.0316 ! |"),
-        (_flown(first_difference="step 2: the loss is 1"), "1 with other bits", "| no: step 2: the loss is 1 |"),
+        (_executed(measured_peak_bytes=100 * _MIB + 1), "1 over budget, 0 more than", "| 1.0000 ! |"),
+        (_executed(measured_peak_bytes=96 * _MIB), "0 over budget, 1 more than", "| 0.9697 ! |"),
+        (_executed(predicted_peak_bytes=95 * _MIB), "0 over budget, 1 more than", "| 1.0316 ! |"),
+        (_executed(first_difference="step 2: the loss is 1"), "1 with other bits", "| no: step 2: the loss is 1 |"),
         (Stopped("unet", "30%", "KeyError: a | b"), "1 not finished", "| failed: KeyError: a \\| b |"),
     ],
 )
@@ -74,10 +74,10 @@ def test_rows_that_break_a_promise_are_counted_and_marked(row: Row, counts: str,
 @pytest.mark.parametrize(
     ("row", "cells"),
     [
-        (_flown(predicted_recompute_s=0.01), "| 60.00 | yes |"),
-        (_flown(predicted_recompute_s=0.0), "|  | yes |"),
-        (_flown(load=5.0), "it was busy"),
-        (_flown(measured_peak_bytes=100 * _MIB), "| 1.0000 | 0.5000 |"),
+        (_executed(predicted_recompute_s=0.01), "| 60.00 | yes |"),
+        (_executed(predicted_recompute_s=0.0), "|  | yes |"),
+        (_executed(load=5.0), "it was busy"),
+        (_executed(measured_peak_bytes=100 * _MIB), "| 1.0000 | 0.5000 |"),
         (TooSmall("unet", "15%", asdict(_BELOW)), "| 50.00 | below the minimum: smallest is 60.00 MiB |"),
     ],
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tinybp_lightning.errors import ConfigError, GraphError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.cuts.skippable import skippable_ops
+from tinybp_lightning.graph.cuts.products import skippable_ops
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 from tinybp_lightning.graph.verify import verify_chain

@@ -17,7 +17,7 @@ from itertools import accumulate
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 
-__all__ = ["CutObstacle", "FrontierProfile", "Life", "frontier_profile"]
+__all__ = ["CutObstacle", "FrontierProfile", "Life", "frontier_profile", "made_at"]
 
 
 class CutObstacle(Enum):
@@ -127,6 +127,17 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
         storage_lives=storage_lives,
         value_lives=value_lives,
     )
+
+
+def made_at(graph: Graph) -> dict[StorageId, int]:
+    """Return the node that makes each activation storage; private storages, which no value names, are left out."""
+    made: dict[StorageId, int] = {}
+    for position, node in enumerate(graph.nodes):
+        for value_id in node.makes:
+            storage = graph.values[value_id].storage
+            if storage is not None and graph.storages[storage].kind is StorageKind.ACTIVATION:
+                made.setdefault(storage, position)
+    return made
 
 
 def _value_lives(graph: Graph) -> tuple[Life, ...]:

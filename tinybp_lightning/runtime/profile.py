@@ -1,4 +1,4 @@
-"""What is told about a step? Frozen records for users, loggers and progress bars; no framework in here."""
+"""Frozen records of plans and steps, for users, loggers and progress bars. This file imports no framework."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanCounts", "PlanReport", "StepProfile", "check_observers"]
+__all__ = ["Observer", "PlanCounts", "PlanReport", "StepMeasurement", "StepProfile", "check_observers"]
 
 _OBSERVER_METHODS = ("on_plan", "on_replay")
 
@@ -20,10 +20,11 @@ class PlanReport:
     """A plan in force for one target.
 
     Sizes are bytes above what was alive when the step began. `plain_peak_bytes` is the predicted peak of plain
-    training; `budget_bytes` what the plan may use; `reason` why it was made (`calibration`, `budget`, `measured`,
-    `optimizer state`, `out of memory`), or where it was known from (`cached`, `larger shape`; then the predicted peak
-    is the larger shape's until measured). `costs`: what the seconds stand for; operations are counted at
-    `tinybp_lightning.analysis.OPERATIONS_PER_S`.
+    training, `budget_bytes` what the plan may use. `reason`: why the plan was made (`calibration`, `budget`,
+    `measured`, `optimizer state`, `out of memory`), or where it came from (`cached`, `larger shape`; the predicted peak
+    is then the larger shape's until a step is measured). `costs`: what the seconds stand for; operations are counted at
+    `tinybp_lightning.analysis.OPERATIONS_PER_S`. A plan that uses estimated options is reported too, and is made again
+    with measured ones before a step runs it.
     """
 
     target: str
@@ -50,10 +51,24 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepMeasurement:
+    """A traced step, in bytes above what was alive when it began; parameter gradients that it made are left out.
+
+    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
+    `backward_start_bytes` are the levels at those two moments.
+    """
+
+    peak_bytes: int
+    forward_end_bytes: int
+    tail_peak_bytes: int
+    backward_start_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepProfile:
     """One finished training step of one target.
 
-    `measured_peak_bytes` is `None` in steps that were not traced (on CPU only the first steps are; on CUDA all are).
+    `measured_peak_bytes` is `None` in steps that were not traced: only the first steps are, until the plan is settled.
     Peaks are bytes above what was alive when the step began; parameters' gradients count only under `memory_budget`.
     """
 
@@ -70,7 +85,7 @@ class StepProfile:
 
     @property
     def recompute_share(self) -> float:
-        """Share of the step's forward and backward time spent replaying."""
+        """The share of the step's forward and backward time that replays took."""
         return self.replay_s / self.step_s if self.step_s > 0 else 0.0
 
 
@@ -78,9 +93,9 @@ class StepProfile:
 class PlanCounts:
     """How many graphs one target was traced into, and where their plans came from.
 
-    `num_live` graphs hold plans and pieces now; `num_evicted` times one was let go of for another. Plans:
-    `num_measured` from costs measured here, `num_cached` from an earlier plan for the same program, `num_larger` from
-    that of a larger shape. `num_compiled`: how often Inductor compiled a graph's pieces.
+    `num_live` graphs hold plans and pieces now; `num_evicted` times one was evicted for another. `num_measured` plans
+    were made from costs measured here, `num_cached` come from an earlier plan for the same program, and `num_larger`
+    from that of a larger shape. `num_compiled`: how often a graph's pieces were compiled.
     """
 
     target: str
@@ -103,21 +118,21 @@ class PlanCounts:
 
 
 class Observer(Protocol):
-    """Called by the runtime; exceptions it raises reach the user."""
+    """Called by the runtime. An exception that it raises reaches the user."""
 
     def on_plan(self, plan: PlanReport) -> None:
-        """A plan was made or repaired."""
+        """Hear of a plan that was made or repaired."""
         ...
 
     def on_replay(self, profile: StepProfile) -> None:
-        """A step's backward has ended."""
+        """Hear of a step whose backward has ended."""
         ...
 
 
 def check_observers(observers: object) -> None:
-    """Raise `ConfigError` for what is no sequence of observers."""
+    """Raise `ConfigError` if `observers` is not a sequence of observers."""
     if isinstance(observers, (str, bytes)) or not isinstance(observers, Sequence):
-        raise ConfigError(f"`observers={observers!r}` is no sequence: write `observers=[observer]`.")
+        raise ConfigError(f"`observers={observers!r}` is not a sequence: write `observers=[observer]`.")
     for observer in cast("Sequence[Any]", observers):
         missing = [name for name in _OBSERVER_METHODS if not callable(getattr(observer, name, None))]
         if missing or isinstance(observer, type):

@@ -10,8 +10,9 @@ import pytest
 from torch import nn
 
 import tinybp_lightning as tbp
-from tinybp_lightning.config import Costs, CostsName, Executor, ExecutorName, HCBConfig, config_from
+from tinybp_lightning.config import Costs, CostsChoice, ExecutorChoice, HCBConfig, config_from
 from tinybp_lightning.errors import ConfigError
+from tinybp_lightning.runtime.torch.executors.registry import EXECUTORS
 
 OPTIONS = inspect.signature(HCBConfig).parameters
 NOT_DEFAULT: dict[str, Any] = {
@@ -100,6 +101,6 @@ def test_a_value_that_equals_a_default_but_has_another_type_counts_as_given() ->
         config_from({**arguments, "check": 0})
 
 
-@pytest.mark.parametrize(("names", "kinds"), [(ExecutorName, Executor), (CostsName, Costs)])
-def test_the_names_are_the_values_of_the_enums(names: Any, kinds: Any) -> None:
-    assert get_args(names) == tuple(kind.value for kind in kinds)
+def test_the_names_are_the_values_of_the_enum_and_of_the_executors() -> None:
+    assert get_args(CostsChoice) == tuple(kind.value for kind in Costs)
+    assert set(get_args(ExecutorChoice)) == set(EXECUTORS)

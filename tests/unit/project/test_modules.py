@@ -1,7 +1,12 @@
-"""Does every module keep the house rules that no linter checks? Read from the source, so nothing is imported."""
+"""Does every module keep the house rules that no linter checks? Read from the source, so nothing is imported.
+
+One test reads all modules for one rule, and its failure lists what breaks it.
+"""
 
 import ast
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,10 +15,17 @@ _ROOT = Path(__file__).parents[3]
 _PACKAGE = _ROOT / "tinybp_lightning"
 _MODULES = sorted(_PACKAGE.rglob("*.py"))
 _FORBIDDEN_NAMES = {"common", "helpers", "misc", "util", "utils"}
+_MOST_LINES = 15_000
+_MOST_SCHEDULE_MODULES = 25
 
 
 def _module_id(path: Path) -> str:
     return path.relative_to(_ROOT).as_posix()
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def _declared_all(tree: ast.Module) -> list[str] | None:
@@ -52,28 +64,114 @@ def _is_private(path: Path) -> bool:
     return any(part.startswith("_") and part != "__init__" for part in parts)
 
 
+def _action_names() -> frozenset[str]:
+    """Return the names of the classes that `schedule.actions` joins in its union `Action`."""
+    for statement in _tree(_PACKAGE / "schedule" / "actions.py").body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="Action")], value=union):
+                return frozenset(node.id for node in ast.walk(union) if isinstance(node, ast.Name))
+            case _:
+                pass
+    raise AssertionError("`schedule.actions` declares no `Action`")
+
+
+def _patterns(pattern: ast.pattern) -> Iterator[str]:
+    """Yield the names of the classes that a case asks for."""
+    for node in ast.walk(pattern):
+        match node:
+            case ast.MatchClass(cls=ast.Name(id=name) | ast.Attribute(attr=name)):
+                yield name
+            case _:
+                pass
+
+
+def _open_matches(tree: ast.Module, actions: frozenset[str]) -> list[int]:
+    """Return the lines of each `match` over actions whose last case is not `assert_never`."""
+    lines: list[int] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Match):
+            continue
+        if actions.isdisjoint(name for case in node.cases for name in _patterns(case.pattern)):
+            continue
+        match node.cases[-1]:
+            case ast.match_case(
+                pattern=ast.MatchAs(pattern=None),
+                guard=None,
+                body=[ast.Expr(value=ast.Call(func=ast.Name(id="assert_never")))],
+            ):
+                pass
+            case _:
+                lines.append(node.lineno)
+    return lines
+
+
 def test_the_package_is_found() -> None:
     assert _PACKAGE / "errors.py" in _MODULES
 
 
-@pytest.mark.parametrize("path", _MODULES, ids=_module_id)
-def test_all_is_sorted_and_without_repeats(path: Path) -> None:
-    names = _declared_all(ast.parse(path.read_text())) or []
-    assert names == sorted(set(names), key=_sort_key)
+def test_all_is_sorted_and_without_repeats() -> None:
+    declared = {_module_id(path): _declared_all(_tree(path)) or [] for path in _MODULES}
+    assert {path: names for path, names in declared.items() if names != sorted(set(names), key=_sort_key)} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in _MODULES if not _is_private(path)], ids=_module_id)
-def test_all_names_every_public_definition(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert set(_public_definitions(tree)) <= set(_declared_all(tree) or [])
+def test_all_names_every_public_definition() -> None:
+    missing = {
+        _module_id(path): sorted(set(_public_definitions(_tree(path))) - set(_declared_all(_tree(path)) or []))
+        for path in _MODULES
+        if not _is_private(path)
+    }
+    assert {path: names for path, names in missing.items() if names} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in _MODULES if path.stat().st_size], ids=_module_id)
-def test_module_says_what_it_is_for(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert docstring, f"`{_module_id(path)}` has no docstring: state the question it answers"
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [_module_id(path) for path in _MODULES if path.stat().st_size and not ast.get_docstring(_tree(path))]
+    assert silent == [], "they have no docstring: state the question each one answers"
 
 
-@pytest.mark.parametrize("path", _MODULES, ids=_module_id)
-def test_module_name_says_more_than_utils(path: Path) -> None:
-    assert _FORBIDDEN_NAMES.isdisjoint(path.relative_to(_PACKAGE).with_suffix("").parts)
+def test_module_names_say_more_than_utils() -> None:
+    named = {_module_id(path): path.relative_to(_PACKAGE).with_suffix("").parts for path in _MODULES}
+    assert [path for path, parts in named.items() if not _FORBIDDEN_NAMES.isdisjoint(parts)] == []
+
+
+def test_no_module_has_the_name_of_a_public_function_in_it() -> None:
+    """`from package import name` would be the one or the other, by what was imported before."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    shadowed = [
+        _module_id(path)
+        for path in _MODULES
+        if any(isinstance(node, functions) and node.name == path.stem for node in _tree(path).body)
+    ]
+    assert shadowed == []
+
+
+def test_every_match_over_actions_ends_in_assert_never() -> None:
+    """What an interpreter does not know must not pass it by."""
+    found = {_module_id(path): _open_matches(_tree(path), _action_names()) for path in _MODULES}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def _closed(*cases: str) -> ast.Module:
+    return ast.parse("match action:\n" + "".join(f"    case {case}\n" for case in cases))
+
+
+@pytest.mark.parametrize(
+    ("cases", "lines"),
+    [
+        (("Store(b): f(b)", "_: assert_never(action)"), []),
+        (("Store() | Drop(): pass", "other: assert_never(other)"), []),
+        (("actions.Store(b): f(b)", "_: pass"), [1]),
+        (("Move(action=Drop()): pass",), [1]),
+        (("Store(): pass", "_ if late: assert_never(action)"), [1]),
+        (("Other(): pass", "_: pass"), []),
+    ],
+)
+def test_a_match_that_lets_actions_pass_is_seen(cases: tuple[str, ...], lines: list[int]) -> None:
+    assert {"Store", "Drop", "Backward"} <= _action_names()
+    assert _open_matches(_closed(*cases), _action_names()) == lines
+
+
+def test_the_package_fits_in_a_head() -> None:
+    num_lines = sum(path.read_text().count("\n") for path in _MODULES)
+    num_planning = len([path for path in (_PACKAGE / "schedule").rglob("*.py") if path.name != "__init__.py"])
+    assert num_lines <= _MOST_LINES
+    assert num_planning <= _MOST_SCHEDULE_MODULES

@@ -5,8 +5,6 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 
-import pytest
-
 _ROOT = Path(__file__).parents[3]
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 _EXTRAS = _PROJECT["optional-dependencies"]
@@ -23,15 +21,20 @@ def _pinned_names() -> set[str]:
     return {_requirement_name(line) for line in lines if line and not line.startswith("#")}
 
 
-@pytest.mark.parametrize("path", sorted((_ROOT / "tinybp_lightning").rglob("*.py")), ids=lambda path: path.stem)
-def test_source_is_in_a_regular_package(path: Path) -> None:
-    assert (path.parent / "__init__.py").exists()
+def test_every_source_is_in_a_regular_package() -> None:
+    sources = sorted((_ROOT / "tinybp_lightning").rglob("*.py"))
+    assert sources
+    assert [source for source in sources if not (source.parent / "__init__.py").exists()] == []
 
 
-@pytest.mark.parametrize("path", sorted((_ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_configuration_is_reachable_as_a_resource(path: Path) -> None:
-    installed = resources.files("tinybp_lightning.conf").joinpath(*path.relative_to(_ROOT / "conf").parts)
-    assert installed.read_text() == path.read_text()
+def test_every_configuration_is_reachable_as_a_resource() -> None:
+    sources = sorted((_ROOT / "conf").rglob("*.yaml"))
+    installed = [
+        resources.files("tinybp_lightning.conf").joinpath(*source.relative_to(_ROOT / "conf").parts)
+        for source in sources
+    ]
+    assert sources
+    assert [s for s, i in zip(sources, installed, strict=True) if i.read_text() != s.read_text()] == []
 
 
 def test_every_direct_requirement_of_development_is_pinned() -> None:

@@ -1,34 +1,46 @@
-"""Pilots of chains that nobody runs, under a budget that nothing changes."""
+"""Control loops and calibration states of chains that nobody runs, under a limit that nothing else changes."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop
+from tinybp_lightning.runtime.torch.controller import Limit, Task
 from tinybp_lightning.schedule.measured import MeasuredPlan
 from tinybp_lightning.schedule.planner.planner import Planner
 
-__all__ = ["controller_of", "middle_bytes"]
+__all__ = ["control_loop_of", "middle_bytes", "task_of"]
 
 
-class _FixedRoom:
-    cap_bytes: int | None = None
-    optimizer_bytes = 0
+class _FixedHeadroom:
+    """Stands in for `Headroom`: its limit changes only by what the controller decides."""
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
+        self._limit = Limit(budget_bytes)
 
-    def __call__(self, plain_peak_bytes: int) -> int:
-        return self._budget_bytes
+    @property
+    def optimizer_bytes(self) -> int:
+        return self._limit.optimizer_bytes
+
+    def read(self) -> Limit:
+        return self._limit
+
+    def share(self, limit: Limit) -> None:
+        self._limit = replace(limit, size_bytes=self._limit.size_bytes)
 
 
-def controller_of(chain: Chain, budget_bytes: int, known: MeasuredPlan | None = None) -> Controller:
-    """Return a controller with so many bytes."""
-    budget = HCBConfig(activation_budget=budget_bytes).budget
-    room = cast("Any", _FixedRoom(budget_bytes))
-    return Controller("net", chain, budget=budget, room=room, device=torch.device("cpu"), observers=[], known=known)
+def task_of(budget_bytes: int) -> Task:
+    """Return the task of planning a net under so many bytes of activations."""
+    return Task("net", HCBConfig(activation_budget=budget_bytes).budget)
+
+
+def control_loop_of(found: Chain | MeasuredPlan, budget_bytes: int) -> ControlLoop:
+    """Return a control loop with so many bytes."""
+    headroom = cast("Any", _FixedHeadroom(budget_bytes))
+    return ControlLoop(task_of(budget_bytes), found, headroom=headroom, device=torch.device("cpu"), observers=[])
 
 
 def middle_bytes(chain: Chain) -> int:

@@ -234,10 +234,10 @@ def compiled_in_place() -> nn.Module:
         (compiled_in_place, "`Sequential.compile\\(\\)` was called"),
         (NoParameters, "`NoParameters` has no parameters"),
         (lambda: nn.ModuleList([residual_net()]), "`ModuleList` has no forward"),
-        (lambda: residual_net().forward, "`method` is no torch.nn.Module"),
-        (lambda: None, "`NoneType` is no torch.nn.Module"),
-        (lambda: residual_net, "`function` is no torch.nn.Module"),
-        (lambda: nn.Linear, "`type` is no torch.nn.Module"),
+        (lambda: residual_net().forward, "`method` is not a torch.nn.Module"),
+        (lambda: None, "`NoneType` is not a torch.nn.Module"),
+        (lambda: residual_net, "`function` is not a torch.nn.Module"),
+        (lambda: nn.Linear, "`type` is not a torch.nn.Module"),
     ],
 )
 def test_what_cannot_be_trained_is_named(make: Callable[[], Any], message: str) -> None:

@@ -1,9 +1,9 @@
-"""The calls of the largest step there may be."""
+"""The calls of the largest step that may come."""
 
 import pytest
 
-from tinybp_lightning.runtime.torch.calls import CallBook, CallCost
-from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement
+from tinybp_lightning.runtime.profile import StepMeasurement
+from tinybp_lightning.runtime.torch.calls import CallCost, DroppedStep, LargestStep
 
 
 def calls(units: str, *, input_bytes: int = 100, saved_bytes: int = 1000) -> list[CallCost]:
@@ -14,12 +14,12 @@ def calls(units: str, *, input_bytes: int = 100, saved_bytes: int = 1000) -> lis
     ]
 
 
-def saved(book: CallBook) -> list[int]:
-    return [block.options[0].saved_bytes for block in book.chain(None, []).blocks]
+def saved(step: LargestStep) -> list[int]:
+    return [block.options[0].saved_bytes for block in step.chain(DroppedStep()).blocks]
 
 
-def units(book: CallBook) -> str:
-    return "".join(block.name for block in book.chain(None, []).blocks)
+def units(step: LargestStep) -> str:
+    return "".join(block.name for block in step.chain(DroppedStep()).blocks)
 
 
 @pytest.mark.parametrize(
@@ -27,50 +27,50 @@ def units(book: CallBook) -> str:
     [(["abc"], "abc"), (["ac", "abc"], "abc"), (["ab", "bc"], "abc"), (["aa", "a", "aaa"], "aaa"), (["b", "a"], "ab")],
 )
 def test_each_call_that_some_step_made_is_known(steps: list[str], expected: str) -> None:
-    book = CallBook()
+    largest = LargestStep()
     for step in steps:
-        book = book.with_calls(calls(step))
-    assert units(book) == expected
+        largest = largest.with_calls(calls(step))
+    assert units(largest) == expected
     for step in steps:
-        assert book.with_calls(calls(step)) is book
-        assert [units(book)[book.place(call) or 0] for call in calls(step)] == list(step)
+        assert largest.with_calls(calls(step)) is largest
+        assert [units(largest)[largest.place(call) or 0] for call in calls(step)] == list(step)
 
 
 def test_the_most_that_a_call_saved_counts() -> None:
-    book = CallBook(calls("ab"))
-    assert book.with_calls(calls("ab", saved_bytes=1010)) is book
-    assert book.with_calls(calls("ab", saved_bytes=0)) is book
-    larger = book.with_calls(calls("b", saved_bytes=2000))
+    step = LargestStep(calls("ab"))
+    assert step.with_calls(calls("ab", saved_bytes=1010)) is step
+    assert step.with_calls(calls("ab", saved_bytes=0)) is step
+    larger = step.with_calls(calls("b", saved_bytes=2000))
     assert saved(larger) == [1000, 2000]
-    assert saved(book) == [1000, 1000]
+    assert saved(step) == [1000, 1000]
 
 
 def test_a_call_that_is_given_more_is_not_the_one_that_is_known() -> None:
-    book = CallBook(calls("ab"))
+    step = LargestStep(calls("ab"))
     (larger,) = calls("a", input_bytes=200, saved_bytes=2000)
-    assert book.place(larger) is None
-    grown = book.with_calls([larger])
+    assert step.place(larger) is None
+    grown = step.with_calls([larger])
     assert grown.place(larger) == 0
     assert grown.with_calls(calls("ab")) is grown
 
 
 def test_a_step_is_whole_that_makes_all_calls_with_as_much() -> None:
-    book = CallBook(calls("ab"))
-    assert book.is_whole(calls("ab"))
-    assert not book.is_whole(calls("b"))
-    assert not book.is_whole(calls("ab", input_bytes=50))
+    step = LargestStep(calls("ab"))
+    assert step.is_whole(calls("ab"))
+    assert not step.is_whole(calls("b"))
+    assert not step.is_whole(calls("ab", input_bytes=50))
 
 
 def test_units_that_are_no_blocks_any_more_are_left_out() -> None:
-    book = CallBook(calls("abab"))
-    assert units(book.without({"a"})) == "bb"
-    assert book.without({"c"}) is book
-    assert book.without({"a"}).is_whole(calls("bb"))
+    step = LargestStep(calls("abab"))
+    assert units(step.without({"a"})) == "bb"
+    assert step.without({"c"}) is step
+    assert step.without({"a"}).is_whole(calls("bb"))
 
 
 def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
     dropped = calls("ab")
-    chain = CallBook(dropped).chain(StepMeasurement(1800, 516, 0, 0), dropped)
+    chain = LargestStep(dropped).chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped)))
     assert chain.storage_bytes == (500,)
     assert chain.workspace_bytes == 16
     assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 2
@@ -79,9 +79,9 @@ def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
 def test_more_is_alive_beside_the_blocks_of_a_larger_step() -> None:
     """As many times as much as more is given to all its calls, or to the one that is given most."""
     dropped = calls("ab")
-    book = CallBook(dropped).with_calls(calls("abc"))
-    assert book.chain(StepMeasurement(1800, 516, 0, 0), dropped).storage_bytes == (750,)
-    book = CallBook(dropped).with_calls(calls("a", input_bytes=300, saved_bytes=3000))
-    chain = book.chain(StepMeasurement(1800, 516, 0, 0), dropped)
+    step = LargestStep(dropped).with_calls(calls("abc"))
+    assert step.chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped))).storage_bytes == (750,)
+    step = LargestStep(dropped).with_calls(calls("a", input_bytes=300, saved_bytes=3000))
+    chain = step.chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped)))
     assert chain.storage_bytes == (1000,)
     assert chain.blocks[1].options[0].backward_peak_bytes == 3 * 284

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Recorder, assert_all_same, train
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, replay_program_of
 from tinybp_lightning.schedule.baselines import per_block
 
@@ -138,10 +138,10 @@ def test_no_replay_repeats_a_product(
     """Every block is replayed from its own boundary, whatever the seconds say."""
 
     @functools.cache
-    def script(controller: Controller) -> ReplayProgram:
-        return replay_program_of(per_block(controller.chain))
+    def program(control: ControlLoop) -> ReplayProgram:
+        return replay_program_of(per_block(control.chain))
 
-    monkeypatch.setattr(Controller, "script", property(script))
+    monkeypatch.setattr(ControlLoop, "program", property(program))
     plain = net_of(kind)
     recorder = Recorder()
     ours = tbp.hcb(copy.deepcopy(plain), activation_budget="80%", check=checks, observers=[recorder])

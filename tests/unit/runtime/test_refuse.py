@@ -38,8 +38,8 @@ def test_the_first_training_step_refuses_it(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: tbp.hcb(m, observers=5), "`observers=5` is no sequence"),
-        (lambda m: tbp.hcb(m, observers="ab"), "is no sequence"),
+        (lambda m: tbp.hcb(m, observers=5), "`observers=5` is not a sequence"),
+        (lambda m: tbp.hcb(m, observers="ab"), "is not a sequence"),
         (lambda m: tbp.hcb(m, observers=[5]), "a `int` without a method `on_plan`"),
         (lambda m: tbp.hcb(m, config={"memory_budget": "1GiB"}), "is not an HCBConfig"),
         (lambda m: tbp.attach(m, config="1GiB"), "is not an HCBConfig"),
@@ -56,7 +56,7 @@ def test_options_of_a_wrong_type(call: Callable[[nn.Module], Any], message: str)
 
 @pytest.mark.parametrize("call", [tbp.hcb, tbp.attach, tbp.restore, tbp.explain, tbp.keep])
 def test_what_is_no_module(call: Callable[[Any], Any]) -> None:
-    with pytest.raises(tbp.UnsupportedModuleError, match=r"`list` is no torch\.nn\.Module"):
+    with pytest.raises(tbp.UnsupportedModuleError, match=r"`list` is not a torch\.nn\.Module"):
         call([nn.Linear(2, 2)])
 
 

@@ -62,7 +62,7 @@ def test_a_smaller_shape_flies_the_plan_of_a_larger_one_that_is_near(monkeypatch
         raise AssertionError("measured, with the plan of a larger shape at hand")
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.traced_module.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.controller.Planner", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.control_loop.Planner", refuse)
     recorder.profiles.clear()
     train(model, loss_at(60))
     smaller = targets(model)[0].reports[-1]
@@ -123,7 +123,7 @@ def test_the_graph_used_longest_ago_goes_and_what_it_held_is_freed(monkeypatch: 
     train(model, loss_at(40))
     (target,) = targets(model)
     first, second = (weakref.ref(program) for program in target.programs)
-    controllers = [weakref.ref(program.controller) for program in target.programs if program.controller is not None]
+    controllers = [weakref.ref(program.control) for program in target.programs if program.control is not None]
     train(model, loss_at(64))
     train(model, loss_at(24))
     gc.collect()

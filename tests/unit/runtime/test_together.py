@@ -112,12 +112,12 @@ def test_where_every_part_is_kept_the_user_is_told_once_and_trains_on() -> None:
 def test_a_tightened_plan_stays_when_its_graph_is_made_anew() -> None:
     model, target = _planned(activation_budget="60%")
     assert target.tighten(0.1)
-    assert target.flown is not None
-    tight_bytes = target.flown.predicted_peak_bytes
+    assert target.active_plan is not None
+    tight_bytes = target.active_plan.predicted_peak_bytes
     target._live.clear()  # as when many other shapes came between
     for _ in range(3):
         _step(model)
-        assert target.flown.predicted_peak_bytes <= tight_bytes
+        assert target.active_plan.predicted_peak_bytes <= tight_bytes
 
 
 def test_a_known_plan_is_flown_where_nothing_can_be_measured() -> None:
@@ -158,7 +158,7 @@ def test_the_disk_ends_with_the_plan_that_was_learned_last() -> None:
             written.append(known)
 
     book = PlanCache(HCBConfig(plan_cache=False))
-    book._cache = cast(Any, Disk())
+    book._disk = cast(Any, Disk())
     first, second = cast(MeasuredPlan, "A"), cast(MeasuredPlan, "B")
     page = CacheEntry({}, "", (), 0, Origin.CACHED, second, is_on_disk=True)
     for known in (second, first, first, second):

@@ -28,13 +28,18 @@ class _State(NamedTuple):
     """A mask with one bit for each option of each block."""
 
 
-def fastest(chain: Chain, budget_bytes: int) -> tuple[float, str] | None:
-    """Return the least time and a schedule in the notation of `text`, or `None` where nothing fits."""
-    return _Search(chain, budget_bytes).run()
+@cache
+def fastest(chain: Chain, budget_bytes: int, *, is_persistent: bool = False) -> tuple[float, str] | None:
+    """Return the least time and a schedule in its notation, or `None` where nothing fits.
+
+    **Arguments:** `is_persistent`: of schedules in which a stored boundary stays until its block's saved set exists.
+    """
+    return _Search(chain, budget_bytes, is_persistent).run()
 
 
 class _Search:
-    def __init__(self, chain: Chain, budget_bytes: int) -> None:
+    def __init__(self, chain: Chain, budget_bytes: int, is_persistent: bool) -> None:
+        self.is_persistent = is_persistent
         self.chain, self.budget, self.n = chain, budget_bytes, len(chain.blocks)
         self.boundary = [sum(1 << s for s in b.storages) for b in chain.boundaries]
         self.bits: list[tuple[int, int]] = []
@@ -103,6 +108,8 @@ class _Search:
         sweeping = state.swept < self.n
         if not sweeping:
             for k in _ones(state.stored & ~1):
+                if self.is_persistent and k < state.position and not self.is_saved(state, k):
+                    continue
                 yield 0.0, f"D{k}", state._replace(stored=state.stored & ~(1 << k))
         if state.position <= self.n:
             yield from self.backwards(state)
@@ -113,6 +120,10 @@ class _Search:
         for block in [state.swept] if sweeping else range(min(state.position, self.n)):
             if state.cursor == block or state.stored >> block & 1:
                 yield from self.forwards(state, block)
+
+    def is_saved(self, state: _State, block: int) -> bool:
+        options = range(len(self.chain.blocks[block].options))
+        return any(state.saved >> self.bit[block, option] & 1 for option in options)
 
     def backwards(self, state: _State) -> Iterator[tuple[float, str, _State]]:
         block = state.position - 1
@@ -130,7 +141,7 @@ class _Search:
         swept = state.swept + (state.swept < self.n)
         after = state._replace(swept=swept, cursor=block + 1)
         yield from self.ran(state, after, costs.forward_peak_bytes, costs.forward_s, f"F{block}")
-        if any(state.saved >> self.bit[block, option] & 1 for option in range(len(costs.options))):
+        if self.is_saved(state, block):
             return
         for option, saved in enumerate(costs.options):
             kept, word = after._replace(saved=state.saved | 1 << self.bit[block, option]), _word("K", block, option)

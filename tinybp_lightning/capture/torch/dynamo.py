@@ -1,21 +1,21 @@
-"""How is a module's forward traced? By Dynamo, as one graph or not at all, and as it runs *without* a compiler.
+"""How is a module's forward traced? By Dynamo, as one graph or not at all, along the path that eager mode takes.
 
 `torch.compile` with a backend of ours gives guards (new shapes make a new graph), side effects in the right place and
-the user's output structure. Its graph is at torch level: no functionalisation, the user's own calls.
+the user's output structure. Its graph holds the user's own torch-level calls, without functionalisation.
 
 Note [As it runs]
-    Libraries ask `torch.compiler.is_compiling()` and then take another path: under a tracer transformers builds an
-    attention mask that it leaves out in eager mode, and other kernels with other bits (and no flash attention)
-    follow. The blocks run in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`.
-    Where that path reads values of tensors (other than the caller's mask, see `masks.py`) the graph breaks, and module
-    steps take over: exact, if coarser.
+    Libraries ask `torch.compiler.is_compiling()` and take another path if it is true: under a tracer, transformers
+    builds an attention mask that it leaves out in eager mode, which selects other kernels with other bits (and no flash
+    attention). The blocks run in eager mode, so the trace must take the eager path: Dynamo is made to answer `False`.
+    Where that path reads values of tensors (other than the caller's mask, see `masks.py`), the graph breaks, and the
+    module is trained by its submodules' calls: as exact, but coarser.
 
 Private API: `torch._dynamo.config`, `eval_frame._stance`, `exc`, `comptime`,
 `variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Dynamo is private and barely annotated; it is reached from here only.
+# Dynamo is private and barely annotated; only this file and `masks.py` touch it.
 
 import contextlib
 import itertools
@@ -42,9 +42,9 @@ from tinybp_lightning.errors import CaptureError
 
 __all__ = ["CannotTraceError", "Tracer"]
 
-# One code object serves every instance of a class, and every instance and shape needs its own graph.
+# Each instance of a class and each shape needs a graph of its own, and they share one code object.
 _MANY = 4096
-# What is put in place while a forward may be traced is there for all threads: two must not undo each other's.
+# The functions replaced during a trace are replaced for all threads: two traces must not undo each other's changes.
 _ONE_AT_A_TIME = threading.RLock()
 _NUMBERS = itertools.count()
 
@@ -58,9 +58,9 @@ class CannotTraceError(CaptureError):
 
 
 class Tracer:
-    """A forward, traced on each new signature.
+    """A forward that is traced on each new signature. See Note [As it runs].
 
-    **Arguments:** `on_graph`: turns a captured graph into what runs it. See Note [As it runs].
+    **Arguments:** `on_graph`: turns a captured graph into the callable that runs it.
     """
 
     def __init__(self, forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> None:
@@ -69,12 +69,12 @@ class Tracer:
             return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
 
         self._forward = forward
-        with torch._dynamo.config.patch(disable=False):  # otherwise it would be the forward itself
+        with torch._dynamo.config.patch(disable=False):  # else `torch.compile` returns the forward itself
             self._compiled = torch.compile(_own_frame(forward), backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward. Raises `CannotTraceError` if it breaks the graph; nothing of it has run then."""
-        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # `torch.compile` then gives the forward itself
+        """Run the forward. Raises `CannotTraceError` before anything has run if the graph breaks."""
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # `torch.compile` returns the forward itself
             raise CannotTraceError("`TORCHDYNAMO_DISABLE=1` switches the tracer off")
         try:
             with _ONE_AT_A_TIME, _switched_on(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
@@ -84,11 +84,12 @@ class Tracer:
 
 
 def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `forward` in a function whose code is shared with nothing else.
+    """Return `forward` in a function that shares its code object with no other.
 
-    Dynamo counts recompilations by code object, and wraps what it does not trace itself (`nn.Sequential.forward`) into
-    one function for all (pytorch issue 124269). Past its limit, which a `torch.compile` of the user's may reach after
-    some models under a budget, it gives that code up for good, and every model's next trace would fail.
+    Dynamo counts recompilations by code object, and wraps all forwards that it does not trace itself
+    (`nn.Sequential.forward`) into one function (pytorch issue 124269). Past its limit, which the user's own
+    `torch.compile` may reach after some models under a budget, it skips that code for good, and every later trace
+    would fail.
     """
 
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +101,7 @@ def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _as_it_runs(more: Sequence[tuple[str, str, Callable[..., Any]]]) -> Generator[None]:
-    """Let traced code see that it is not being compiled. See Note [As it runs]."""
+    """Tell the traced code that it is not being compiled. See Note [As it runs]."""
     answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
     original = dynamo_torch.tracing_state_functions
     dynamo_torch.tracing_state_functions = lambda: answers
@@ -118,7 +119,7 @@ def _as_it_runs(more: Sequence[tuple[str, str, Callable[..., Any]]]) -> Generato
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Leave out what Dynamo itself warns about while it traces: it is no news to the user."""
+    """Suppress Dynamo's own warnings during a trace: they do not concern the user."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -127,7 +128,7 @@ def _quiet() -> Generator[None]:
 
 
 class _Functions(str):
-    """A set of functions that Dynamo can write into its JSON reports (a set of functions breaks them)."""
+    """A set of functions that Dynamo can write into its JSON reports, where a plain set raises."""
 
     __slots__ = ("_members",)
 
@@ -142,10 +143,10 @@ class _Functions(str):
 
 @contextlib.contextmanager
 def _switched_on() -> Generator[None]:
-    """Trace although the user has switched compilers off, or has dispatch modes: nothing is compiled here.
+    """Trace even if the user has switched compilers off or has dispatch modes: nothing is compiled here.
 
-    `TORCH_COMPILE_DISABLE` and `torch.compiler.set_stance` are about the user's own calls; a forward that ran plainly
-    for their sake would ignore its budget without a word.
+    `TORCH_COMPILE_DISABLE` and `torch.compiler.set_stance` are meant for the user's own compiled calls. A forward that
+    ran plainly because of them would silently ignore its budget.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(modes_set_aside())
@@ -156,18 +157,18 @@ def _switched_on() -> Generator[None]:
 
 
 def _settings() -> Any:
-    # A log line is no reason to break a graph: HF models log in their forwards.
+    # Transformers' models log in their forwards, which must not break the graph.
     names = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
     found = frozenset(f for n in names if (f := getattr(logging.Logger, n, None)) is not None)
     return torch._dynamo.config.patch(
         disable=False,
         recompile_limit=_MANY,
         accumulated_recompile_limit=_MANY,
-        # Off by default because compilers have no kernels for them; blocks run torch's own.
+        # Off by default because compilers have no kernels for RNNs; blocks run torch's own.
         allow_rnn=True,
-        # DDPOptimizer would cut the graph at gradient buckets; blocks keep the overlap by themselves.
+        # DDPOptimizer would cut the graph at gradient buckets; blocks overlap with communication without it.
         optimize_ddp=False,
-        # A hook that is registered after the first step must be seen.
+        # A hook that the user registers after the first step must run.
         skip_nnmodule_hook_guards=False,
         ignore_logging_functions=_Functions(found),
     )
@@ -182,10 +183,10 @@ def _no(*_: Any) -> bool:
 
 
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:
-    """What transformers' function returns for positions 0, 1, 2 …, without reading them at run time.
+    """Return what transformers' function returns for positions 0, 1, 2 …, without reading them at run time.
 
-    It reads the positions to find several sequences in one row. Where the model made them itself they are constants:
-    they are computed and looked at once, while tracing. Where they come from the caller, tracing gives up.
+    That function reads the positions to find several sequences in one row. Positions that the model makes itself are
+    constants, which are computed and checked once, during the trace. With the caller's positions the trace fails.
     """
     comptime(_check_positions)
     _ = position_ids
@@ -198,7 +199,7 @@ def _check_positions(context: Any) -> None:
 
 
 def _constant(node: fx.Node) -> Any:
-    """Compute a traced value that depends on no input."""
+    """Return a traced value that depends on no input."""
     if node.op not in ("call_function", "call_method"):
         raise CannotTraceError("the positions come from the caller, and the attention mask depends on their values")
     args, kwargs = fx.map_arg((node.args, node.kwargs), _constant)
@@ -208,8 +209,9 @@ def _constant(node: fx.Node) -> Any:
     return node.target(*args, **kwargs)
 
 
-# What of transformers must not be traced as it is: what reads values (the second to warn about padding), what asks the
-# driver, and a context variable set in eager mode, which Dynamo cannot follow and which computes nothing.
+# Functions of transformers that must not be traced: two that read values (the second to warn about padding), two that
+# ask the driver, and one that guards a context variable of eager mode, which Dynamo cannot follow and which computes
+# nothing.
 _REPLACED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.masking_utils", "find_packed_sequence_indices", _no_packed_sequences),
     ("transformers.modeling_utils", "is_tracing", _yes),

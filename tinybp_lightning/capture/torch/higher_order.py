@@ -1,11 +1,11 @@
-"""What in Dynamo's graph means something else under a compiler than when it is run? It is put back to plain calls.
+"""Turn the higher-order ops in Dynamo's graph, which expect a compiler, back into plain calls.
 
-Dynamo writes two things of the user's as *higher-order ops*, which hold graphs and count on a compiler behind them:
+Dynamo writes two of the user's constructs as *higher-order ops*, which hold graphs:
 
-- `torch.utils.checkpoint` of the user's own. Run as it is, its replay would draw new random numbers (a compiler would
-  have made them reproducible). Its body is inlined: the plan decides what is recomputed.
-- An `autograd.Function`. Run as it is, what it saves stays in a Python closure, where no hook of autograd sees it and
-  nothing can drop it. It becomes an `autograd.Function` again, which saves by `save_for_backward`.
+- `torch.utils.checkpoint`. Run directly, its replay would draw new random numbers, which a compiler would have made
+  reproducible. Its body is inlined: the plan decides what is recomputed.
+- `autograd.Function`. Run directly, it saves tensors in a Python closure, which autograd's hooks do not see and which
+  nothing can drop. It becomes an `autograd.Function` again, which saves through `save_for_backward`.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ __all__ = ["as_plain_calls"]
 def as_plain_calls(module: fx.GraphModule) -> None:
     """Rewrite the higher-order ops of `module` in place, inner ones first.
 
-    **Raises:** `CaptureError` for a checkpoint whose result is used in a way that this file does not know.
+    **Raises:** `CaptureError` for a checkpoint whose results are not taken one by one.
     """
     for part in module.children():
         if isinstance(part, fx.GraphModule):
@@ -68,7 +68,9 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
                     copies[inner].target = f"{holder.target}.{inner.target}"
     for user in list(node.users):
         if user.target is not operator.getitem:
-            raise CaptureError(f"`{user.name}` takes all results of a checkpoint at once, which is not understood.")
+            raise CaptureError(
+                f"`{user.name}` takes all results of a checkpoint at once: expected an op that takes one of them."
+            )
         user.replace_all_uses_with(results[user.args[1]])
         module.graph.erase_node(user)
     module.graph.erase_node(node)
@@ -77,19 +79,19 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 class _Applied:
-    """Stands for one `autograd.Function` of the user's. Its name tells it from others with the same shapes."""
+    """Stands for one of the user's `autograd.Function`s. Its name tells it from others with the same shapes."""
 
     def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
         code = f"{forward.code}{backward.code}"
         self.__name__ = f"autograd_function_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
 
     def __call__(self, forward: Callable[..., Any], backward: Callable[..., Any], *args: Any, **marks: Any) -> Any:
-        """Run it on `args`; `marks` are the positions of outputs that `ctx` marks, and of saved values."""
+        """Run the function on `args`; `marks` holds the positions of outputs that `ctx` marks, and of saved values."""
         return _APPLY(forward, backward, marks, *args)
 
 
 class _Function(torch.autograd.Function):
-    """Runs the traced `forward`, which returns its results and what it saves, and the traced `backward`."""
+    """Runs the traced `forward`, which returns its results and the values to save, and the traced `backward`."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""Does the caller's attention mask hide anything? Asked before a trace, which must not read values.
+"""Does the caller's attention mask hide anything? The question is answered before a trace, which must not read values.
 
-transformers drops a mask of ones and picks a causal or full kernel then (`masking_utils`). Whether it may is a question
-about values, on which a trace breaks; whoever trains on texts passes such a mask. So the question is answered before
-each call, as eager execution does, and the two functions that ask it are replaced during the call by ones that know.
-Dynamo guards on the code of the functions it traced through: each answer has a graph of its own.
+Transformers drops a mask of ones and picks a causal or full kernel (`masking_utils`). To decide this it reads the mask,
+which breaks a trace, and training on text passes such a mask. So the mask is read before each call, as in eager
+execution, and during the call the two functions that would read it are replaced by functions that return the answer.
+Dynamo guards on the code of the functions that it traced through, so each answer has a graph of its own.
 """
 
 import inspect
@@ -25,9 +25,9 @@ _CONVERSIONS = ("bool", "to")
 def mask_functions(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[str, str, Callable[..., Any]], ...]:
-    """Return what to put in place of which functions (module, name, function) while `forward` is called.
+    """Return the functions to replace (module, name, new function) while `forward` is called.
 
-    **Returns:** nothing where there is no mask, or where one mask hides something and another does not.
+    **Returns:** none without a mask, or where one mask hides something and another does not.
     """
     answers = {bool(mask.all()) for mask in _masks(forward, args, kwargs)}
     if answers == {True}:
@@ -38,7 +38,7 @@ def mask_functions(
 def _masks(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     try:
         named: dict[str, Any] = inspect.signature(forward).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # the call itself is wrong, and says so better
+    except (TypeError, ValueError):  # the call itself will raise a better error
         return
     for name, value in named.items():
         inner = cast("Mapping[Any, Any]", value) if isinstance(value, Mapping) else {name: value}
@@ -48,7 +48,7 @@ def _masks(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def _check_mask(context: Any) -> None:
-    """The mask that is asked about must be the caller's, unchanged: the answer is about that one."""
+    """Refuse a mask that is not the caller's own: the answer was found for that one."""
     node: fx.Node = context.get_local("padding_mask").as_proxy().node
     while node.op == "call_method" and node.target in _CONVERSIONS and isinstance(node.args[0], fx.Node):
         node = node.args[0]

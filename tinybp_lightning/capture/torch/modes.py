@@ -1,9 +1,9 @@
-"""Where are the user's dispatch modes while a forward is traced and planned? Set aside; what really runs, runs in them.
+"""Set the user's dispatch modes aside while a forward is traced and planned; the step itself runs in them.
 
 A `TorchDispatchMode` sees every operator: `FlopCounterMode` counts, others log or check. Dynamo traces nothing while
-one is active, from torch 2.13 it even runs the forward and then raises; and probe runs are no business of the user's
-counter. So modes are taken off their stack first, and put back around the step's own operators. Modes of torch itself
-(fake tensors, proxies) stay where they are.
+one is active (from torch 2.13 it runs the forward and then raises), and the user's counter should not count profiling
+runs. So the modes are taken off their stack first and put back around the step's own operators. Torch's own modes (fake
+tensors, proxies) stay in place.
 
 Private API: `torch.utils._python_dispatch` (torch 2.11 to 2.14).
 """
@@ -25,7 +25,7 @@ __all__ = ["modes_back", "modes_set_aside"]
 
 
 class _Aside(threading.local):
-    """What this thread has set aside, the mode that acts first at the end."""
+    """The modes that this thread has set aside; the last one acts first."""
 
     modes: tuple[TorchDispatchMode, ...] = ()
 
@@ -51,7 +51,7 @@ def modes_set_aside() -> Generator[None]:
 
 @contextlib.contextmanager
 def modes_back() -> Generator[None]:
-    """Put what `modes_set_aside` took back in place, for a while."""
+    """Put the modes that `modes_set_aside` took back in place while the body runs."""
     modes, _aside.modes = _aside.modes, ()
     for mode in modes:
         _push_mode(mode)

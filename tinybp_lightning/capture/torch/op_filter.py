@@ -1,8 +1,9 @@
-"""How does a replay leave out what it does not need? Ops found to be spare (`graph.spare`) are run by a `OpFilter`.
+"""How does a replay leave out ops that it does not need? Its *op filter* runs the skippable ops of the block.
 
-In the code of a block such an op is an attribute that is called. Whoever replays the block decides how far it is run:
-its saving comes before its computing, so it is stopped in between, or not begun where nothing it saves is wanted. Its
-result is `None` then, and is seen by spare ops only. Where no keeper is at work, it runs as any op.
+In the code of a block a skippable op (`graph.cuts.products`) is an attribute that is called. The op filter of a replay
+decides how far to run it. Such an op saves before it computes, so the filter stops it in between, or does not begin
+where the replay wants nothing that it saves. Its result is `None` then, which only skippable ops read. Without an op
+filter it runs like any other op.
 """
 
 import contextlib
@@ -17,10 +18,10 @@ __all__ = ["OpFilter", "SkippableOp", "call_through_filter", "filtered_by"]
 
 
 class OpFilter(Protocol):
-    """Runs the spare ops of one block."""
+    """Runs the skippable ops of one block."""
 
     def __call__(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """Run spare op `number` as far as it is needed; `is_silent`: by its record it saves no activation."""
+        """Run skippable op `number` as far as needed; `is_silent`: its record says that it saves no activation."""
         ...
 
 
@@ -28,20 +29,20 @@ _now = threading.local()
 
 
 @contextlib.contextmanager
-def filtered_by(keeper: OpFilter | None) -> Generator[None]:
-    """Have `keeper` run the spare ops of the block that the body runs, in this thread; `None`: as any op."""
-    before = getattr(_now, "keeper", None)
-    _now.keeper = keeper
+def filtered_by(op_filter: OpFilter | None) -> Generator[None]:
+    """Let `op_filter` run the skippable ops that the body meets in this thread; `None`: run them like any op."""
+    before = getattr(_now, "op_filter", None)
+    _now.op_filter = op_filter
     try:
         yield
     finally:
-        _now.keeper = before
+        _now.op_filter = before
 
 
 class SkippableOp:
     """A call of a torch function that a replay may leave out; `number` tells it from others of its block.
 
-    It is no module: hooks of all modules must not see it.
+    It is not a module, so that global module hooks do not see it.
     """
 
     def __init__(self, function: Callable[..., Any], number: int, *, is_silent: bool) -> None:
@@ -50,19 +51,19 @@ class SkippableOp:
         self._is_silent = is_silent
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it, or have the keeper do so."""
-        keeper: OpFilter | None = getattr(_now, "keeper", None)
-        if keeper is None:
+        """Call the function, through the op filter if there is one."""
+        op_filter: OpFilter | None = getattr(_now, "op_filter", None)
+        if op_filter is None:
             return self.function(*args, **kwargs)
-        return keeper(self._number, partial(self.function, *args, **kwargs), is_silent=self._is_silent)
+        return op_filter(self._number, partial(self.function, *args, **kwargs), is_silent=self._is_silent)
 
 
-def call_through_filter(code: fx.GraphModule, spare: Mapping[fx.Node, bool]) -> None:
-    """Have a block's code call the ops in `spare` (and whether each is silent) by way of a `SkippableOp`."""
-    for number, (node, is_silent) in enumerate(spare.items()):
-        name = f"spare_{number}"
+def call_through_filter(code: fx.GraphModule, skippable: Mapping[fx.Node, bool]) -> None:
+    """Make a block's code call its `skippable` ops (with whether each is silent) through a `SkippableOp`."""
+    for number, (node, is_silent) in enumerate(skippable.items()):
+        name = f"skippable_{number}"
         setattr(code, name, SkippableOp(_function_of(code, node), number, is_silent=is_silent))
-        node.op, node.target = "call_module", name  # in generated code, a call of that attribute
+        node.op, node.target = "call_module", name  # the generated code calls that attribute
     code.recompile()
 
 

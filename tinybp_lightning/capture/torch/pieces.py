@@ -1,25 +1,25 @@
-"""How is one traced forward run block by block? Each block of the graph becomes one callable *piece*.
+"""How is a traced forward run block by block? Each block of the graph becomes a callable, its *piece*.
 
-A piece runs the user's own torch calls in the user's own order, so its kernels, and with them every bit of the
-result, are those of plain execution. Pieces use the boxed calling convention (one list, emptied on entry), so that an
-input nobody else holds is freed at its last use inside the piece, as in plain execution.
+A piece makes the user's own torch calls in the user's own order, so its kernels, and with them every bit of the
+result, are those of plain execution. Pieces use the boxed calling convention (one list, which the callee empties), so
+that an input that nobody else holds is freed at its last use inside the piece, as in plain execution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen  # pyright: ignore[reportPrivateUsage] - torch 2.11 to 2.14
+from torch.nn import functional
 
 from tinybp_lightning.capture.torch.op_filter import call_through_filter
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
-from tinybp_lightning.capture.torch.write_only import write_only_buffers
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.cuts.skippable import is_activation, worthwhile_skippable_ops
-from tinybp_lightning.graph.ids import ValueId
+from tinybp_lightning.graph.cuts.products import is_activation, worthwhile_skippable_ops
+from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node
 
 __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template", "reorder"]
@@ -27,7 +27,7 @@ __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_progr
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a value comes from: position `index` in the state, in the externals, or in what the piece made."""
+    """Where a value comes from: position `index` in the state, in the graph's inputs, or in what the piece made."""
 
     origin: str
     index: int
@@ -35,18 +35,23 @@ class Source:
 
 STATE, EXTERNAL, MADE = "state", "external", "made"
 
+_STATISTICS = ("running_mean", "running_var")
+# The order in which `torch.nn.functional.batch_norm` takes its arguments.
+_BATCH_NORM = ("input", *_STATISTICS, "weight", "bias", "training")
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One block as a callable.
 
-    `calls` has one entry for each option. Each takes one list (boxed): the values named by `reads`, in that order; it
-    returns the values that the piece makes. They differ in what autograd is given to save. `module` is the same code,
+    `calls` has one entry for each option. Each takes one list (boxed), the values named by `reads` in that order, and
+    returns the values that the piece makes. They differ in what they give autograd to save. `module` is the same code,
     without `SkippableOp`s.
-    `state` says, for each leaf of the next boundary, whether it is carried over or made here.
-    `volatile`: positions in the externals it reads that some block of the forward changes in place (running
-    statistics); `written`: those that this one does; `write_only`: those whose values nothing it makes depends on.
-    `is_out_of_place`: no op of it changes an activation in place.
+    `state` says, for each boundary tensor behind the block, whether it is carried over or made here.
+    `volatile`, `written`, `write_only` are positions of graph inputs that the block reads: those that some block of the
+    forward changes in place (running statistics), those that this block changes, and those on whose values none of its
+    results depends.
+    `is_out_of_place`: none of its ops changes an activation in place.
     `is_compiled`: `calls` are no longer the user's own kernels.
     """
 
@@ -64,7 +69,7 @@ class Piece:
 
     @property
     def guarded(self) -> tuple[int, ...]:
-        """Positions in the externals whose values replays must find as they were. Compiled code may read any."""
+        """Positions of the inputs whose old values a replay must be given. Compiled code may read any of them."""
         return self.volatile if self.is_compiled else tuple(i for i in self.volatile if i not in self.write_only)
 
 
@@ -74,8 +79,8 @@ class Program:
 
     `outputs` says where each result of the original graph is found after the last piece; `template` is the original
     output structure, with positions into `outputs` in place of the values.
-    `differentiated`: the results that backward is presumed to start from. A graph that returns a loss (a single number)
-    beside other results is differentiated through it alone; the first measured step shows where that is wrong.
+    `differentiated`: the results from which backward is presumed to start. Where a graph returns a loss (a single
+    number) beside other results, that is the loss alone; the first measured step shows where this is wrong.
     """
 
     graph: Graph
@@ -94,7 +99,7 @@ class _Slot:
 
 
 def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularity) -> Program:
-    """Cut a traced forward into pieces at the narrow frontiers of its graph.
+    """Cut a traced forward into pieces.
 
     **Arguments:** `module`, `graph`: the FX graph and its record (`record_graph`).
 
@@ -130,7 +135,7 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
 
 
 def reorder(module: fx.GraphModule, graph: Graph) -> Graph:
-    """Bring the calls of `module` into the order of `graph`, a record of it with its nodes in another legal order.
+    """Bring the calls of `module` into the order of `graph`: its record, with the nodes in another legal order.
 
     **Returns:** `graph`.
     """
@@ -148,6 +153,38 @@ def fill_template(template: Any, values: Sequence[Any]) -> Any:
     if isinstance(template, (list, tuple)):
         return tuple(fill_template(item, values) for item in template)  # pyright: ignore[reportUnknownVariableType]
     return template
+
+
+def _write_only_buffers(
+    graph: Graph, nodes: Sequence[Node], node_of: Mapping[ValueId, fx.Node], candidates: Collection[ValueId]
+) -> frozenset[ValueId]:
+    """Return those of `candidates`, inputs of the graph, that `nodes` change but whose values no result depends on.
+
+    In training a batch norm normalises by the statistics of its batch; it updates the running statistics and the count
+    of batches, but does not use them. A replay may be given any memory in their place, so nothing is kept for it.
+
+    **Arguments:** `node_of`: the FX node of each value.
+    """
+    if not candidates:
+        return frozenset()
+    used: set[StorageId | None] = set()
+    read_ever = {v for node in graph.nodes for v in node.reads} | {*graph.outputs}
+    for node in nodes:
+        call = node_of[node.makes[0]]
+        unused = _statistics(call) if call.target is functional.batch_norm else []
+        if node.op == "add_" and read_ever.isdisjoint(node.makes) and len(node.reads) == 1:
+            unused = list(call.all_input_nodes)
+        used |= {graph.values[v].storage for v in node.reads if node_of[v] not in unused}
+    return frozenset(v for v in candidates if graph.values[v].storage not in used)
+
+
+def _statistics(call: fx.Node) -> list[Any]:
+    """Return the running statistics among the arguments of a batch norm, if it is in training."""
+    given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
+    if given.get("training") is not True:
+        return []
+    # The batch norm uses a statistic that it also takes as another argument.
+    return [s for s in (given.get(name) for name in _STATISTICS) if [*given.values()].count(s) == 1]
 
 
 def _differentiated(graph: Graph) -> frozenset[ValueId]:
@@ -174,7 +211,7 @@ def _piece(
     nodes = graph.nodes[span.start : span.stop]
     made_here = {v for node in nodes for v in node.makes}
     reads = list(dict.fromkeys(v for node in nodes for v in node.reads if v not in made_here))
-    # A `no_grad` region may read its own token, which is no real argument; only values that FX passes are inputs.
+    # The end of a `no_grad` region reads the value of its beginning, which FX does not pass as an argument.
     used = {i for node in nodes for i in node_of[node.makes[0]].all_input_nodes}
     reads = [v for v in reads if node_of[v] in used]
     made = [v for v in after if v in made_here]
@@ -182,10 +219,10 @@ def _piece(
     arguments, results = [node_of[v] for v in reads], [node_of[v] for v in made]
     body, _ = _code(module, arguments, calls, results)
     run = body
-    spare = worthwhile_skippable_ops(graph, span.start, span.stop)
-    if spare:
+    skippable = worthwhile_skippable_ops(graph, span.start, span.stop)
+    if skippable:
         run, copied = _code(module, arguments, calls, results)
-        call_through_filter(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in spare.items()})
+        call_through_filter(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in skippable.items()})
     position = {v: i for i, v in enumerate(before)}
     sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
@@ -199,7 +236,7 @@ def _piece(
         state=state,
         volatile=tuple(sorted(read & volatile)),
         written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
-        write_only=tuple(sorted(externals[v] for v in write_only_buffers(graph, nodes, node_of, changed))),
+        write_only=tuple(sorted(externals[v] for v in _write_only_buffers(graph, nodes, node_of, changed))),
         is_random=any(node.is_random for node in nodes),
         is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
         span=span,
@@ -209,7 +246,7 @@ def _piece(
 def _code(
     module: fx.GraphModule, arguments: Sequence[fx.Node], calls: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """Return boxed code for some nodes of `module`, and which node there is the copy of which one."""
+    """Return boxed code for some nodes of `module`, and the copy of each of them."""
     graph = fx.Graph()
     graph.set_codegen(_BoxedCodeGen())
     copies = {n: graph.placeholder(f"x{k}") for k, n in enumerate(arguments)}
@@ -220,7 +257,7 @@ def _code(
 
 
 def _leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
-    """A replay that stops early inside a `vmap` never gets to the call that leaves it."""
+    """Wrap a call so that a replay that stops early inside a `vmap` leaves the `vmap`."""
 
     def left(arguments: list[Any]) -> Sequence[Any]:
         with leaving_transforms():

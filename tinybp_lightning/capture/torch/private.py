@@ -1,7 +1,7 @@
-"""Which private parts of torch does this package touch? All of them pass through here, except Dynamo's and Kineto's.
+"""Which private parts of torch does this package use? All of them pass through here.
 
-Each was seen to work from torch 2.11 to 2.14; when one moves, this is the file to mend (`dynamo.py` and `allocator.py`
-hold the other two concerns).
+The exceptions are Dynamo's (`dynamo.py`, `masks.py`), the stack of dispatch modes (`modes.py`) and Kineto's
+(`allocator.py`). Each part works from torch 2.11 to 2.14; when one moves, this is the file to change.
 """
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownVariableType=false, reportUnknownMemberType=false
@@ -39,16 +39,16 @@ __all__ = [
 
 _transforms: Any = _functorch
 set_grad_enabled_op: Any = torch._C._set_grad_enabled
-"""What Dynamo's graphs call where a `no_grad` region begins or ends."""
+"""The function that Dynamo's graphs call where a `no_grad` region begins or ends."""
 
 
 def storage_key(t: torch.Tensor) -> int:
-    """Return the identity of the storage behind `t`, valid while somebody holds it."""
+    """Return the identity of the storage behind `t`, valid while the storage is alive."""
     return t.untyped_storage()._cdata
 
 
 def untransformed(t: torch.Tensor) -> torch.Tensor:
-    """Return the ordinary tensor inside one that `torch.func` transforms (`vmap`) have wrapped; any other as it is."""
+    """Return the plain tensor inside `t`, which `torch.func` transforms (`vmap`) may have wrapped."""
     while _transforms.is_functorch_wrapped_tensor(t):
         t = _transforms.get_unwrapped(t)
     return t
@@ -56,7 +56,7 @@ def untransformed(t: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def leaving_transforms() -> Generator[None]:
-    """Leave every `torch.func` transform that the body entered and an exception kept it from leaving."""
+    """Leave every `torch.func` transform that the body entered, also when it raises before it leaves them."""
     depth = _transforms.get_dynamic_layer_stack_depth()
     try:
         yield
@@ -66,34 +66,34 @@ def leaving_transforms() -> Generator[None]:
 
 
 def graph_task_id() -> int:
-    """Return the number of the backward that runs on this thread, -1 outside of backward."""
+    """Return the number of the backward that runs on this thread, -1 outside of a backward."""
     return torch._C._current_graph_task_id()
 
 
 def queue_callback(callback: Callable[[], None]) -> None:
-    """Call `callback` once the backward that runs now has ended (as DDP and FSDP do)."""
+    """Call `callback` when the current backward has ended (as DDP and FSDP do)."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def is_profiling() -> bool:
-    """Whether a profiler runs on this thread."""
+    """Return whether a profiler runs on this thread."""
     return torch.autograd._profiler_enabled()
 
 
 def compiled_call_impl(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what `Module.compile` put in place of the module's call, if anything."""
+    """Return the call that `Module.compile` installed in the module, if any."""
     return module._compiled_call_impl
 
 
 def call_impl(module: nn.Module) -> Callable[..., Any]:
-    """Return what a call of `module` runs, hooks included."""
+    """Return the function that a call of `module` runs, hooks included."""
     return module._compiled_call_impl or module._call_impl
 
 
 def set_call_impl(module: nn.Module, impl: Callable[..., Any] | None) -> None:
-    """Run `impl` when `module` is called, outside all of its hooks; `None` gives the plain call back.
+    """Make a call of `module` run `impl`, around all of its hooks; `None` restores the plain call.
 
-    The attribute is `Module.compile`'s: `copy.deepcopy` and `pickle` of the module leave it behind.
+    The attribute is the one of `Module.compile`, which `copy.deepcopy` and `pickle` do not copy.
     """
     module._compiled_call_impl = impl
 
@@ -104,42 +104,42 @@ def accumulation_hooks(parameter: nn.Parameter) -> list[Any]:
 
 
 def has_gradient_hooks(t: torch.Tensor) -> bool:
-    """Return whether somebody waits for the gradient of `t`: before or after it is accumulated.
+    """Return whether `t` has hooks that run before or after its gradient is accumulated.
 
-    Hooks on its accumulation node are not seen, which C++ code and distributed training have.
+    Hooks on its accumulation node, which C++ code and distributed training install, are not found.
     """
     return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """Return the module's own buffers by name, as they are registered: the dictionary itself, no copy."""
+    """Return the module's own buffers by name: the dictionary in which they are registered, not a copy."""
     return module._buffers
 
 
 def swap_buffer(owner: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
-    """Put `buffer` in place of the one registered as `name`, and return that one."""
+    """Register `buffer` as `name` in place of the old one, which is returned."""
     own = owner._buffers[name]
     owner._buffers[name] = buffer
     return own
 
 
 def cuda_history_is_on() -> bool:
-    """Whether somebody records the CUDA allocator's history already."""
+    """Return whether the CUDA allocator's history is being recorded already."""
     return bool(torch._C._cuda_isHistoryEnabled()) if hasattr(torch._C, "_cuda_isHistoryEnabled") else False
 
 
 def hold_cuda(cycles: int) -> None:
-    """Keep the current stream busy for so many clock cycles of the device."""
+    """Keep the current stream busy for `cycles` clock cycles of the device."""
     torch.cuda._sleep(cycles)
 
 
 def start_cuda_history(max_events: int) -> None:
-    """Record every allocation and release from now on, without stack traces."""
+    """Begin to record every allocation and release, without stack traces."""
     torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=max_events)
 
 
 def stop_cuda_history() -> None:
-    """Stop recording, and drop what was recorded."""
+    """Stop recording and discard the records."""
     torch.cuda.memory._record_memory_history(enabled=None)
 
 

@@ -1,29 +1,31 @@
-"""What does a traced forward compute, alias, change and save? Dynamo's FX graph, run once on fake tensors.
+"""What does a forward compute, alias, change and save? Its FX graph, run once on fake tensors.
 
-Dynamo hands over a graph of torch-level calls. This file interprets it on fake tensors (shapes without memory), and
-writes down, per call, what autograd itself shows: the storages it saves (`saved_tensors_hooks`), the storages it
-changes in place (version counters, and a short list of ops that change buffers without telling), whether it draws
-random numbers (`Tag.nondeterministic_seeded`) and its floating-point operations. Nothing here decides anything.
+Dynamo hands over a graph of torch-level calls. This file interprets the graph on fake tensors (shapes without memory)
+and records, for each call, what autograd shows: the storages that it saves (`saved_tensors_hooks`), the storages that
+it changes in place (version counters, and a short list of ops that change buffers without raising the counter),
+whether it draws random numbers (`Tag.nondeterministic_seeded`) and its floating-point operations.
 """
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from tinybp_lightning.capture.torch.flops import flops_of
+from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
 from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key, untransformed
-from tinybp_lightning.errors import CaptureError
+from tinybp_lightning.errors import CaptureError, UnsupportedModuleError
 from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
 from tinybp_lightning.graph.verify import verify_graph
 
-__all__ = ["enters_transform", "is_op", "module_path", "record_graph"]
+__all__ = ["capture_graph", "enters_transform", "flops_of", "is_op", "module_path", "record_graph"]
 
 _COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 # Dynamo spells a module's place as `L['self']._modules['layers'][0]` or `L['fn'].__self__.layers.0`, by version.
@@ -31,35 +33,103 @@ _NOISE = frozenset({"", "L", "__dict__", "_modules", "__self__"})
 # Norms change these without raising the version counter (seen on torch 2.13, CPU and fake).
 _SILENT_WRITES = ("running_mean", "running_var")
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+)
 
 
-def is_op(node: fx.Node) -> bool:
-    """Whether an FX node is a call, as opposed to an input, a constant or the output."""
-    return node.op in ("call_function", "call_method", "call_module")
+class _CapturedError(Exception):
+    """Ends the traced call once its graph is recorded, before any op of it runs."""
 
 
-def enters_transform(op: str) -> bool:
-    """Whether the op of this name enters a `torch.func` transform (`vmap`), which `*_decrement_nesting` leaves."""
-    return op.endswith("_increment_nesting")
+def capture_graph(module: nn.Module, *inputs: Any, **named_inputs: Any) -> Graph:
+    """Return the graph of `module(*inputs, **named_inputs)` as it would be trained.
+
+    Only shapes are computed: no kernel runs and the module does not change. The module may be on the `meta` device,
+    and so be larger than this machine.
+
+    **Arguments:** `module`: in the intended mode (training or not), and not under `tbp.hcb`.
+
+    **Raises:** `UnsupportedModuleError` for anything but a module; `CaptureError` if the forward cannot be traced as
+    one graph, or is under `tbp.hcb`.
+    """
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModuleError(f"`{type(module).__name__}` is not a torch.nn.Module: pass the model itself.")
+    found: list[Graph] = []
+
+    def on_graph(traced: fx.GraphModule) -> Any:
+        def record(*values: Any) -> Any:
+            found.append(record_graph(traced, values, name=type(module).__name__))
+            raise _CapturedError
+
+        return record
+
+    with torch.enable_grad(), contextlib.suppress(_CapturedError):
+        try:
+            Tracer(module.forward, on_graph)(*inputs, **named_inputs)
+        except CannotTraceError as error:
+            raise CaptureError(
+                f"`{type(module).__name__}` cannot be captured as one graph ({error.reason}). If it is under "
+                "`tbp.hcb`, call `tbp.restore` first; else train it for a step and ask `tbp.explain(module)`."
+            ) from error
+    return found[0]
 
 
 def record_graph(module: fx.GraphModule, inputs: Sequence[Any], *, name: str) -> Graph:
     """Return the `Graph` of a Dynamo graph module called with `inputs`.
 
-    **Arguments:** `inputs`: one value per placeholder (parameters and buffers included); only their metadata is used.
+    **Arguments:** `inputs`: one value for each placeholder (parameters and buffers included); only metadata is used.
 
-    **Returns:** a graph that passed `verify_graph`; `nodes[i]` is the i-th call of `module.graph` in order.
+    **Returns:** a graph that passed `verify_graph`; `nodes[i]` is the i-th call of `module.graph`.
 
     **Raises:** `CaptureError` if a call cannot be interpreted on fake tensors.
     """
-    recorder = _Recorder(module, name)
-    graph = recorder.record(inputs)
+    graph = _Recorder(module, name).record(inputs)
     verify_graph(graph)
     return graph
 
 
+def is_op(node: fx.Node) -> bool:
+    """Return whether an FX node is a call, as opposed to an input, a constant or the output."""
+    return node.op in ("call_function", "call_method", "call_module")
+
+
+def enters_transform(op: str) -> bool:
+    """Return whether the op of this name enters a `torch.func` transform, which a `*_decrement_nesting` op leaves."""
+    return op.endswith("_increment_nesting")
+
+
+def module_path(n: fx.Node) -> str:
+    """Return the dotted path of a node's innermost module, from Dynamo's `nn_module_stack` (`L['self'].layers.0`)."""
+    stack = n.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    parts = [part for part in re.split(r"[\.\[\]'\"]+", path) if part not in _NOISE]
+    return ".".join(parts[1:])  # the first part names the traced callable itself
+
+
+def flops_of(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Return the floating-point operations of a call as torch counts them, 0 where it has no formula.
+
+    Attention is counted here. The formula of torch 2.11 raises where keys and values have fewer heads than queries
+    (grouped-query attention), which CUDA's kernels for half precision accept; the formula of 2.13 does not.
+
+    **Arguments:** `packet`: the overload packet (`torch.ops.aten.mm`) that took `args` and `kwargs` and returned `out`;
+    of tensors only shapes are used.
+    """
+    if packet in _ATTENTION:
+        query, key, value = args[:3]  # (batch, heads, length, width)
+        batch, heads, length, width = query.shape
+        return 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
+    count = flop_registry.get(packet)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
 class _OpFacts(TorchDispatchMode):
-    """What the kernels under one call reveal: random draws, collectives, silent writes, copies, flops."""
+    """What the kernels under one call show: random draws, collectives, silent writes, copies, flops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,16 +165,16 @@ class _OpFacts(TorchDispatchMode):
 
 
 class _Recorder(fx.Interpreter):
-    """Interprets the graph on fake tensors and collects the IR as it goes."""
+    """Interprets the graph on fake tensors and collects the `Graph` on the way."""
 
     def __init__(self, module: fx.GraphModule, name: str) -> None:
-        super().__init__(module, garbage_collect_values=False)  # storages must not be freed: their address is their id
+        super().__init__(module, garbage_collect_values=False)  # no storage may be freed: its address is its identity
         self._name = name
         self._graph_module = module
         self._facts = _OpFacts()
         self._storages: list[Storage] = []
         self._storage_of: dict[int, StorageId] = {}
-        # What was copied, by the copy's storage. Over all calls, since autocast keeps a weight's copy for later ones.
+        # What each copy is a copy of, by its storage. Kept over all calls: autocast reuses the copy of a weight.
         self._source_of: dict[int, torch.Tensor] = {}
         self._values: list[Value] = []
         self._value_of: dict[fx.Node, ValueId] = {}
@@ -196,7 +266,7 @@ class _Recorder(fx.Interpreter):
     def _copies(
         self, saved: Sequence[torch.Tensor], read: Collection[StorageId | None], made: StorageId | None
     ) -> tuple[tuple[StorageId, StorageId], ...]:
-        """The saved storages that are copies of what the op reads, and what they are copies of."""
+        """Return the saved storages that are copies of what the op reads, and what they are copies of."""
         copies: set[tuple[StorageId, StorageId]] = set()
         for t in saved:
             key, copy = storage_key(untransformed(t)), self._storage(t, StorageKind.ACTIVATION)
@@ -208,10 +278,10 @@ class _Recorder(fx.Interpreter):
         return tuple(sorted(copies))
 
     def _read_input_itself(self, n: fx.Node, result: Any) -> None:
-        """Let what reads the result of an in-place op on an input (`out=buffer`) read the input.
+        """Let the readers of an in-place op's result on an input (`out=buffer`) read the input.
 
-        It is the same tensor, and inputs need not be carried from block to block. With a gradient of its own it is not
-        the same for a replay, and is left.
+        It is the same tensor, and inputs need not be carried from block to block. A result with a gradient of its own
+        is a different tensor for a replay, and stays.
         """
         source = self._input_of.get(id(result))
         if source is not None and isinstance(result, torch.Tensor) and not result.requires_grad:
@@ -220,8 +290,8 @@ class _Recorder(fx.Interpreter):
     def _close_grad_region(self, n: fx.Node, made: ValueId) -> list[ValueId]:
         """Tie the two ends of a `no_grad` region together, so that no cut falls between them.
 
-        The value made where gradients go off is read where they come back: a value that is no tensor crosses every
-        cut in between, and such cuts are not allowed.
+        The op that turns gradients on reads the value that the op that turned them off made. This value is not a
+        tensor and crosses every position in between, where cuts are not allowed therefore.
         """
         if n.target is not set_grad_enabled_op:
             return []
@@ -232,7 +302,7 @@ class _Recorder(fx.Interpreter):
         return [opened]
 
     def _close_transform(self, n: fx.Node, made: ValueId) -> list[ValueId]:
-        """Tie the two ends of a `torch.func` transform (`vmap`) together: its tensors exist only between them."""
+        """Tie the two ends of a `torch.func` transform together: its tensors exist only between them."""
         op = _op_name(n)
         if enters_transform(op):
             self._transforms.append(made)
@@ -273,13 +343,3 @@ def _input_kind(n: fx.Node, result: Any) -> StorageKind:
 
 def _op_name(n: fx.Node) -> str:
     return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target))
-
-
-def module_path(n: fx.Node) -> str:
-    """Return the dotted path of a node's innermost module, from Dynamo's `nn_module_stack` (`L['self'].layers.0`)."""
-    stack = n.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    parts = [part for part in re.split(r"[\.\[\]'\"]+", path) if part not in _NOISE]
-    return ".".join(parts[1:])  # the first names the traced callable itself

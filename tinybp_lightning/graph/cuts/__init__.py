@@ -1,0 +1,1 @@
+"""Where a graph is cut into blocks, and which ops a replay of a block can skip."""

@@ -1,55 +1,121 @@
-"""Which modules of the traced program repeat, and where does one of them end and the next begin?
+"""Where is a graph narrow, and where do its repeated modules end?
 
-Models stack layers in a `ModuleList` or `Sequential`, so the dotted path of a repeated module has an integer segment:
+A *run* is a maximal stretch of positions with one frontier. Neighbouring runs of equal local bytes, lower than the runs
+on both sides, are a *local minimum of the frontier*, and each of them is a narrow place. Inside a run the values tell
+positions apart: the last position with the fewest crossing elements keeps a view with its producer, and keeps an
+expanded copy or a transposed weight from crossing.
+
+Models stack layers in a `ModuleList` or `Sequential`, so the dotted path of a repeated module has an integer part:
 `model.layers.3.mlp` lies in item `3` of container `model.layers`. A container *repeats* when two of its items use the
-same set of ops; a `Sequential` of unlike stages does not, and the search goes on inside its items.
+same set of ops; a `Sequential` of different stages does not, and its items are searched instead.
 """
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
+from tinybp_lightning.graph.frontier import FrontierProfile
 from tinybp_lightning.graph.ir import Graph
 
-__all__ = ["LayerTransition", "common_module", "layer_transitions"]
+__all__ = [
+    "MIN_OPS",
+    "common_module",
+    "fill_long_stretches",
+    "layer_cuts",
+    "narrow_places",
+    "returned_midway",
+    "space_out",
+]
+
+# A block of one op has nothing to keep or drop that the boundaries around it do not hold already.
+MIN_OPS = 2
+# In a transformer layer a narrow minimum holds one or two streams (the residual, and one tensor on its way to it), a
+# wide one, inside attention or the MLP, four or more: 2.5 streams separate the two kinds.
+_WIDE_RATIO = 2.5
+# A wide minimum is dropped if a narrower one lies within this many ops: half an attention or a convolution block.
+_WINDOW = 16
+# Residual streams of one stack differ only by masks and position tables; a wider frontier holds more than the stream.
+_REPEAT_TOLERANCE = 1.05
+# A stretch this many times longer than the usual layer is more than one layer: it is cut at its own minima.
+_LONG_STRETCH_RATIO = 2
 
 
-@dataclass(frozen=True, slots=True)
-class LayerTransition:
-    """Positions `first` to `stop` (exclusive) at which a repeated module has ended and the next has not begun.
+def narrow_places(profile: FrontierProfile) -> tuple[int, ...]:
+    """Return the local minima of the frontier, without those far wider than usual that have a narrower one nearby.
 
-    `container` is the path of the container that is left, or entered where none is left.
+    A wide minimum that is the narrowest of its window stays: all frontiers in the early stages of a convolution net are
+    wide.
     """
+    local = profile.local_bytes
+    minima = _local_minima(profile)
+    # A minimum of long-lived storages alone has no local bytes, and others cannot be measured against 0.
+    positive = [local[p] for p in minima if local[p] > 0]
+    limit_bytes = _WIDE_RATIO * median(positive) if positive else 0
+    return tuple(p for p in minima if local[p] <= limit_bytes or _is_narrowest_near(profile, minima, p))
 
-    container: str
-    first: int
-    stop: int
 
+def layer_cuts(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
+    """Return the narrow places between repeated modules, in stacks of layers and in stacks of stages of layers.
 
-def layer_transitions(graph: Graph, *, depth: int = 1) -> tuple[LayerTransition, ...]:
-    """Return every change of repeated module in `graph`, entering the first and leaving the last too.
-
-    Nodes outside every repeated module belong to the transition between two different ones, and to the module where
-    they stand inside one.
-
-    **Arguments:** `depth`: how many repeated containers to look into: 1 for layers, 2 for the layers of stages.
+    There is one for each transition that is a local minimum or has the narrowest width that repeats in its container;
+    and, inside a stage, one for each transition between its layers that is as narrow as the stage's end.
     """
-    repeated = _repeated_containers(graph)
-    transitions: list[LayerTransition] = []
-    previous: tuple[_Item, ...] = ()
-    previous_position = -1
-    for position, node in enumerate(graph.nodes):
-        items = tuple(item for item in _items(node.module) if item.container in repeated)[:depth]
-        if not items:
+    minima = set(_local_minima(profile))
+    by_container: dict[str, list[int]] = {}
+    for container, place in _transition_places(graph, profile, depth=1):
+        by_container.setdefault(container, []).append(place)
+    repeating = {place for places in by_container.values() for place in _repeating(profile, places)}
+    stages = [place for places in by_container.values() for place in places if place in repeating or place in minima]
+    stages.sort()
+    inner = [place for _, place in _transition_places(graph, profile, depth=2)]
+    ends = [bisect_left(stages, place) for place in inner]
+    layers = [
+        place
+        for place, end in zip(inner, ends, strict=True)
+        if 0 < end < len(stages) and _is_as_narrow(profile, place, stages[end])
+    ]
+    return tuple(sorted({*stages, *layers}))
+
+
+def fill_long_stretches(profile: FrontierProfile, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the narrowest minima of every stretch between layer cuts that is too long to be one layer."""
+    limit = _LONG_STRETCH_RATIO * median(right - left for left, right in pairwise(layers)) if len(layers) > 1 else 0
+    minima = _local_minima(profile)
+    filling: list[int] = []
+    for left, right in pairwise([-1, *layers, len(profile.width_bytes) - 1]):
+        if right - left > limit:
+            inside = [p for p in minima if left < p < right]
+            filling.extend(p for p in inside if _is_narrowest_near(profile, inside, p))
+    return tuple(filling)
+
+
+def returned_midway(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
+    """Return the places that make a tensor which the graph returns and also reads later (logits, then their loss).
+
+    A compiled block that returns such a tensor beside its result expects a gradient for it from the caller, and makes
+    zeros of its size in backward when none comes. With a cut behind its maker, the next block provides the gradient.
+    """
+    read_after = {v: node.id for node in graph.nodes for v in node.reads}
+    made = {v: node.id for node in graph.nodes for v in node.makes}
+    found = {made[v] for v in graph.outputs if v in made and read_after.get(v, made[v]) > made[v]}
+    found = {p for p in found if any(graph.values[v].requires_grad for v in graph.nodes[p].makes)}
+    return tuple(sorted(p for p in found if profile.is_allowed(p)))
+
+
+def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int) -> tuple[int, ...]:
+    """Drop positions that would leave a block of fewer than `MIN_OPS` nodes; of two too close, the wider one."""
+    kept: list[int] = []
+    for position in positions:
+        if position + 1 < MIN_OPS or num_nodes - 1 - position < MIN_OPS:
             continue
-        if items != previous and position > 0:
-            # Before the first item stands the whole stem; only its very end is a transition.
-            left, first = (previous, previous_position) if previous else (items, position - 1)
-            transitions.append(LayerTransition(left[-1].container, first, position))
-        previous, previous_position = items, position
-    if previous and previous_position < len(graph.nodes) - 1:
-        transitions.append(LayerTransition(previous[-1].container, previous_position, previous_position + 1))
-    return tuple(transitions)
+        if not kept or position - kept[-1] >= MIN_OPS:
+            kept.append(position)
+        elif profile.cost(position) < profile.cost(kept[-1]):
+            kept[-1] = position
+    return tuple(kept)
 
 
 def common_module(graph: Graph, start: int, stop: int) -> str:
@@ -74,6 +140,54 @@ class _Item:
     index: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Transition:
+    """Positions `first` to `stop` (exclusive) at which a repeated module has ended and the next has not begun.
+
+    `container` is the path of the container that is left, or entered where none is left.
+    """
+
+    container: str
+    first: int
+    stop: int
+
+
+def _transition_places(graph: Graph, profile: FrontierProfile, *, depth: int) -> list[tuple[str, int]]:
+    """Return the container and the cheapest allowed position of each transition between repeated modules."""
+    found: list[tuple[str, int]] = []
+    for transition in _layer_transitions(graph, depth=depth):
+        places = [p for p in range(transition.first, transition.stop) if profile.is_allowed(p)]
+        if places:
+            found.append((transition.container, min(places, key=lambda p: (*profile.cost(p), -p))))
+    return found
+
+
+def _layer_transitions(graph: Graph, *, depth: int) -> list[_Transition]:
+    """Return every change of repeated module in `graph`, the first entry and the last exit included.
+
+    Nodes outside all repeated modules belong to the transition if they lie between two different modules, and to the
+    module if they lie inside one.
+
+    **Arguments:** `depth`: how many nested containers to look into: 1 for layers, 2 for the layers of stages.
+    """
+    repeated = _repeated_containers(graph)
+    transitions: list[_Transition] = []
+    previous: tuple[_Item, ...] = ()
+    previous_position = -1
+    for position, node in enumerate(graph.nodes):
+        items = tuple(item for item in _items(node.module) if item.container in repeated)[:depth]
+        if not items:
+            continue
+        if items != previous and position > 0:
+            # The whole stem stands before the first item; only its very end is a transition.
+            left, first = (previous, previous_position) if previous else (items, position - 1)
+            transitions.append(_Transition(left[-1].container, first, position))
+        previous, previous_position = items, position
+    if previous and previous_position < len(graph.nodes) - 1:
+        transitions.append(_Transition(previous[-1].container, previous_position, previous_position + 1))
+    return transitions
+
+
 def _items(module: str) -> Iterator[_Item]:
     """Yield the container items on a module path, outermost first."""
     segments = module.split(".")
@@ -89,3 +203,60 @@ def _repeated_containers(graph: Graph) -> frozenset[str]:
             ops.setdefault(item, set()).add(node.op)
     alike = Counter((item.container, frozenset(used)) for item, used in ops.items())
     return frozenset(container for (container, _), count in alike.items() if count > 1)
+
+
+def _repeating(profile: FrontierProfile, places: Sequence[int]) -> list[int]:
+    """Return the places that are as narrow as the narrowest two of equal width; none where all widths differ."""
+    by_width = sorted(places, key=lambda p: profile.local_bytes[p])
+    narrowest = next((left for left, right in pairwise(by_width) if _is_as_narrow(profile, right, left)), None)
+    return [] if narrowest is None else [p for p in places if _is_as_narrow(profile, p, narrowest)]
+
+
+def _is_as_narrow(profile: FrontierProfile, position: int, other: int) -> bool:
+    """Return whether `position` is as narrow as `other`, by all bytes or by local bytes.
+
+    Either is enough: accumulated skips distort the first comparison, and a residual that dies early, as after the last
+    layer, distorts the second.
+    """
+    return any(
+        width[position] <= _REPEAT_TOLERANCE * width[other] for width in (profile.width_bytes, profile.local_bytes)
+    )
+
+
+def _local_minima(profile: FrontierProfile) -> list[int]:
+    """Return the best allowed position of each run in a local minimum of the local bytes; the ends count as higher."""
+    runs = _runs(profile)
+    widths = [profile.local_bytes[p] for p in runs]
+    minima: list[int] = []
+    first = 0
+    while first < len(runs):
+        last = first
+        while last + 1 < len(runs) and widths[last + 1] == widths[first]:
+            last += 1
+        falls = first == 0 or widths[first - 1] > widths[first]
+        rises = last + 1 == len(runs) or widths[last + 1] > widths[first]
+        if falls and rises:
+            minima.extend(runs[first : last + 1])
+        first = last + 1
+    return minima
+
+
+def _runs(profile: FrontierProfile) -> list[int]:
+    """Return the best allowed position of each run that has one."""
+    best: list[int] = []
+    is_open = False
+    for position, is_new in enumerate(profile.is_new):
+        is_open = is_open and not is_new
+        if not profile.is_allowed(position):
+            continue
+        if not is_open:
+            best.append(position)
+        elif profile.num_elements[position] <= profile.num_elements[best[-1]]:
+            best[-1] = position
+        is_open = True
+    return best
+
+
+def _is_narrowest_near(profile: FrontierProfile, minima: Sequence[int], position: int) -> bool:
+    near = minima[bisect_left(minima, position - _WINDOW) : bisect_left(minima, position + _WINDOW + 1)]
+    return all(profile.local_bytes[p] >= profile.local_bytes[position] for p in near)

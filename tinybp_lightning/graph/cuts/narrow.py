@@ -1,41 +1,56 @@
-"""Where is a graph cut into blocks, and what goes in and out of each block?
+"""Where is a graph cut into blocks, and what goes into and out of each block?
 
-A cut should be narrow, because a stored boundary costs its frontier's bytes. All granularities start from the narrow
-places of `valleys.py`. `Granularity.FINE` takes all of them, joins blocks that make next to nothing to a neighbour and
-splits those whose own saved bytes set the least memory of any plan (`balance.py`). `Granularity.PRODUCTS` adds cuts
-behind matrix products and convolutions (`products.py`): for budgets that leave room for their results, which are wide.
-`Granularity.COARSE` takes one for each repeated module, the narrowest where modules say nothing, and those of results
-that are read on. Which boundaries a plan *stores* is the planner's decision.
+A cut should be narrow, because a stored boundary costs the bytes of its frontier. `Granularity.FINE` cuts at all narrow
+places, merges light blocks into a neighbour and splits heavy ones; `Granularity.PRODUCTS` adds cuts behind
+compute-heavy ops; `Granularity.COARSE` cuts once for each repeated module, at the narrowest places where modules do not
+repeat, and behind results that are read on. Which boundaries a plan *stores* is the planner's decision.
+
+A block is *light* if it makes next to nothing (a mask, the statistics of a norm): it costs planning time and offers
+nothing to keep or drop. It is merged across the costlier of its two cuts.
+
+A block is *heavy* if its backward sets the smallest budget. A split at `p` makes two smaller blocks and a boundary,
+which the backward of the later block holds beside its saved set; the backward of the earlier block holds the gradient
+of the boundary. So the heaviest block is split where `max(saved before, saved after) + bytes of the boundary` is least,
+as long as that is clearly below its own saved bytes; then the next heaviest, until a split gains nothing. Lighter
+blocks stay whole, since more boundaries would lower no peak.
 """
 
+import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import assert_never
 
 from tinybp_lightning.errors import GraphError
-from tinybp_lightning.graph.cuts.balance import merge_light_blocks, split_heavy_blocks
-from tinybp_lightning.graph.cuts.layers import common_module
-from tinybp_lightning.graph.cuts.products import cut_behind_products
-from tinybp_lightning.graph.cuts.valleys import (
+from tinybp_lightning.graph.cuts.layers import (
+    MIN_OPS,
+    common_module,
     fill_long_stretches,
     layer_cuts,
-    narrow_valleys,
+    narrow_places,
     returned_midway,
     space_out,
 )
-from tinybp_lightning.graph.frontier import FrontierProfile, Life, frontier_profile
-from tinybp_lightning.graph.ids import NodeId, ValueId
-from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.graph.cuts.products import cut_behind_products
+from tinybp_lightning.graph.frontier import FrontierProfile, Life, frontier_profile, made_at
+from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
+from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.signature import block_signature
 
 __all__ = ["BlockSpan", "Granularity", "choose_cuts", "cut_blocks"]
 
+# A block is light if it makes less than this share of what the usual block makes: the statistics of a norm are one
+# value a row, a mask is one byte for a pair of positions.
+_LIGHT_SHARE = 1 / 16
+# A split must leave at most this share of the block's saved bytes: a smaller gain is not worth a boundary.
+_WORTHWHILE_SHARE = 0.875
+
 
 class Granularity(Enum):
-    """How many blocks: cut behind products too, at every narrow place, or about one for each repeated module."""
+    """How many blocks: cuts behind compute-heavy ops too, at every narrow place, or one for each repeated module."""
 
     PRODUCTS = "products"
     FINE = "fine"
@@ -46,9 +61,9 @@ class Granularity(Enum):
 class BlockSpan:
     """Nodes `start` to `stop` (exclusive) of a graph, as one block.
 
-    `inputs` are all values that cross the cut before it, those it only passes on included; `outputs` all that cross the
-    cut after it (for the last block: what the graph returns and a node made); both in id order, so the outputs of one
-    block are the inputs of the next. `external` are the graph inputs it reads, in the order it reads them.
+    `inputs` are all values that cross the cut before it, including those that it only passes on; `outputs` are all that
+    cross the cut after it (for the last block: what a node made and the graph returns). Both are in id order, so the
+    outputs of one block are the inputs of the next. `external` are the graph inputs that it reads, in reading order.
     """
 
     start: int
@@ -69,9 +84,9 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
     num_nodes = len(graph.nodes)
     match granularity:
         case Granularity.FINE | Granularity.PRODUCTS:
-            narrow = sorted({*narrow_valleys(profile), *layer_cuts(graph, profile)})
-            cuts = merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
-            cuts = split_heavy_blocks(graph, profile, cuts)
+            narrow = sorted({*narrow_places(profile), *layer_cuts(graph, profile)})
+            cuts = _merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
+            cuts = _split_heavy_blocks(graph, profile, cuts)
             if granularity is Granularity.PRODUCTS:
                 cuts = cut_behind_products(graph, profile, cuts)
         case Granularity.COARSE:
@@ -132,9 +147,113 @@ def _check_cuts(profile: FrontierProfile, cuts: Sequence[int], num_nodes: int) -
 
 
 def _crossing_values(value_lives: Sequence[Life], positions: Sequence[int]) -> list[tuple[ValueId, ...]]:
-    """Return the values that cross each of the increasing `positions`: as `values_at`, in one pass for all."""
+    """Return the values that cross each of the increasing `positions`, as `values_at` does, in one pass."""
     crossing: list[list[ValueId]] = [[] for _ in positions]
     for value_id, life in enumerate(value_lives):
         for index in range(bisect_left(positions, life.made), bisect_left(positions, life.last_use)):
             crossing[index].append(ValueId(value_id))
     return [tuple(values) for values in crossing]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A storage that a block saves: the node that makes it, the first node that saves it, and its bytes."""
+
+    made: int
+    first_save: int
+    size_bytes: int
+
+
+def _merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Return the increasing `cuts` without those that only separate a light block."""
+    made_bytes = [0] * len(graph.nodes)
+    for storage, position in made_at(graph).items():
+        made_bytes[position] += graph.storages[storage].size_bytes
+    total = [0, *accumulate(made_bytes)]
+    last = len(graph.nodes) - 1
+    limit_bytes = _LIGHT_SHARE * median(total[q + 1] - total[p + 1] for p, q in pairwise([-1, *cuts, last]))
+    kept = [-1]
+    for position in [*cuts, last]:
+        # Giving up the cut before makes the block longer: look again until it is no longer light.
+        while total[position + 1] - total[kept[-1] + 1] < limit_bytes:
+            is_first = len(kept) == 1
+            if is_first or (position != last and profile.cost(kept[-1]) < profile.cost(position)):
+                break
+            kept.pop()
+        else:
+            kept.append(position)
+    return tuple(p for p in kept if 0 <= p < last)
+
+
+def _split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Return the increasing `cuts`, and those that split the blocks whose saved bytes set the smallest budget.
+
+    Without a record of what nodes save, these are `cuts` alone.
+    """
+    made = made_at(graph)
+    found = list(cuts)
+    spans = [(before + 1, after + 1) for before, after in pairwise([-1, *cuts, len(graph.nodes) - 1])]
+    heap = [(-_total_bytes(_saved_in(graph, made, start, stop)), start, stop) for start, stop in spans]
+    heapq.heapify(heap)
+    while heap:
+        _, start, stop = heapq.heappop(heap)
+        position = _best_split(graph, profile, _saved_in(graph, made, start, stop), start, stop)
+        if position is None:
+            break
+        found.append(position)
+        for span in ((start, position + 1), (position + 1, stop)):
+            heapq.heappush(heap, (-_total_bytes(_saved_in(graph, made, *span)), *span))
+    return tuple(sorted(found))
+
+
+def _saved_in(graph: Graph, made: dict[StorageId, int], start: int, stop: int) -> tuple[_Saved, ...]:
+    """Return what nodes `start` to `stop` save beside the storages that exist before them."""
+    saved: dict[StorageId, _Saved] = {}
+    for position in range(start, stop):
+        for storage_id in graph.nodes[position].saved:
+            storage = graph.storages[storage_id]
+            maker = made.get(storage_id, position)  # a private one is made where it is saved
+            if storage.kind is StorageKind.ACTIVATION and maker >= start:
+                saved.setdefault(storage_id, _Saved(maker, position, storage.size_bytes))
+    return tuple(saved.values())
+
+
+def _total_bytes(saved: Sequence[_Saved]) -> int:
+    return sum(one.size_bytes for one in saved)
+
+
+def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved], start: int, stop: int) -> int | None:
+    """Return the allowed position at which to split nodes `start` to `stop`, `None` where none is worthwhile."""
+    total_bytes = _total_bytes(saved)
+    if stop - start < 2 * MIN_OPS or total_bytes == 0:
+        return None
+    left, right = [0] * (stop - start), [0] * (stop - start)
+    for one in saved:
+        left[one.first_save - start] += one.size_bytes
+        right[one.made - start] -= one.size_bytes
+    right[0] += total_bytes
+    boundary = _boundary_bytes(graph, profile, start, stop)
+    working = [
+        max(before, after) + between
+        for before, after, between in zip(accumulate(left), accumulate(right), boundary, strict=True)
+    ]
+    places = [p for p in range(start + MIN_OPS - 1, stop - MIN_OPS) if profile.is_allowed(p)]
+    best = min(places, key=lambda p: (working[p - start], profile.num_elements[p], -p), default=None)
+    if best is None or working[best - start] > _WORTHWHILE_SHARE * total_bytes:
+        return None
+    return best
+
+
+def _boundary_bytes(graph: Graph, profile: FrontierProfile, start: int, stop: int) -> list[int]:
+    """Return for each position of nodes `start` to `stop` the bytes of its frontier that did not exist before them."""
+    made = dict.fromkeys(graph.values[v].storage for node in graph.nodes[start:stop] for v in node.makes)
+    steps = [0] * (stop - start)
+    for storage in made:
+        if storage is None:
+            continue
+        life = profile.storage_lives[storage]
+        if life.made >= start:
+            steps[life.made - start] += graph.storages[storage].size_bytes
+            if life.last_use < stop:
+                steps[life.last_use - start] -= graph.storages[storage].size_bytes
+    return list(accumulate(steps))

@@ -1,14 +1,18 @@
-"""Which matrix products and convolutions would a replay repeat for nothing?
+"""Which ops does a replay not need, and which compute-heavy ops would it repeat for nothing?
 
-A product saves what it reads and its backward never asks for its result, so a replay runs it only for the sake of what
-is saved behind it, in the same block (`spare`). So blocks are cut behind their products. The result is part of the
-boundary then, which mostly costs nothing beside a saved set: the op that reads it (a norm, an activation function)
-saves it. Selective checkpointing always keeps the results of products; here it is the planner's choice.
+A replay makes what autograd saved, and nothing else. An op that saves only what it reads, or a copy of it (autocast's),
+has saved before it computes; it need not compute unless something saved is made of its result. Such an op is
+*skippable*: a matrix product at the end of a block, or the first of two products that meet in a sum behind the block.
+An op that reads the result of a skippable op is skippable as well.
 
-Results of products are wide, though: near the smallest budget there is no room for them, and narrow blocks of more ops
-need less. So this is for budgets with room (`has_room_for_products`).
+A compute-heavy op (a matrix product, a convolution) saves what it reads and its backward never asks for its result, so
+a replay runs it only for tensors that are saved behind it in the same block. So blocks are cut behind compute-heavy
+ops. The result is then part of the boundary, which usually adds nothing to a saved set: the op that reads the result (a
+norm, an activation function) saves it. Selective checkpointing always keeps these results; here the planner decides.
 
-A cut helps only where what is saved behind it can be made from it: `delays` moves ops that stand in the way.
+These results are wide, though: near the smallest budget there is no room for them, and narrow blocks of more ops need
+less. So these cuts are for budgets with room (`has_room_for_products`). A cut helps only where what is saved behind it
+can be made from it: `reorder` moves ops that stand in the way.
 """
 
 import math
@@ -16,35 +20,92 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from statistics import median
 
-from tinybp_lightning.graph.cuts.skippable import is_activation, saves_what_it_makes, skippable_ops
-from tinybp_lightning.graph.cuts.valleys import MIN_OPS
+from tinybp_lightning.graph.cuts.layers import MIN_OPS
 from tinybp_lightning.graph.frontier import FrontierProfile
-from tinybp_lightning.graph.ir import Graph, Node
+from tinybp_lightning.graph.ids import NodeId, StorageId
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
-__all__ = ["cut_behind_products", "has_room_for_products", "is_compute_heavy", "saved_bytes"]
+__all__ = [
+    "cut_behind_products",
+    "has_room_for_products",
+    "is_activation",
+    "is_compute_heavy",
+    "saved_bytes",
+    "skippable_ops",
+    "worthwhile_skippable_ops",
+]
 
+# The share of what autograd saves from which on a budget has room. In transformers, ResNets and U-Nets the inputs and
+# results of compute-heavy ops are half to two thirds of it.
 _ROOM = 0.4
-"""Of what autograd saves. In transformers, ResNets and U-Nets inputs and results of products are half to two thirds."""
-
-# A product of fewer operations than this share of the usual one (a time embedding's) is light. Light products are cut
-# behind only where that makes few more blocks.
+# An op of fewer operations than this share of the usual compute-heavy op (a time embedding's) is light. Cuts behind
+# light ops are made only where they add few blocks.
 _LIGHT_SHARE = 1 / 64
 _FEW_MORE = 1.1
 # Plans of longer chains are made on coarser tables, and would lose more than finer blocks gain.
 _MAX_BLOCKS = 100
-# Places that differ by less in their local bytes are equally narrow: a time embedding crosses beside an activation.
+# Places whose local bytes differ by less are equally narrow: a time embedding crosses beside an activation.
 _AS_NARROW = 1.05
 
 
-def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
-    """Return `cuts` and those behind products that a replay of their block would repeat.
+def skippable_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
+    """Return the ops of a block whose results its replay does not need.
 
-    A cut that stands close to such a place, and is no narrower, is moved there: a block has `MIN_OPS` ops at least.
-    Where more than `_MAX_BLOCKS` blocks would result, cuts are moved and none is added.
+    Where ops may affect each other other than through values (an activation is changed in place, a region is entered),
+    only the ops from the last one that saves are returned.
+
+    **Arguments:** `start`, `stop`: the block's nodes are `graph.nodes[start:stop]`.
+    """
+    nodes = graph.nodes[start:stop]
+    if not all(_is_plain(graph, node) for node in nodes):
+        last = max((node.id for node in nodes if _saves_activation(graph, node)), default=start - 1)
+        return frozenset(n.id for n in nodes if n.id > last or (n.id == last and not _saves_what_it_makes(graph, n)))
+    needed: set[StorageId | None] = set()
+    found: set[NodeId] = set()
+    for node in reversed(nodes):
+        is_skippable = not (
+            node.is_random
+            or node.is_collective
+            or node.writes
+            or _saves_what_it_makes(graph, node)
+            or any(graph.values[v].storage in needed for v in node.makes)
+        )
+        if is_skippable:
+            found.add(node.id)
+        if not is_skippable or _saves_activation(graph, node):
+            needed |= {graph.values[v].storage for v in node.reads}
+    return frozenset(found)
+
+
+def worthwhile_skippable_ops(graph: Graph, start: int, stop: int) -> dict[NodeId, bool]:
+    """Return the compute-heavy ops that a replay of a block would run for nothing, and the ops that read their results.
+
+    A skippable op behind the last op that saves is left out anyway; one that is not compute-heavy takes little time.
+
+    **Returns:** for each node, whether it saves no activation.
+    """
+    nodes = graph.nodes[start:stop]
+    skippable = skippable_ops(graph, start, stop)
+    last = max((node.id for node in nodes if _saves_activation(graph, node)), default=start)
+    found: dict[NodeId, bool] = {}
+    without: set[StorageId | None] = set()
+    for node in nodes:
+        is_compute_heavy = node.flops > 0 and node.id < last
+        if node.id in skippable and (is_compute_heavy or any(graph.values[v].storage in without for v in node.reads)):
+            found[node.id] = not _saves_activation(graph, node)
+            without |= {graph.values[v].storage for v in node.makes}
+    return found
+
+
+def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Return `cuts`, and cuts behind the compute-heavy ops that a replay of their block would repeat.
+
+    A cut that is close to such a place and not narrower moves there, because a block has at least `MIN_OPS` ops. Where
+    more than `_MAX_BLOCKS` blocks would result, cuts are moved but not added.
 
     **Arguments:** `cuts`: increasing, allowed positions.
 
-    **Returns:** increasing positions; `cuts` itself where no product is known.
+    **Returns:** increasing positions; `cuts` itself where no compute-heavy op is known.
     """
     products = [node.id for node in graph.nodes if is_compute_heavy(graph, node)]
     limit = _LIGHT_SHARE * median(graph.nodes[p].flops for p in products) if products else 0
@@ -63,8 +124,35 @@ def saved_bytes(graph: Graph) -> int:
 
 
 def has_room_for_products(share: float) -> bool:
-    """Return whether a budget of this share of what plain training saves is one to cut behind products for."""
+    """Return whether a budget of this share of what plain training saves has room for cuts behind compute-heavy ops."""
     return share >= _ROOM
+
+
+def is_activation(graph: Graph, storage: StorageId) -> bool:
+    """Return whether a storage is an activation."""
+    return graph.storages[storage].kind is StorageKind.ACTIVATION
+
+
+def is_compute_heavy(graph: Graph, node: Node) -> bool:
+    """Return whether the op takes many operations and its backward does not ask for its own result."""
+    return node.flops > 0 and not _saves_what_it_makes(graph, node)
+
+
+def _saves_activation(graph: Graph, node: Node) -> bool:
+    """Return whether autograd saves an activation for the op's backward."""
+    return any(is_activation(graph, s) for s in node.saved)
+
+
+def _saves_what_it_makes(graph: Graph, node: Node) -> bool:
+    """Return whether the op saves a result or a storage of its own (statistics, a mask); copies do not count."""
+    known = {graph.values[v].storage for v in node.reads} | {copy for copy, _ in node.copies}
+    return any(s not in known and is_activation(graph, s) for s in node.saved)
+
+
+def _is_plain(graph: Graph, node: Node) -> bool:
+    return all(graph.values[v].storage is not None for v in node.makes) and not any(
+        is_activation(graph, s) for s in node.writes
+    )
 
 
 def _cut(
@@ -76,9 +164,9 @@ def _cut(
     *,
     may_add: bool,
 ) -> tuple[int, ...]:
-    """Return `cuts` with those close to one of `products` moved behind it, and with others added if that may be.
+    """Return `cuts`, each moved behind one of `products` if that is close, and with more added if `may_add`.
 
-    Behind a light product only where it is repeated alone, or where its result does not make the frontier wider.
+    A cut comes behind a light op only where it is repeated alone, or where its result does not widen the frontier.
     """
     last = len(graph.nodes) - 1
     found = [-1]
@@ -87,14 +175,14 @@ def _cut(
         inside = [p for p in products if found[-1] < p < end]
         for product, following in pairwise([*inside, end]):
             start = found[-1] + 1
-            # What is needed behind the next product is for the cut behind that one to part off.
+            # What the next one needs is the matter of the cut behind that one.
             before = [p for p in inside if start <= p <= product]
             if skippable_ops(graph, start, following + 1).issuperset(before):
                 continue
             place = _place_behind(graph, profile, max([p for p in before if p in heavy] or before), end)
             if place is None:
                 continue
-            # Too close behind a cut: that one may move here.
+            # Too close behind another cut, which may move here.
             is_shift = place - start + 1 < MIN_OPS
             if is_shift and (len(found) == 1 or not _may_shift(graph, profile, found, place)):
                 continue
@@ -113,23 +201,18 @@ def _cut(
 
 
 def _may_shift(graph: Graph, profile: FrontierProfile, cuts: Sequence[int], place: int) -> bool:
-    """Return whether the last of `cuts` may as well be at `place`: no wider, and no product more is repeated."""
+    """Return whether the last of `cuts` can move to `place`: it is not wider and no more ops are repeated."""
     before, last = cuts[-2:]
-    spare = skippable_ops(graph, before + 1, place + 1)
+    skippable = skippable_ops(graph, before + 1, place + 1)
     products = (p for p in range(last + 1, place + 1) if is_compute_heavy(graph, graph.nodes[p]))
     is_narrow = profile.local_bytes[place] <= _AS_NARROW * profile.local_bytes[last]
-    return is_narrow and spare.issuperset({*products, *(skippable_ops(graph, before + 1, last + 1))})
-
-
-def is_compute_heavy(graph: Graph, node: Node) -> bool:
-    """Return whether the op is one of many operations whose backward does not ask for what it made itself."""
-    return node.flops > 0 and not saves_what_it_makes(graph, node)
+    return is_narrow and skippable.issuperset({*products, *(skippable_ops(graph, before + 1, last + 1))})
 
 
 def _place_behind(graph: Graph, profile: FrontierProfile, product: int, stop: int) -> int | None:
-    """Return the allowed position behind `product`, and before its result is used, that is best to cut at, if any.
+    """Return the best allowed position behind `product` and before its result is used, if any.
 
-    That is one behind as many more products as can be without a wider frontier.
+    It is behind as many other compute-heavy ops as possible without a wider frontier.
     """
     mine = {graph.values[v].storage for v in graph.nodes[product].makes}
     best, limit_bytes = None, math.inf
@@ -146,7 +229,7 @@ def _place_behind(graph: Graph, profile: FrontierProfile, product: int, stop: in
 
 
 def _narrowest_from(profile: FrontierProfile, product: int, stop: int) -> int | None:
-    """Return the allowed position behind `product` with the fewest elements among those of one frontier, if any."""
+    """Return the allowed position with the fewest elements in the run that begins at `product`, if any."""
     places = [product]
     while places[-1] + 1 < stop and not profile.is_new[places[-1] + 1]:
         places.append(places[-1] + 1)

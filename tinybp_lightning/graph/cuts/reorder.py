@@ -1,26 +1,25 @@
-"""Which ops can as well run later, so that a cut behind a product helps?
+"""Which ops can run later, so that a cut behind a compute-heavy op helps?
 
-In `act(gate(x)) * up(x)` the activation function runs before the second product, and what it makes is saved behind it:
-a replay from a cut behind both products could not make it, and one from before repeats the first of them. So does a
-norm at the end of one branch of a residual block, before the convolution on the other. Such an op can as well run when
-its result is asked for. `delay_ops` puts it there, and no bit changes.
+In `act(gate(x)) * up(x)` the activation function runs before the second matrix product, and its result is saved behind
+it: a replay that starts behind both products cannot make that result, and one that starts before them repeats the first
+product. The same holds for a norm at the end of one branch of a residual block, before the convolution on the other.
+Such an op can run when its result is needed. `delay_ops` moves it there, and no bit changes.
 
 Note [Order of gradients]
-    Autograd runs backward in descending order of creation, and sums the gradients of one value in that order. An op
-    that is created later than it was runs earlier in backward. That changes the order of a sum only where an op that it
-    was moved past reads what it reads; such ops stay. The gradients of *different* parameters may come in another
-    order. Hooks can tell, so ops that read parameters stay unless it is known that there are none.
+    Autograd runs backward in descending order of creation and sums the gradients of one value in that order. An op that
+    is created later runs earlier in backward. This changes the order of a sum only if the op was moved past another
+    that reads what it reads; such ops stay. The gradients of *different* parameters may be ready in another order,
+    which hooks can observe, so ops that read parameters move only if the caller knows that there are no hooks.
 
-Only ops that are known to draw nothing and to change nothing in their backward are moved.
+Only ops that draw no random numbers and change nothing in their backward are moved.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from tinybp_lightning.graph.cuts.balance import made_at
-from tinybp_lightning.graph.cuts.products import is_compute_heavy
-from tinybp_lightning.graph.cuts.skippable import is_activation
+from tinybp_lightning.graph.cuts.products import is_activation, is_compute_heavy
+from tinybp_lightning.graph.frontier import made_at
 from tinybp_lightning.graph.ids import NodeId, StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
@@ -32,17 +31,18 @@ _MOVABLE = frozenset(
     | {"mul", "div", "truediv", "pow", "square", "exp", "log", "sqrt", "rsqrt"}
     | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 )
-# Ops that another is moved past: what one residual sum puts together. Farther, it would leave its layer.
+# The most ops that an op moves past: those behind one residual sum. A longer move would leave the layer.
 _WINDOW = 16
 
 
 def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
-    """Return `graph` with ops that run before a product moved behind it, to where their result is first read.
+    """Return `graph` with ops moved behind a compute-heavy op, to where their result is first read.
 
-    Only those whose inputs are saved anyway, so that nothing lives longer for it, or copies of them, which are made
-    later then; and whose move changes no bit. Values and storages keep their ids.
+    An op moves only if its inputs, or copies of them, are saved anyway, so that nothing lives longer, and if the move
+    changes no bit. Values and storages keep their ids.
 
-    **Arguments:** `may_move_parameters`: whether ops may be moved that read parameters, which nobody waits for then.
+    **Arguments:** `may_move_parameters`: whether ops that read parameters may move too. No hook may observe the order
+    of their gradients then.
     """
     order = list(graph.nodes)
     made = made_at(graph)

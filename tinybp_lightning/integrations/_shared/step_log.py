@@ -20,14 +20,11 @@ def summarise(profiles: Sequence["StepProfile"]) -> dict[str, float]:
     A batch has several profiles when `training_step` runs several backwards. The peak is the measured one, or the
     plan's prediction for a step in which it was not measured.
     """
-    peaks_bytes = [
-        profile.predicted_peak_bytes if profile.measured_peak_bytes is None else profile.measured_peak_bytes
-        for profile in profiles
-    ]
-    steps_s = sum(profile.step_s for profile in profiles)
-    replays_s = sum(profile.replay_s for profile in profiles)
-    share = replays_s / steps_s if steps_s else 0.0
-    return {"hcb/peak_mib": max(peaks_bytes) / 2**20, "hcb/recompute_share": share}
+    peak_bytes = max(
+        p.predicted_peak_bytes if p.measured_peak_bytes is None else p.measured_peak_bytes for p in profiles
+    )
+    step_s, replay_s = sum(p.step_s for p in profiles), sum(p.replay_s for p in profiles)
+    return {"hcb/peak_mib": peak_bytes / 2**20, "hcb/recompute_share": replay_s / step_s if step_s else 0.0}
 
 
 class StepLogMixin:
@@ -56,11 +53,5 @@ class StepLogMixin:
             return
         # Without `batch_size`, Lightning would guess one and cache it for the user's metrics. It warns of `logger=True`
         # where there is no logger.
-        pl_module.log_dict(
-            summarise(profiles),
-            prog_bar=True,
-            logger=trainer.logger is not None,
-            on_step=True,
-            on_epoch=False,
-            batch_size=1,
-        )
+        values, has_logger = summarise(profiles), trainer.logger is not None
+        pl_module.log_dict(values, prog_bar=True, logger=has_logger, on_step=True, on_epoch=False, batch_size=1)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.nn.parallel import DistributedDataParallel
 
-from tinybp_lightning.config import CostsName, ExecutorName, HCBConfig, OnOomName
+from tinybp_lightning.config import CostsChoice, ExecutorChoice, HCBConfig, OnOomChoice
 from tinybp_lightning.errors import ConfigError, HCBWarning
 from tinybp_lightning.integrations._shared.settings import check_option_names, strategy_config
 from tinybp_lightning.integrations._shared.step_log import StepLogMixin
@@ -83,12 +83,12 @@ class HCBMixin(_Strategy):
         *,
         memory_budget: int | str | None = None,
         activation_budget: int | str | None = None,
-        executor: ExecutorName = "auto",
+        executor: ExecutorChoice = "auto",
         optimizer_state_bytes: int | None = None,
-        on_oom: OnOomName = "replan",
+        on_oom: OnOomChoice = "replan",
         plan_cache: bool | str = True,
         check: bool = False,
-        costs: CostsName = "seconds",
+        costs: CostsChoice = "seconds",
         observers: "Iterable[Observer]" = (),
         config: HCBConfig | None = None,
         **strategy_options: Any,

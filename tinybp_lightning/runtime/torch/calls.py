@@ -1,8 +1,8 @@
-"""What do the calls of a module's parts cost, and which of them does a step make?
+"""Turn the calls of a module's units, as steps were seen to make them, into the chain that is planned.
 
-A step need not make all that another makes (stochastic depth, a branch on data), nor with tensors of one size. So a
-`CallBook` holds the largest step that may come, by what has been seen: each call that some step made, with the most
-that it was given and saved. A plan for that serves every smaller step, by which call is meant and not by its place.
+A step need not make all the calls that another makes (stochastic depth, a branch on data), nor with tensors of one
+size. `LargestStep` holds the largest step that may come, by what has been seen: each call that some step made, with the
+most that it was given and saved. A plan for it serves every smaller step, because calls are found by unit and number.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId
-from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement
+from tinybp_lightning.runtime.profile import StepMeasurement
 
-__all__ = ["CallBook", "CallCost"]
+__all__ = ["CallCost", "DroppedStep", "LargestStep"]
 
 _LARGER = 1.02
-"""Bytes that differ by less are the same: allocators round, and a plan has that much room."""
+"""Bytes that differ by less count as equal: allocators round, and a plan has that much slack."""
 
 
 @dataclass(slots=True)
 class CallCost:
     """One intercepted call, measured while it ran. `number`: which call of `unit` in the step it is.
 
-    `input_bytes` are those of the tensors that it was given. Where it `is_dropped`, `saved_bytes` is what it saved and
-    `guard_bytes` what replaying it keeps; both are 0 where it is not.
+    `input_bytes` are those of its tensor arguments. If it `is_dropped`, `saved_bytes` is what it saved for backward and
+    `guard_bytes` what is kept to replay it; otherwise both are 0.
     """
 
     unit: str
@@ -35,22 +35,30 @@ class CallCost:
     is_dropped: bool = False
 
 
-class CallBook:
-    """The calls of the largest step there may be, in one order. It does not change: what is learned makes another."""
+@dataclass(frozen=True, slots=True)
+class DroppedStep:
+    """A step that dropped what every one of its `calls` saved; `measured` if it was traced."""
+
+    measured: StepMeasurement | None = None
+    calls: tuple[CallCost, ...] = ()
+
+
+class LargestStep:
+    """The calls of the largest step that may come, in order. It does not change: what is learned makes another."""
 
     def __init__(self, calls: Sequence[CallCost] = ()) -> None:
         self._calls = tuple(calls)
         self._places = {(call.unit, call.number): place for place, call in enumerate(calls)}
 
     def place(self, call: CallCost) -> int | None:
-        """Return the block that `call` is; `None` where it is not known, or larger than it was known to be."""
+        """Return which block `call` is; `None` if it is unknown, or larger than it was known to be."""
         place = self._places.get((call.unit, call.number))
         if place is None or call.input_bytes > _LARGER * self._calls[place].input_bytes:
             return None
         return place
 
-    def with_calls(self, calls: Sequence[CallCost]) -> "CallBook":
-        """Return the book with the calls of a step taken in: this one where the largest step is what it was."""
+    def with_calls(self, calls: Sequence[CallCost]) -> "LargestStep":
+        """Return the largest step after one that made `calls`: this object if it needs no change."""
         known, places, at = list(self._calls), dict(self._places), -1
         for call in calls:
             place = places.get((call.unit, call.number))
@@ -68,43 +76,41 @@ class CallBook:
                     saved_bytes=max(call.saved_bytes, largest.saved_bytes),
                     guard_bytes=max(call.guard_bytes, largest.guard_bytes),
                 )
-        return self if tuple(known) == self._calls else CallBook(known)
+        return self if tuple(known) == self._calls else LargestStep(known)
 
-    def without(self, units: Collection[str]) -> "CallBook":
-        """Return the book without the calls of `units`: this one where it has none."""
+    def without(self, units: Collection[str]) -> "LargestStep":
+        """Return the step without the calls of `units`: this object if it has none."""
         left = [call for call in self._calls if call.unit not in units]
-        return self if len(left) == len(self._calls) else CallBook(left)
+        return self if len(left) == len(self._calls) else LargestStep(left)
 
     def is_whole(self, calls: Sequence[CallCost]) -> bool:
-        """Return whether a step was as large as any may be."""
+        """Return whether a step that made `calls` was as large as any may be."""
         made = {self.place(call): call for call in calls}
         return all(
             place in made and made[place].input_bytes * _LARGER >= known.input_bytes
             for place, known in enumerate(self._calls)
         )
 
-    def chain(self, measured: StepMeasurement | None, dropped: Sequence[CallCost]) -> Chain:
-        """Return the calls as a chain with nothing between the blocks: what they hold there is not the plan's to drop.
+    def chain(self, dropped: DroppedStep) -> Chain:
+        """Return the calls as a chain whose boundaries are empty: what calls pass on is not the plan's to drop.
 
-        What was alive when the forward ended, less what guards the replays, is alive in plain training too (boundary 0,
-        held throughout); what backward had beside that and the widest saved set is any block's backward. A larger step
-        has more of both: as much as more is given to its calls.
-
-        **Arguments:** `measured`: a step with every block dropped, and `dropped` its calls.
+        What was alive when the forward of `dropped` ended, less what guards the replays, is alive in plain training
+        too, and stands at boundary 0, which is live from outside. What backward needed beside that and the largest
+        saved set counts as every block's backward. A larger step has more of both, in proportion to its inputs.
         """
-        widest_bytes = max((c.saved_bytes for c in dropped), default=0)
-        held_bytes = working_bytes = 0
-        if measured is not None:
-            held_bytes = max(0, measured.forward_end_bytes - sum(c.guard_bytes for c in dropped))
+        widest_bytes = max((c.saved_bytes for c in dropped.calls), default=0)
+        live_bytes = working_bytes = 0
+        if (measured := dropped.measured) is not None:
+            live_bytes = max(0, measured.forward_end_bytes - sum(c.guard_bytes for c in dropped.calls))
             working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes)
-        all_calls, one_call = self._times_larger(dropped)
+        all_calls, one_call = self._times_larger(dropped.calls)
         boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(self._calls) + 1))
         blocks = tuple(_block(call, int(one_call * working_bytes)) for call in self._calls)
         guard_bytes = sum(c.guard_bytes for c in self._calls)
-        return Chain((int(all_calls * held_bytes),), blocks, boundaries, workspace_bytes=guard_bytes)
+        return Chain((int(all_calls * live_bytes),), blocks, boundaries, workspace_bytes=guard_bytes)
 
     def _times_larger(self, dropped: Sequence[CallCost]) -> tuple[float, float]:
-        """How many times what a step's calls were given is given to all of the largest step, and to any one of it."""
+        """Return how many times larger the inputs of this step are than those of `dropped`: of all calls, of any."""
         given_bytes = sum(call.input_bytes for call in dropped)
         if not given_bytes:
             return 1.0, 1.0

@@ -1,33 +1,35 @@
-"""Which schedule is flown, and does it keep its promise? One `Controller` per chain: plan, measure, repair, settle.
+"""Choose the plan for the next step of one chain, and recalibrate it from what measured steps have shown.
+
+A reducer over frozen data: `calibrate(state, observation)` returns the next state and what is to be done. It reads no
+clock, allocator or device; `control_loop.py` observes and acts.
 
 Note [Calibration]
-    The first step is traced: it shows what no block measurement can, the code after the last block (the loss). It flies
-    a known method whose predicted peak leaves most of the budget to that code, or else the smallest plan, which can
-    only exceed a budget that no plan meets. The smallest plan of a long chain takes seconds to make, and several times
-    plain training's to fly. The second step flies the plan for the budget and is traced too. What measurement shows
-    beyond the model is learned as `workspace_bytes`, and the plan is repaired until a traced step is at or under the
-    budget. After that nothing is traced.
+    The first step is traced. It shows what no measurement of a block can show: the code after the last block (the
+    loss). It runs a known method whose predicted peak leaves most of the budget to that code, or else the smallest
+    plan, which exceeds a budget only if every plan does. We prefer the known method because the smallest plan of a long
+    chain takes seconds to make, and its step takes several times as long as plain training's.
+    The second step runs the plan for the budget, and is traced too. What it needs beyond the model is learned as
+    `workspace_bytes`, and the plan is repaired until a traced step is at or under the budget. After that no step is
+    traced.
 
-    A plan may be made with estimates of options that are not compiled. Before it is flown these are compiled and
-    measured (`unmeasured`, `learn_options`), and the plan is made again, until it goes by measured options alone. Each
-    turn measures one more at least, so there are as many as there are options at most.
+    A plan may use options that are estimated because they are not compiled yet. Before such a plan runs, these options
+    are compiled and measured (`unmeasured_options`, `OptionsMeasured`), and the plan is made again, until it uses
+    measured options only. Each round measures at least one more option, so the rounds end.
 
-    A plan that is known beforehand (from disk, or from a larger shape) has been through this: it is flown at once. Its
-    first step is traced all the same, and where that exceeds the budget, the plan is repaired like any other.
+    A plan from the cache (made for this program by an earlier process, or for a larger shape) has been through all
+    this, and runs at once. Its first step is still traced. If that step exceeds the budget, the plan is repaired like
+    any other.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
-
-import torch
+from typing import assert_never
 
 from tinybp_lightning.config import Budget, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
-from tinybp_lightning.runtime.torch.active_plan import ActivePlan, active_plan_of, in_users_words, small_schedule
-from tinybp_lightning.runtime.torch.calibration import with_residual, with_tail
+from tinybp_lightning.runtime.profile import PlanReport, StepMeasurement
 from tinybp_lightning.runtime.torch.executors.options import (
     estimated_options,
     measured_part,
@@ -35,358 +37,528 @@ from tinybp_lightning.runtime.torch.executors.options import (
     prefer_measured,
     with_measured,
 )
-from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
-from tinybp_lightning.runtime.torch.measure.step_monitor import StepMeasurement, StepMonitor
-from tinybp_lightning.runtime.torch.replay.engine import RunStats
-from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
-from tinybp_lightning.schedule.actions import Schedule
-from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.measured import MeasuredPlan, plain_peak_bytes
-from tinybp_lightning.schedule.planner.planner import Plan, Planner
-from tinybp_lightning.schedule.simulator import simulate
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, replay_program_of
+from tinybp_lightning.schedule.actions import ForwardSave, Schedule
+from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
+from tinybp_lightning.schedule.measured import MeasuredPlan, measured_plan, plain_peak_bytes
+from tinybp_lightning.schedule.planner.planner import Planner
+from tinybp_lightning.schedule.simulator import Timeline, simulate
 
-__all__ = ["Controller"]
+__all__ = [
+    "ActivePlan",
+    "CalibrationState",
+    "Decision",
+    "Limit",
+    "NotePlan",
+    "Observation",
+    "OptimizerStateSeen",
+    "OptionsMeasured",
+    "OutOfMemory",
+    "Phase",
+    "PlannerOf",
+    "RunPlan",
+    "StepMeasured",
+    "StepUnmeasured",
+    "Task",
+    "calibrate",
+    "small_schedule",
+    "start",
+    "start_from_cache",
+    "unmeasured_options",
+]
 
 # Until a step has been measured, this share of the smallest plan's peak is left free for what the model does not see.
 _MARGIN = 0.03
-# A prediction this far under the measurement is worth a new plan that uses the room.
+# If the prediction exceeds the measurement by this share of the budget, we make a plan that uses the difference.
 _SLACK = 0.02
 _MAX_TRACES = 5
-# Where the largest step that may come is rare, or never comes: branches of which each takes one.
+# After this many measured steps that lacked blocks we stop waiting for a whole one, which may be rare or never come.
 _MAX_PARTIAL = 50
+# A known method may take this share of the budget in the first step; the rest is for what is not measured, the loss.
+_SMALL_SHARE = 1 / 3
+
+PlannerOf = Callable[[Chain], Planner]
+"""Returns the planner of a chain; the caller keeps it, because its tables serve every budget."""
 
 
-class _Phase(Enum):
-    CALIBRATE = "calibration"
-    SETTLE = "budget"
-    STEADY = "measured"
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a chain's plans are for: the target's name, the user's budget, and what the chain's seconds stand for."""
+
+    target: str
+    budget: Budget
+    costs: Costs = Costs.SECONDS
 
 
-class Controller:
-    """Decides what one chain flies, step by step.
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many bytes plans may use above what is alive when a step begins, as read just before an observation.
 
-    **Arguments:** `room`: the bytes the plan may use above what is alive when a step begins; asked before each
-    planning, and again when the optimizer's state has been seen. `known`: what to fly at once where it suits the room,
-    and `known_from` its reason in reports. `on_learned`: told the plan for the budget once the tail is known, with
-    `False`, and what was measured to fit once nothing more will change, with `True`. `costs`: what the chain's seconds
-    stand for.
-
-    **Raises:** `BudgetTooSmallError` where no plan fits; by the costs of `known`, if there is one.
+    `size_bytes`, or `fraction` of the largest peak of plain training that any plan of the target has had so far
+    (`largest_plain_bytes`). `cap_bytes`: no plan may use more since one ran out of memory. `optimizer_bytes`: the
+    optimizer state that is set aside.
     """
 
-    def __init__(
-        self,
-        target: str,
-        chain: Chain,
-        *,
-        budget: Budget,
-        room: Headroom,
-        device: torch.device,
-        observers: Sequence[Observer],
-        known: MeasuredPlan | None = None,
-        known_from: str = "cached",
-        on_learned: Callable[[MeasuredPlan, bool], None] | None = None,
-        costs: Costs = Costs.SECONDS,
-    ) -> None:
-        self._target = target
-        self._chain = chain
-        self._budget = budget
-        self._room = room
-        self._device = device
-        self._observers = observers
-        self._costs = costs
-        self._optimizer_bytes = room.optimizer_bytes  # what the plan in force takes it to be
-        self._phase = _Phase.CALIBRATE
-        self._traces = 0
-        self._num_partial = 0
-        self._steps = 0
-        self._good: ActivePlan | None = None
-        self._plain_fits = True  # until it is seen not to
-        self._refuted: dict[Schedule, int] = {}  # what was seen to exceed its budget, and by which peak
-        self._seen_plain_bytes = 0  # the largest measured peak of a step that kept everything
-        self._base_bytes = chain.workspace_bytes
-        self._last_planner: tuple[Chain, Planner] | None = None
-        self.wants_all_options = False  # no plan is known to fit: one may, once they are measured
-        self._on_learned = on_learned
-        self._known = known
-        if known is not None:
-            self._phase = _Phase.SETTLE
-            self._chain = known.chain
-            self._flight = self._known_flight(known, known_from)
-            return
-        self._flight = self._first()
+    size_bytes: int | None
+    fraction: float | None = None
+    largest_plain_bytes: int = 0
+    cap_bytes: int | None = None
+    optimizer_bytes: int = 0
+
+    def bytes_for(self, plain_bytes: int) -> int:
+        """Return the limit, caps aside, for a chain whose plain training peaks at `plain_bytes`."""
+        if self.fraction is not None:
+            return int(max(self.largest_plain_bytes, plain_bytes) * self.fraction)
+        return self.size_bytes or 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActivePlan:
+    """The plan that the next step runs.
+
+    `optimizer_bytes`: the optimizer state that was set aside for it. `needs_all_options`: it exceeds the budget by
+    estimated costs, and all options must be measured before that can be said for certain.
+    """
+
+    report: PlanReport
+    program: ReplayProgram
+    optimizer_bytes: int
+    needs_all_options: bool = False
 
     @property
-    def script(self) -> ReplayProgram:
-        """What the next step plays."""
-        return self._flight.script
+    def schedule(self) -> Schedule:
+        """What it runs, as the planner wrote it."""
+        return self.report.schedule
+
+
+class Phase(Enum):
+    """What the next measured step will show: the code after the last block, whether the plan fits, or nothing new."""
+
+    CALIBRATE = "calibrate"
+    SETTLE = "settle"
+    STEADY = "steady"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationState:
+    """Everything that is known about one chain.
+
+    `chain` includes what was learned; `base_bytes` is the workspace that it had before. `plan`: the active one.
+    `fitting`: the fastest plan that was measured to fit. `plain_fits`: plain training has not been seen to exceed the
+    budget. `exceeded`: the peak of each schedule that was. `plain_bytes`: the largest measured peak of a step that kept
+    everything. `cached`: the cached plan that runs now, until a step has been measured.
+    """
+
+    task: Task
+    limit: Limit
+    chain: Chain
+    base_bytes: int
+    plan: ActivePlan | None = None
+    phase: Phase = Phase.CALIBRATE
+    num_traces: int = 0
+    num_partial: int = 0
+    fitting: ActivePlan | None = None
+    plain_fits: bool = True
+    exceeded: Mapping[Schedule, int] = field(default_factory=dict[Schedule, int])
+    plain_bytes: int = 0
+    cached: MeasuredPlan | None = None
 
     @property
-    def report(self) -> PlanReport:
-        """The plan in force."""
-        return self._flight.report
+    def active(self) -> ActivePlan:
+        """The plan that the next step runs."""
+        assert self.plan is not None, "`start` chooses the first plan"
+        return self.plan
 
-    @property
-    def chain(self) -> Chain:
-        """The chain with everything learned so far."""
-        return self._chain
 
-    @property
-    def smallest_bytes(self) -> int:
-        """The peak of the smallest plan, as far as is known now."""
-        return self._planner().smallest_bytes
+@dataclass(frozen=True, slots=True)
+class StepMeasured:
+    """A traced step ended. `is_whole`: it ran all blocks; one that did not may have needed less than another will."""
 
-    @property
-    def is_measuring(self) -> bool:
-        """Whether there is still something to learn from the next step."""
-        return self._phase is not _Phase.STEADY
+    measurement: StepMeasurement
+    is_whole: bool = True
 
-    @property
-    def unmeasured(self) -> frozenset[tuple[int, int]]:
-        """Options (block and number) to be measured before the next step, by what its plan takes and was estimated.
 
-        All that are estimated, where no plan is known to fit; none for the first step, which measured options serve.
-        """
-        if self.wants_all_options:
-            return estimated_options(self._chain)
-        if self._phase is _Phase.CALIBRATE:
-            return frozenset()
-        return options_to_measure(self._chain, self._flight.report.schedule)
+@dataclass(frozen=True, slots=True)
+class StepUnmeasured:
+    """A step ended that could not be measured alone: several targets took part in it, say."""
 
-    def learn_options(self, measured: Chain) -> None:
-        """Plan again with what was measured since: `measured` is the same chain, with fewer options estimated.
 
-        **Raises:** `BudgetTooSmallError` where no plan fits, all options measured.
-        """
-        self.wants_all_options = False
-        self._chain = with_measured(self._chain, measured)
-        if self._phase is _Phase.CALIBRATE:
-            self._flight = self._first()
-        else:
-            self._fly(self._for_budget(self._flight.report.reason))
+@dataclass(frozen=True, slots=True)
+class OptionsMeasured:
+    """More options were measured: `chain` is the same chain with fewer estimates, as measured, nothing learned."""
 
-    def refresh(self) -> None:
-        """Plan again if the optimizer's state has been seen since."""
-        if self._phase is not _Phase.CALIBRATE and self._room.optimizer_bytes != self._optimizer_bytes:
-            self._good, self._traces, self._phase = None, 0, _Phase.SETTLE
-            self._fly(self._for_budget("optimizer state"))
+    chain: Chain
 
-    def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
-        """Start to follow a step."""
-        self.refresh()
-        return StepMonitor(self._device, parameters, self._budget, wants_trace=self.is_measuring)
 
-    def end_step(self, watch: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
-        """Learn from a step that has ended, tell the observers, and decide what the next one flies.
+@dataclass(frozen=True, slots=True)
+class OptimizerStateSeen:
+    """The limit sets another size of optimizer state aside than the active plan was made for."""
 
-        **Arguments:** `is_whole`: whether the step ran all blocks; one that did not may have needed less than another.
-        """
-        self._steps += 1
-        flown = self._flight.report
-        profile = StepProfile(
-            target=self._target,
-            step=self._steps,
-            predicted_peak_bytes=flown.predicted_peak_bytes,
-            measured_peak_bytes=watch.measured.peak_bytes if watch.measured else None,
-            replayed_blocks=stats.replayed_blocks,
-            advanced_blocks=stats.advanced_blocks,
-            out_of_order_blocks=stats.out_of_order_blocks,
-            replay_s=stats.replay_s,
-            step_s=watch.step_s,
-            plan_summary=flown.summary,
-        )
-        if watch.measured is not None and not watch.is_disturbed:
-            self._learn(watch.measured, is_whole=is_whole)
-        elif watch.is_lost:
-            pass  # the next step is measured
-        elif self._known is not None:
-            self._phase = _Phase.STEADY  # it was measured when it was made
-            self._fly(self._flight)
-        elif self._phase is _Phase.CALIBRATE:
-            # Several targets in one step: what each one alone needs cannot be told apart, so the model is trusted.
-            self._phase = _Phase.STEADY
-            self._fly(self._for_budget("budget"))
-        for observer in self._observers:
-            observer.on_replay(profile)
-        return profile
 
-    def tighten(self, share: float) -> bool:
-        """Fly a plan whose peak is lower by `share` (1.0: the smallest), and none that needs more from now on.
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """A step ran out of memory: the next plan's peak is to be lower by `share`; 1.0 asks for the smallest plan."""
 
-        **Returns:** whether there was one; if not, the plan in force stays.
-        """
-        planner = self._planner()
-        peak_bytes = simulate(self._chain, self._flight.report.schedule).peak_bytes
-        if planner.smallest_bytes >= peak_bytes:
-            return False
-        self._room.cap_bytes = cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
-        found = planner.plan(budget_bytes=cap_bytes)
-        self._good = None
-        self._fly(self._flight_of(found.schedule, cap_bytes, "out of memory"))
-        return True
+    share: float
 
-    # ---- learning ----------------------------------------------------------------------------------------------
 
-    def _learn(self, measured: StepMeasurement, *, is_whole: bool) -> None:
-        if self._flies_plain():
-            self._seen_plain_bytes = max(self._seen_plain_bytes, measured.peak_bytes)
-        match self._phase:
-            case _Phase.CALIBRATE:
-                self._learn_tail(measured)
-                self._phase = _Phase.SETTLE
-                self._fly(self._for_budget("budget"))
-                self._tell(self._flight.learned(), is_measured=False)
-            case _Phase.SETTLE:
-                self._settle(measured, is_whole=is_whole)
-            case _Phase.STEADY:
-                raise AssertionError("steady steps are not traced")
+Observation = StepMeasured | StepUnmeasured | OptionsMeasured | OptimizerStateSeen | OutOfMemory
 
-    def _flies_plain(self) -> bool:
-        return self._flight.report.schedule == keep_all(self._chain)
 
-    def _learn_tail(self, measured: StepMeasurement) -> None:
-        schedule = self._flight.report.schedule
-        self._chain = with_tail(replace(self._chain, workspace_bytes=self._base_bytes), schedule, measured)
-        self._learn_residual(schedule, measured.peak_bytes, may_shrink=False)
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Run `plan` from the next step on, and tell the observers. The first step's plan is not announced."""
 
-    def _learn_residual(self, schedule: Schedule, peak_bytes: int, *, may_shrink: bool) -> None:
-        before = self._chain.workspace_bytes
-        self._chain = with_residual(self._chain, schedule, peak_bytes=peak_bytes, may_shrink=may_shrink)
-        if self._room.cap_bytes is not None:  # the same plans are meant: what they need is known better now
-            self._room.cap_bytes += self._chain.workspace_bytes - before
+    plan: ActivePlan
 
-    def _settle(self, measured: StepMeasurement, *, is_whole: bool) -> None:
-        flown, is_plain = self._flight.report, self._flies_plain()
-        if is_plain:  # a share of plain training is one of what was just seen
-            budget_bytes = self._capped(self._room(self._plain_peak()))
-            flown = replace(flown, budget_bytes=budget_bytes, plain_peak_bytes=self._plain_peak())
-        fits = measured.peak_bytes <= flown.budget_bytes
-        if not fits:
-            self._refuted[flown.schedule] = measured.peak_bytes
-        if fits and not is_whole and self._num_partial < _MAX_PARTIAL:
-            self._num_partial += 1
-            return  # a whole step is still to be measured
-        self._traces += 1
-        known, self._known = self._known, None
-        if known is not None and fits:
-            self._phase = _Phase.STEADY
-            self._fly(replace(self._flight, report=replace(flown, predicted_peak_bytes=measured.peak_bytes)))
-            self._tell(known, is_measured=True)
-            return
-        self._plain_fits = self._plain_fits and (fits or not is_plain)
-        before = self._chain.workspace_bytes
-        self._learn_residual(flown.schedule, measured.peak_bytes, may_shrink=fits and is_whole)
-        seen_bytes = measured.peak_bytes if is_whole else max(measured.peak_bytes, flown.predicted_peak_bytes)
-        shown = replace(flown, chain=self._chain, predicted_peak_bytes=seen_bytes, reason="measured")
-        flight = replace(self._flight, report=shown)
-        if fits and (self._good is None or flown.predicted_step_s <= self._good.report.predicted_step_s):
-            self._good = flight
-        slack = before - self._chain.workspace_bytes
-        if self._traces < _MAX_TRACES and (not fits or slack > _SLACK * flown.budget_bytes):
-            better = self._for_budget("measured")
-            while self._is_refuted(better) and self._good is None and not self.wants_all_options:
-                self._learn_residual(better.report.schedule, self._refuted[better.report.schedule], may_shrink=False)
-                better = self._for_budget("measured")
-            if self.wants_all_options:
-                self._fly(better)  # not before they are measured, and another plan is made
-                return
-            is_other = better.report.schedule != flown.schedule and not self._is_refuted(better)
-            if is_other and (not fits or better.report.predicted_step_s < flown.predicted_step_s):
-                self._fly(better)
-                return
-        self._phase = _Phase.STEADY
-        self._fly(self._good or flight)
-        if self._good is not None:
-            self._tell(self._good.learned(), is_measured=True)
 
-    def _is_refuted(self, flight: ActivePlan) -> bool:
-        return self._refuted.get(flight.report.schedule, 0) > flight.report.budget_bytes
+@dataclass(frozen=True, slots=True)
+class NotePlan:
+    """Note `plan` in the cache: as measured to fit, or as the best guess once the first step has been measured."""
 
-    def _tell(self, known: MeasuredPlan, *, is_measured: bool) -> None:
-        if self._on_learned is not None:
-            self._on_learned(known, is_measured)
+    plan: MeasuredPlan
+    is_measured: bool
 
-    # ---- planning ----------------------------------------------------------------------------------------------
 
-    def _fly(self, flight: ActivePlan) -> None:
-        self._flight, self._known = flight, None
-        for observer in self._observers:
-            observer.on_plan(flight.report)
+Decision = RunPlan | NotePlan
+_Next = tuple[CalibrationState, tuple[Decision, ...]]
 
-    def _first(self) -> ActivePlan:
-        """What calibration flies, a margin for what the model does not see included; see Note [Calibration].
 
-        Of the schedules that take measured options alone: it is flown once, and is small enough where it fits.
-        """
-        part = measured_part(replace(self._chain, workspace_bytes=self._base_bytes))
-        plain_peak_bytes = self._plain_peak()
-        budget_bytes = self._room(plain_peak_bytes)
-        small = small_schedule(part.chain, budget_bytes=budget_bytes)
-        schedule = part.renumbered(small)
-        margin_bytes = int(_MARGIN * simulate(part.chain, small).peak_bytes)
-        self._chain = replace(self._chain, workspace_bytes=self._base_bytes + margin_bytes)
-        if simulate(self._chain, schedule).peak_bytes > budget_bytes:
-            if plain_peak_bytes <= budget_bytes:  # small models: the engine's own bookkeeping is what does not fit
-                return self._flight_of(keep_all(self._chain), budget_bytes, "calibration")
-            if estimated_options(self._chain):
-                self.wants_all_options = True
+def start(task: Task, chain: Chain, limit: Limit, planner_of: PlannerOf) -> CalibrationState:
+    """Return the state before the first step of a chain that was just measured.
+
+    **Raises:** `BudgetTooSmallError` where no plan fits.
+    """
+    state = CalibrationState(task, limit, chain, chain.workspace_bytes)
+    return _with_plain_peak(_with_first_plan(state, planner_of))
+
+
+def start_from_cache(
+    task: Task, cached: MeasuredPlan, reason: str, limit: Limit, planner_of: PlannerOf
+) -> CalibrationState:
+    """Return the state before the first step that runs a cached plan, or another one by what was learned with it.
+
+    **Arguments:** `reason`: where the plan is from, for reports.
+
+    **Raises:** `BudgetTooSmallError` where no plan fits by the cached costs.
+    """
+    chain, schedule = cached.chain, cached.plan.schedule
+    state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
+    plain_bytes = _plain_peak(state)
+    # If plain training seemed to fit and was not chosen, a step had shown that it does not.
+    state = replace(state, plain_fits=schedule == keep_all(chain) or plain_bytes > cached.plan.budget_bytes)
+    budget_bytes = _budget(state, plain_bytes, planner_of)
+    if cached.suits(budget_bytes):
+        plan = _active_plan(state, schedule, budget_bytes, plain_bytes, reason)
+        return _with_plain_peak(replace(state, plan=plan, cached=cached))
+    return _with_plain_peak(replace(state, plan=_for_budget(state, reason, planner_of)))
+
+
+def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf) -> _Next:
+    """Return the state after an observation, and what is to be done now.
+
+    **Arguments:** `state`: with the `limit` as it is at this moment. The returned state's limit may have another cap
+    and another largest plain peak, which hold for all plans of the target.
+
+    **Raises:** `BudgetTooSmallError` where no plan fits any more.
+    """
+    match seen:
+        case StepMeasured():
+            state, decisions = _after_measured_step(state, seen, planner_of)
+        case StepUnmeasured():
+            state, decisions = _after_unmeasured_step(state, planner_of)
+        case OptionsMeasured(chain=chain):
+            state = replace(state, chain=with_measured(state.chain, chain))
+            if state.phase is Phase.CALIBRATE:
+                state, decisions = _with_first_plan(state, planner_of), ()
             else:
-                self._plan(budget_bytes)
-        return self._flight_of(schedule, budget_bytes, "calibration")
+                state, decisions = _run(state, _for_budget(state, state.active.report.reason, planner_of))
+        case OptimizerStateSeen():
+            state, decisions = _after_optimizer_state(state, planner_of)
+        case OutOfMemory(share=share):
+            state, decisions = _tightened(state, share, planner_of)
+        case _:
+            assert_never(seen)
+    return _with_plain_peak(state), decisions
 
-    def _known_flight(self, known: MeasuredPlan, reason: str) -> ActivePlan:
-        """The known plan where the room is about what it was made for, else another one by what was learned."""
-        plain_peak_bytes = self._plain_peak()
-        budget_bytes = self._capped(self._room(plain_peak_bytes))
-        # Where plain training seemed to fit and was not chosen, it was seen not to fit.
-        keeps_all = known.plan.schedule == keep_all(self._chain)
-        self._plain_fits = keeps_all or plain_peak_bytes > known.plan.budget_bytes
-        if known.suits(budget_bytes):
-            return self._flight_of(known.plan.schedule, budget_bytes, reason)
-        self._known = None
-        return self._for_budget(reason)
 
-    def _for_budget(self, reason: str) -> ActivePlan:
-        plain_peak_bytes = self._plain_peak()
-        self._optimizer_bytes = self._room.optimizer_bytes
-        budget_bytes = self._capped(self._room(plain_peak_bytes))
-        if self._plain_fits and plain_peak_bytes <= budget_bytes:
-            return self._flight_of(keep_all(self._chain), budget_bytes, reason)
-        found = self._plan(budget_bytes)
-        return self._flight_of(found.schedule, budget_bytes, reason)
+def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
+    """Return the options (block and number) that must be measured before the active plan runs.
 
-    def _capped(self, budget_bytes: int) -> int:
-        """The budget, less where a plan of the target ran out of memory; the smallest plan is always tried."""
-        if self._room.cap_bytes is None:
-            return budget_bytes
-        return min(budget_bytes, max(self._room.cap_bytes, self._planner().smallest_bytes))
+    These are the estimated ones that the plan uses, or all, where no plan is known to fit. The first step's plan uses
+    measured options only.
+    """
+    if state.active.needs_all_options:
+        return estimated_options(state.chain)
+    if state.phase is Phase.CALIBRATE:
+        return frozenset()
+    return options_to_measure(state.chain, state.active.schedule)
 
-    def _planner(self) -> Planner:
-        """The planner of the chain as it is known now; its tables serve every budget."""
-        if self._last_planner is None or self._last_planner[0] is not self._chain:
-            self._last_planner = self._chain, Planner(self._chain)
-        return self._last_planner[1]
 
-    def _plan(self, budget_bytes: int) -> Plan:
-        try:
-            return prefer_measured(self._planner().plan(budget_bytes=budget_bytes), self._chain)
-        except BudgetTooSmallError as error:
-            if estimated_options(self._chain):
-                self.wants_all_options = True  # one may need less than estimated: it is not flown before that is known
-                return self._planner().smallest_plan()
-            raise in_users_words(error, self._budget, self._target, budget_bytes=budget_bytes) from error
+# ---- what each observation changes ---------------------------------------------------------------------------------
 
-    def _plain_peak(self) -> int:
-        """Peak of plain training, which needs neither the engine's bookkeeping nor a margin: predicted, or seen."""
-        return max(plain_peak_bytes(self._chain), self._seen_plain_bytes)
 
-    def _flight_of(self, schedule: Schedule, budget_bytes: int, reason: str) -> ActivePlan:
-        return active_plan_of(
-            self._chain,
-            schedule,
-            target=self._target,
-            budget_bytes=budget_bytes,
-            plain_peak_bytes=self._plain_peak(),
-            reason=reason,
-            costs=self._costs,
-        )
+def _after_measured_step(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf) -> _Next:
+    if _keeps_all(state):
+        state = replace(state, plain_bytes=max(state.plain_bytes, seen.measurement.peak_bytes))
+    match state.phase:
+        case Phase.CALIBRATE:
+            schedule = state.active.schedule
+            chain = _with_tail(replace(state.chain, workspace_bytes=state.base_bytes), schedule, seen.measurement)
+            state = _with_residual(replace(state, chain=chain), schedule, seen.measurement.peak_bytes, may_shrink=False)
+            plan = _for_budget(state, "budget", planner_of)
+            return _run(replace(state, phase=Phase.SETTLE), plan, NotePlan(_as_measured(plan), is_measured=False))
+        case Phase.SETTLE:
+            return _settled(state, seen, planner_of)
+        case Phase.STEADY:
+            raise AssertionError("steady steps are not traced")
+        case _:
+            assert_never(state.phase)
+
+
+def _after_unmeasured_step(state: CalibrationState, planner_of: PlannerOf) -> _Next:
+    if state.cached is not None:  # it was measured when it was made
+        return _run(replace(state, phase=Phase.STEADY), state.active)
+    if state.phase is not Phase.CALIBRATE:
+        return state, ()
+    # What each of several targets needs alone cannot be told apart, so the model is trusted.
+    return _run(replace(state, phase=Phase.STEADY), _for_budget(state, "budget", planner_of))
+
+
+def _after_optimizer_state(state: CalibrationState, planner_of: PlannerOf) -> _Next:
+    if state.phase is Phase.CALIBRATE or state.limit.optimizer_bytes == state.active.optimizer_bytes:
+        return state, ()
+    plan = _for_budget(state, "optimizer state", planner_of)
+    return _run(replace(state, fitting=None, num_traces=0, phase=Phase.SETTLE), plan)
+
+
+def _tightened(state: CalibrationState, share: float, planner_of: PlannerOf) -> _Next:
+    planner = planner_of(state.chain)
+    peak_bytes = simulate(state.chain, state.active.schedule).peak_bytes
+    if planner.smallest_bytes >= peak_bytes:
+        return state, ()
+    cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
+    state = replace(state, limit=replace(state.limit, cap_bytes=cap_bytes), fitting=None)
+    schedule = planner.plan(budget_bytes=cap_bytes).schedule
+    plan = _active_plan(state, schedule, cap_bytes, _plain_peak(state), "out of memory")
+    return _run(state, replace(plan, optimizer_bytes=state.active.optimizer_bytes))
+
+
+def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf) -> _Next:
+    """Accept the plan that ran, or repair it, by the step's measured peak."""
+    peak_bytes, ran = seen.measurement.peak_bytes, state.active.report
+    is_plain = _keeps_all(state)
+    if is_plain:  # a budget that is a share of plain training is a share of what was just measured
+        plain_bytes = _plain_peak(state)
+        ran = replace(ran, budget_bytes=_budget(state, plain_bytes, planner_of), plain_peak_bytes=plain_bytes)
+    fits = peak_bytes <= ran.budget_bytes
+    if not fits:
+        state = replace(state, exceeded={**state.exceeded, ran.schedule: peak_bytes})
+    if fits and not seen.is_whole and state.num_partial < _MAX_PARTIAL:
+        return replace(state, num_partial=state.num_partial + 1), ()  # a whole step is still to be measured
+    cached, before_bytes = state.cached, state.chain.workspace_bytes
+    state = replace(state, num_traces=state.num_traces + 1, cached=None)
+    if cached is not None and fits:
+        plan = replace(state.active, report=replace(ran, predicted_peak_bytes=peak_bytes))
+        return _run(replace(state, phase=Phase.STEADY), plan, NotePlan(cached, is_measured=True))
+    state = replace(state, plain_fits=state.plain_fits and (fits or not is_plain))
+    state = _with_residual(state, ran.schedule, peak_bytes, may_shrink=fits and seen.is_whole)
+    shown_bytes = peak_bytes if seen.is_whole else max(peak_bytes, ran.predicted_peak_bytes)
+    shown = replace(ran, chain=state.chain, predicted_peak_bytes=shown_bytes, reason="measured")
+    plan = replace(state.active, report=shown)
+    if fits and (state.fitting is None or ran.predicted_step_s <= state.fitting.report.predicted_step_s):
+        state = replace(state, fitting=plan)
+    slack_bytes = before_bytes - state.chain.workspace_bytes
+    if state.num_traces < _MAX_TRACES and (not fits or slack_bytes > _SLACK * ran.budget_bytes):
+        state, better = _better_plan(state, ran, fits=fits, planner_of=planner_of)
+        if better is not None:
+            return _run(state, better)
+    state = replace(state, phase=Phase.STEADY)
+    if state.fitting is None:
+        return _run(state, plan)
+    return _run(state, state.fitting, NotePlan(_as_measured(state.fitting), is_measured=True))
+
+
+def _better_plan(
+    state: CalibrationState, ran: PlanReport, *, fits: bool, planner_of: PlannerOf
+) -> tuple[CalibrationState, ActivePlan | None]:
+    """Return another plan than the one that `ran`: one that may fit, or a faster one if that one fits."""
+    better = _for_budget(state, "measured", planner_of)
+    while _was_exceeded(state, better) and state.fitting is None and not better.needs_all_options:
+        state = _with_residual(state, better.schedule, state.exceeded[better.schedule], may_shrink=False)
+        better = _for_budget(state, "measured", planner_of)
+    if better.needs_all_options:
+        return state, better  # it does not run before they are measured, and another plan is made
+    is_other = better.schedule != ran.schedule and not _was_exceeded(state, better)
+    is_better = not fits or better.report.predicted_step_s < ran.predicted_step_s
+    return state, better if is_other and is_better else None
+
+
+def _was_exceeded(state: CalibrationState, plan: ActivePlan) -> bool:
+    return state.exceeded.get(plan.schedule, 0) > plan.report.budget_bytes
+
+
+def _keeps_all(state: CalibrationState) -> bool:
+    return state.active.schedule == keep_all(state.chain)
+
+
+def _run(state: CalibrationState, plan: ActivePlan, *notes: NotePlan) -> _Next:
+    return replace(state, plan=plan, cached=None), (RunPlan(plan), *notes)
+
+
+def _as_measured(plan: ActivePlan) -> MeasuredPlan:
+    report = plan.report
+    return measured_plan(report.chain, report.schedule, headroom_bytes=report.budget_bytes)
+
+
+def _with_plain_peak(state: CalibrationState) -> CalibrationState:
+    """Let the limit's share be one of the largest plain peak, this chain's included."""
+    largest_bytes = max(state.limit.largest_plain_bytes, state.active.report.plain_peak_bytes, state.plain_bytes)
+    return replace(state, limit=replace(state.limit, largest_plain_bytes=largest_bytes))
+
+
+# ---- what a measured step shows about the chain --------------------------------------------------------------------
+
+
+def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> Chain:
+    """Return `chain` with the code after its last block as it was `measured` in a step that ran `schedule`."""
+    missing_bytes = simulate(chain, schedule).tail.after_bytes - measured.backward_start_bytes
+    if missing_bytes > 0:  # that code made fewer gradients of the last block's results than the chain presumes
+        *others, last = chain.boundaries
+        last = replace(last, gradient_bytes=last.gradient_bytes - min(missing_bytes, last.gradient_bytes))
+        chain = replace(chain, boundaries=(*others, last))
+    live_bytes = max(0, measured.backward_start_bytes - simulate(chain, schedule).tail.after_bytes)
+    peak_bytes = max(0, measured.tail_peak_bytes - measured.forward_end_bytes)
+    return replace(chain, tail_peak_bytes=max(peak_bytes, live_bytes), tail_live_bytes=live_bytes)
+
+
+def _with_residual(
+    state: CalibrationState, schedule: Schedule, peak_bytes: int, *, may_shrink: bool
+) -> CalibrationState:
+    """Learn the workspace with which the predicted peak of `schedule` is the measured `peak_bytes`.
+
+    **Arguments:** `may_shrink`: whether a smaller workspace is learned too.
+    """
+    residual_bytes = peak_bytes - simulate(state.chain, schedule).peak_bytes
+    if residual_bytes <= 0 and not may_shrink:
+        return state
+    before_bytes = state.chain.workspace_bytes
+    chain = replace(state.chain, workspace_bytes=max(0, before_bytes + residual_bytes))
+    limit = state.limit
+    if limit.cap_bytes is not None:  # the cap stands for the same plans: only their prediction has changed
+        limit = replace(limit, cap_bytes=limit.cap_bytes + chain.workspace_bytes - before_bytes)
+    return replace(state, chain=chain, limit=limit)
+
+
+# ---- planning ------------------------------------------------------------------------------------------------------
+
+
+def _plain_peak(state: CalibrationState) -> int:
+    """Return the peak of plain training, without the engine's bookkeeping and the margin: predicted, or measured."""
+    return max(plain_peak_bytes(state.chain), state.plain_bytes)
+
+
+def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> CalibrationState:
+    """Choose the plan of the first step, and leave a margin for what the model does not see. See Note [Calibration].
+
+    It uses measured options only: it runs once, and is small enough where it fits.
+    """
+    part = measured_part(replace(state.chain, workspace_bytes=state.base_bytes))
+    plain_bytes = _plain_peak(state)
+    budget_bytes = state.limit.bytes_for(plain_bytes)
+    small, timeline = small_schedule(part.chain, budget_bytes=budget_bytes, planner_of=planner_of)
+    schedule, needs_all_options = part.renumbered(small), False
+    margin_bytes = int(_MARGIN * timeline.peak_bytes)
+    state = replace(state, chain=replace(state.chain, workspace_bytes=state.base_bytes + margin_bytes))
+    if timeline.peak_bytes + margin_bytes > budget_bytes:
+        if plain_bytes <= budget_bytes:  # of a small model: it is the engine's bookkeeping that does not fit
+            schedule = keep_all(state.chain)
+        elif estimated_options(state.chain):
+            needs_all_options = True
+        else:
+            _fastest(state, budget_bytes, planner_of)  # raises where no other schedule fits either
+    plan = _active_plan(state, schedule, budget_bytes, plain_bytes, "calibration", needs_all_options=needs_all_options)
+    return replace(state, plan=plan)
+
+
+def small_schedule(chain: Chain, *, budget_bytes: int, planner_of: PlannerOf = Planner) -> tuple[Schedule, Timeline]:
+    """Return the fastest known method whose peak is far below the budget, or else the smallest plan."""
+    found = [(schedule, simulate(chain, schedule)) for schedule in (per_block(chain), every_sqrt_n(chain))]
+    small = [(schedule, t) for schedule, t in found if t.peak_bytes <= _SMALL_SHARE * budget_bytes]
+    if small:
+        return min(small, key=lambda pair: pair[1].total_s)
+    schedule = planner_of(chain).smallest_plan().schedule
+    return schedule, simulate(chain, schedule)
+
+
+def _for_budget(state: CalibrationState, reason: str, planner_of: PlannerOf) -> ActivePlan:
+    """Return the fastest plan within the limit, by everything that is known."""
+    plain_bytes = _plain_peak(state)
+    budget_bytes = _budget(state, plain_bytes, planner_of)
+    if state.plain_fits and plain_bytes <= budget_bytes:
+        return _active_plan(state, keep_all(state.chain), budget_bytes, plain_bytes, reason)
+    schedule, needs_all = _fastest(state, budget_bytes, planner_of)
+    return _active_plan(state, schedule, budget_bytes, plain_bytes, reason, needs_all_options=needs_all)
+
+
+def _budget(state: CalibrationState, plain_bytes: int, planner_of: PlannerOf) -> int:
+    """Return the limit, or the cap that an out-of-memory error has set; the smallest plan may always be tried."""
+    budget_bytes, cap_bytes = state.limit.bytes_for(plain_bytes), state.limit.cap_bytes
+    if cap_bytes is None:
+        return budget_bytes
+    return min(budget_bytes, max(cap_bytes, planner_of(state.chain).smallest_bytes))
+
+
+def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) -> tuple[Schedule, bool]:
+    """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits.
+
+    **Raises:** `BudgetTooSmallError`, in terms of the user's budget, where none fits and all options are measured.
+    """
+    planner = planner_of(state.chain)
+    try:
+        return prefer_measured(planner.plan(budget_bytes=budget_bytes), state.chain, planner_of).schedule, False
+    except BudgetTooSmallError as error:
+        if estimated_options(state.chain):  # one of them may need less than its estimate
+            return planner.smallest_plan().schedule, True
+        raise _in_terms_of(state.task, error, budget_bytes=budget_bytes) from error
+
+
+def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -> BudgetTooSmallError:
+    """Return the planner's error in terms of the user's budget, of which `budget_bytes` were left to plan with."""
+    budget = task.budget
+    taken_bytes = 0 if budget.size_bytes is None else max(0, budget.size_bytes - budget_bytes)
+    smallest_bytes = error.smallest_bytes + taken_bytes
+    return BudgetTooSmallError(
+        f"`{budget.kind.value}={budget.text!r}` ({budget_bytes + taken_bytes} bytes) cannot be met by "
+        f"`{task.target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
+        f"{error.bottleneck}. Raise the budget or lower the batch size.",
+        budget_bytes=budget_bytes + taken_bytes,
+        smallest_bytes=smallest_bytes,
+        bottleneck=error.bottleneck,
+    )
+
+
+def _active_plan(
+    state: CalibrationState,
+    schedule: Schedule,
+    budget_bytes: int,
+    plain_bytes: int,
+    reason: str,
+    *,
+    needs_all_options: bool = False,
+) -> ActivePlan:
+    timeline = simulate(state.chain, schedule)
+    report = PlanReport(
+        target=state.task.target,
+        chain=state.chain,
+        schedule=schedule,
+        budget_bytes=budget_bytes,
+        predicted_peak_bytes=timeline.peak_bytes,
+        plain_peak_bytes=plain_bytes,
+        predicted_recompute_s=timeline.recompute_s,
+        predicted_step_s=timeline.total_s,
+        num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),
+        reason=reason,
+        costs=state.task.costs,
+    )
+    return ActivePlan(report, replay_program_of(schedule), state.limit.optimizer_bytes, needs_all_options)

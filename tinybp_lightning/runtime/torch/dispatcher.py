@@ -1,7 +1,8 @@
-"""What stands in a module's `forward`? A permanent `Dispatcher`; only what it runs behind it changes.
+"""Stand in a module's `forward` and send each call to the engine or to the module's own code.
 
-It is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module give a module
-whose forward runs its own weights, under the same configuration. State-dict keys do not change: it is no module.
+A `Dispatcher` is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module
+give a module whose forward runs its own weights under the same configuration. It is not a module, so state-dict keys do
+not change.
 """
 
 import inspect
@@ -21,7 +22,7 @@ from tinybp_lightning.errors import CaptureError, HCBWarning
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
-from tinybp_lightning.runtime.torch.controller import Controller
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.kept_modules import kept_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
@@ -32,13 +33,13 @@ from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 
-# As often as torch.compile traces a function before it gives up. Beyond that a forward counts in Python, say, and would
-# be traced and planned in every step.
+# As often as torch.compile traces a function before it gives up. A forward that is traced more often (because it counts
+# steps in Python, say) would be traced and planned in every step.
 _MAX_TRACES = 8
 
 
 class Target:
-    """One module trained under height-compressed backpropagation: its graph programs, or its module steps."""
+    """One module trained under height-compressed backpropagation: its traced graphs, or its module steps."""
 
     def __init__(
         self,
@@ -51,19 +52,16 @@ class Target:
         self.name = type(module).__name__
         self._module = module
         self._plain = plain
-        self._config = config
-        self._observers = tuple(observers)
+        self._context = TargetContext(self.name, config, tuple(observers), memory, PlanCache(config))
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
-        self._book = PlanCache(config)
         self._last: TracedModule | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self._memory = memory
         self.module_steps: ModuleSteps | None = None
         if has_sharded_units(module):
-            self.module_steps = ModuleSteps(module, plain, self.name, config, observers, memory)
+            self.module_steps = ModuleSteps(module, plain, self._context)
 
     @property
     def profile(self) -> StepProfile | None:
@@ -81,17 +79,17 @@ class Target:
     @property
     def counts(self) -> PlanCounts:
         """How many graphs and plans there were, and where the plans came from."""
-        return self._book.counts(
+        return self._context.plans.counts(
             self.name, num_graphs=self._num_graphs, num_live=len(self._live), num_evicted=self._num_evicted
         )
 
     @property
     def reports(self) -> tuple[PlanReport, ...]:
         """The plans in force, one per live graph."""
-        controllers = [p.controller for p in self.programs]
+        loops = [p.control for p in self.programs]
         if self.module_steps is not None:
-            controllers.append(self.module_steps.controller)
-        return tuple(controller.report for controller in controllers if controller is not None)
+            loops.append(self.module_steps.control)
+        return tuple(control.report for control in loops if control is not None)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -99,29 +97,24 @@ class Target:
         return tuple(g for p in self.programs if (g := p.graph) is not None)
 
     @property
-    def flown(self) -> PlanReport | None:
-        """The plan of the last forward, if that was planned."""
-        controller = self._controller
-        return None if controller is None else controller.report
+    def active_plan(self) -> PlanReport | None:
+        """The plan in force for the inputs last seen, if there is one."""
+        return None if self._control is None else self._control.report
 
     @property
-    def _controller(self) -> Controller | None:
+    def _control(self) -> ControlLoop | None:
         if self.module_steps is not None:
-            return self.module_steps.controller
-        return None if self._last is None else self._last.controller
+            return self.module_steps.control
+        return None if self._last is None else self._last.control
 
     @property
     def smallest_bytes(self) -> int:
         """The peak of the smallest plan for the inputs last seen; 0 where nothing is planned yet."""
-        controller = self._controller
-        return 0 if controller is None else controller.smallest_bytes
+        return 0 if self._control is None else self._control.smallest_bytes
 
     def tighten(self, share: float) -> bool:
-        """Tighten the plans of the inputs last seen, as `Controller.tighten` does; return whether one changed."""
-        if self.module_steps is not None:
-            controller = self.module_steps.controller
-            return controller is not None and controller.tighten(share)
-        return self._last is not None and self._last.tighten(share)
+        """Tighten the plans of the inputs last seen, as `ControlLoop.tighten` does; return whether one changed."""
+        return self._control is not None and self._control.tighten(share)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -132,15 +125,15 @@ class Target:
             return self._by_module_steps(reason, args, kwargs)
         try:
             return self._tracer(*args, **kwargs)
-        except CaptureError as error:  # while tracing, or while recording the trace on fake tensors: nothing has run
+        except CaptureError as error:  # raised while tracing, or while recording on fake tensors: no real op has run
             return self._by_module_steps(str(error).splitlines()[0], args, kwargs)
 
     def _by_module_steps(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        steps = ModuleSteps(self._module, self._plain, self.name, self._config, self._observers, self._memory)
+        steps = ModuleSteps(self._module, self._plain, self._context)
         try:
             result = steps.call(args, kwargs)
         except BaseException:
-            steps.remove()  # the forward itself raises (a wrong call, say): no reason to leave the trace for good
+            steps.remove()  # the forward itself raises (a wrong call, say), which is not a reason to give up tracing
             raise
         self.module_steps = steps
         warnings.warn(
@@ -152,14 +145,14 @@ class Target:
         return result
 
     def close(self) -> None:
-        """Let go of everything installed below the module, and beside it."""
-        self._memory.optimizer_state = None
+        """Remove what was installed in the module's parts, and in optimizers."""
+        self._context.memory.optimizer_state = None
         if self.module_steps is not None:
             self.module_steps.remove()
 
     def _on_graph(self, module: fx.GraphModule) -> Callable[..., Any]:
         if not any(n.op in ("call_function", "call_method", "call_module") for n in module.graph.nodes):
-            return module.forward  # it returns what it was given: there is nothing to keep, nor to repeat
+            return module.forward  # it returns what it was given: there is nothing to keep or to replay
         self._num_traces[_inputs_of(module)] += 1
         number = self._num_graphs
         self._num_graphs += 1
@@ -171,11 +164,10 @@ class Target:
         return run
 
     def _program(self, number: int, module: fx.GraphModule) -> TracedModule:
-        """Return what trains graph `number`, made anew if it was let go of: the trace stays, plans and pieces go."""
+        """Return what trains graph `number`, made anew if it was evicted: Dynamo keeps the trace, without plans."""
         program = self._live.pop(number, None)
         if program is None:
-            kept = kept_paths(self._module)
-            program = TracedModule(module, self.name, self._config, self._observers, self._memory, self._book, kept)
+            program = TracedModule(module, self._context, kept_paths(self._module))
         self._live[number] = program
         if len(self._live) > MAX_LIVE_GRAPHS:
             _, oldest = self._live.popitem(last=False)
@@ -185,7 +177,7 @@ class Target:
 
 
 def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:
-    """What the inputs of a traced graph look like; values that Dynamo has made constants are not among them."""
+    """Describe the inputs of a traced graph, without the values that Dynamo has made constants."""
     examples = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
     return tuple(f"{tuple(t.shape)} {t.dtype} {t.requires_grad}" for t in examples if isinstance(t, torch.Tensor))
 
@@ -194,7 +186,7 @@ class Dispatcher:
     """Callable stored as `module.forward`.
 
     **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward; `optimizer_state`:
-    of whatever is trained together with the module, where the budget counts it.
+    that of everything that is trained together with the module, if the budget counts it.
     """
 
     def __init__(
@@ -221,11 +213,11 @@ class Dispatcher:
         if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         if not self._wants_gradients(args, kwargs):
-            return self.plain(*args, **kwargs)  # a frozen teacher: there is no backward to save memory in
+            return self.plain(*args, **kwargs)  # a frozen teacher has no backward to save memory in
         if self.target is None:
             refuse_unrepeatable(self.module)
             if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
-                self._optimizer_state = OptimizerState(self.module.parameters())  # this is a copy of another module
+                self._optimizer_state = OptimizerState(self.module.parameters())  # the module was copied or unpickled
             memory = TargetMemory(self._optimizer_state)
             self.target = Target(self.module, self.plain, self.config, self.observers, memory)
             if self._on_claim is not None:
@@ -264,7 +256,7 @@ class Dispatcher:
         stop_listening()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans, graphs and observers stay behind: a copy plans for itself on its first step.
+        # Plans, graphs and observers are left out: a copy plans for itself in its first step.
         return {"module": self.module, "config": self.config, "own_forward": self._own_forward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -279,6 +271,6 @@ class Dispatcher:
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:
-    """Return the dispatcher that stands in `module.forward`, if one does."""
+    """Return the dispatcher in `module.forward`, if there is one."""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, Dispatcher) else None

@@ -1,9 +1,10 @@
-"""What does the plan in force do, and why that much memory? Text, Markdown, JSON and a picture of it."""
+"""Explain the plans in force and what the memory is for, as text, Markdown, JSON and a picture."""
 
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,15 +13,27 @@ from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.schedule import Certificate, Pareto, Plan, certify, pareto, simulate, to_text
+from tinybp_lightning.schedule import (
+    Certificate,
+    Pareto,
+    Plan,
+    Schedule,
+    certify,
+    keep_all,
+    pareto,
+    simulate,
+    to_text,
+)
 from tinybp_lightning.schedule.arguments import check_path
 
 __all__ = ["Explanation", "explain"]
 
+_MIB = 1024**2
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plans of one module: a report of each live graph, of the plan in force for it, and where plans came from."""
+    """The plans of one module: reports of its live graphs and of their plans, and where the plans came from."""
 
     graphs: tuple[GraphReport, ...]
     plans: tuple[PlanReport, ...]
@@ -47,16 +60,22 @@ class Explanation:
     def plot(self, path: str | Path) -> Path:
         """Draw the predicted memory of each plan over the step's time, against plain training, and return the path.
 
-        **Raises:** `ConfigError` for what is no path; `ImportError` if matplotlib is not there
+        **Raises:** `ConfigError` if `path` is not a path; `ImportError` without matplotlib
         (`pip install tinybp-lightning[recipes]`).
         """
         check_path(path)
-        from tinybp_lightning.runtime.torch.plot import plot_plans  # noqa: PLC0415 - matplotlib is an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415 - matplotlib is an extra
 
-        return plot_plans(self.plans, Path(path))
+        figure = Figure(figsize=(9, 3.2 * len(self.plans)), layout="constrained")
+        panels: Any = figure.subplots(len(self.plans), 1, squeeze=False)
+        for panel, plan in zip(panels[:, 0], self.plans, strict=True):
+            _plot_plan(panel, plan)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        return Path(path)
 
     def pareto(self, *, num_points: int = 12) -> tuple[Pareto, ...]:
-        """Return plan and bound against budget for the chain of each plan, in the order of `plans`.
+        """Return the time of the best plan and its bound against the budget, for the chain of each of `plans`.
 
         **Arguments:** `num_points`: how many budgets; each takes as long as a plan.
         """
@@ -142,3 +161,22 @@ def _plan_data(plan: PlanReport) -> dict[str, object]:
         "schedule": to_text(plan.schedule),
         "timeline": [[m.start_s, m.end_s, m.peak_bytes] for m in timeline.moments],
     }
+
+
+def _plot_plan(panel: Any, plan: PlanReport) -> None:
+    _plot_schedule(panel, plan, keep_all(plan.chain), "plain training", "0.7")
+    _plot_schedule(panel, plan, plan.schedule, "this plan", "tab:blue")
+    panel.axhline(plan.budget_bytes / _MIB, color="tab:red", linestyle="--", linewidth=1, label="budget")
+    panel.set_title(plan.summary, fontsize=9)
+    panel.set_xlabel("time in the step, predicted (ms)")
+    panel.set_ylabel("activations (MiB)")
+    panel.set_ylim(bottom=0)
+    panel.legend(loc="upper right", fontsize=8)
+
+
+def _plot_schedule(panel: Any, plan: PlanReport, schedule: Schedule, label: str, color: str) -> None:
+    moments = simulate(plan.chain, schedule).moments
+    times = [t * 1e3 for m in moments for t in (m.start_s, m.end_s)]
+    sizes = [s / _MIB for m in moments for s in (m.peak_bytes, m.peak_bytes)]
+    panel.fill_between(times, sizes, step=None, alpha=0.35, color=color, linewidth=0)
+    panel.plot(times, sizes, color=color, linewidth=1, label=label)

@@ -1,40 +1,60 @@
-"""Which modules must never run a second time? Those that the user marked with `keep`, and what synchronises ranks.
+"""Find the modules that must not run twice (the user marked them, or they synchronise ranks), and pin their blocks.
 
-A mark is an attribute of the module, so that copies of it carry it too. What follows from it: module steps leave the
-module's calls alone; a traced forward pins every block that has an op of it, see `pinned.py`.
+The mark is an attribute of the module, so that copies have it too. Module steps do not intercept the calls of a marked
+module. A traced forward *pins* every block that has one of its ops.
+
+A pinned block runs once, whatever the schedule says. It saves as in plain training, and the boundary after it stays
+stored as long as the step's graph lives. So a replay never passes it: where the schedule would lead through it, the
+replay starts behind it instead. The planner sees a block that saves nothing and a boundary that is free to store, and
+counts the bytes of both as live throughout.
 """
 
-from collections.abc import Iterator
-from typing import TypeVar, cast
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import TypeVar, assert_never, cast
 
 import torch
 from torch import nn
 
 from tinybp_lightning.errors import UnsupportedModuleError
+from tinybp_lightning.graph.chain import Block, Boundary, Chain
+from tinybp_lightning.graph.ids import BoundaryId, StorageId
+from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
+from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
-__all__ = ["has_kept", "is_kept", "keep", "kept_paths", "synchronises_ranks"]
+__all__ = [
+    "blocks_of_modules",
+    "has_kept",
+    "is_kept",
+    "keep",
+    "kept_paths",
+    "pin_chain",
+    "pin_program",
+    "synchronises_ranks",
+]
 
 M = TypeVar("M", bound=nn.Module)
 _MARK = "_tbp_is_kept"
 
 
 def keep(module: M) -> M:
-    """Mark `module` as never to be replayed: what it saves for backward stays, and its forward runs once a step.
+    """Mark `module` so that it is never replayed: what it saves for backward stays, and its forward runs once a step.
 
-    For a module that does not do the same thing twice. Call it before the first training step of the model that it is
-    part of, whose budget has to leave room for what it keeps.
+    Use it for a module that does not do the same thing twice. Call it before the first training step of the model that
+    contains the module; that model's budget must have room for what the module saves.
 
-    **Returns:** the same object. The mark is part of it: copies are kept too, and `tbp.restore` does not take it off.
+    **Returns:** the same object. The mark is part of it: copies are kept too, and `tbp.restore` does not remove it.
 
-    **Raises:** `UnsupportedModuleError` if `module` is no module, or a container that is never called.
+    **Raises:** `UnsupportedModuleError` if `module` is not a module, or is a container that is never called.
     """
     if not isinstance(module, nn.Module):
         raise UnsupportedModuleError(
-            f"`{type(module).__name__}` is no torch.nn.Module: pass the part that is to be kept."
+            f"`{type(module).__name__}` is not a torch.nn.Module: pass the part that is to be kept."
         )
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         raise UnsupportedModuleError(
-            f"`{type(module).__name__}` is never called, so there is nothing of it to keep: mark the modules in it."
+            f"`{type(module).__name__}` is never called, so there is nothing to keep: mark the modules in it."
         )
     setattr(module, _MARK, True)
     return module
@@ -51,16 +71,118 @@ def has_kept(module: nn.Module) -> bool:
 
 
 def synchronises_ranks(module: nn.Module) -> bool:
-    """Return whether a part of `module` is a `SyncBatchNorm` among ranks, which a replay would ask again."""
+    """Return whether `module` has a `SyncBatchNorm` that talks to other ranks: they would not answer a replay."""
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_distributed and any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
 
 
 def kept_paths(root: nn.Module) -> tuple[str, ...]:
-    """Return every path under `root` at which a module is found that runs once; `""` is `root` itself."""
+    """Return every path under `root` to a module that runs once; `""` is `root` itself."""
     parts = cast("Iterator[tuple[str, nn.Module]]", root.named_modules(remove_duplicate=False))
     return tuple(
         path
         for path, part in parts
         if is_kept(part) or (isinstance(part, nn.SyncBatchNorm) and synchronises_ranks(part))
     )
+
+
+# ---- pinned blocks -------------------------------------------------------------------------------------------------
+
+
+def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: Collection[str]) -> frozenset[int]:
+    """Return the blocks that have an op of a module at one of `paths`.
+
+    **Arguments:** `spans`: each block's first node, and the one after its last.
+    """
+    return frozenset(
+        block
+        for block, (start, stop) in enumerate(spans)
+        if any(_is_below(node.module, path) for node in graph.nodes[start:stop] for path in paths)
+    )
+
+
+def _is_below(module: str, path: str) -> bool:
+    return not path or module == path or module.startswith(f"{path}.")
+
+
+def pin_chain(chain: Chain, blocks: Collection[int]) -> Chain:
+    """Return `chain` as its planner sees it: what pinned `blocks` save is not a choice, and counts as live throughout.
+
+    That is a little more than the truth: it is live from their forward to their backward.
+    """
+    pinned = sorted(blocks)
+    if not pinned:
+        return chain
+    storages = {s for b in pinned for s in chain.blocks[b].options[0].storages}
+    storages |= {s for b in pinned if b + 1 < len(chain.blocks) for s in chain.boundaries[b + 1].storages}
+    saved_bytes = sum(chain.blocks[b].options[0].saved_bytes for b in pinned)
+    live_bytes = saved_bytes + sum(chain.storage_bytes[s] for s in storages)
+    live = StorageId(len(chain.storage_bytes))
+    sizes = (*(0 if s in storages else size for s, size in enumerate(chain.storage_bytes)), live_bytes)
+    return replace(
+        chain,
+        storage_bytes=sizes,
+        blocks=tuple(_with_nothing_to_save(b) if i in pinned else b for i, b in enumerate(chain.blocks)),
+        boundaries=tuple(Boundary((*b.storages, live), b.gradient_bytes) for b in chain.boundaries),
+    )
+
+
+def _with_nothing_to_save(block: Block) -> Block:
+    option = block.options[0]
+    nothing = replace(
+        option,
+        storages=(),
+        saved_bytes=0,
+        save_peak_bytes=option.save_peak_bytes - option.saved_bytes,
+        replay_peak_bytes=option.replay_peak_bytes - option.saved_bytes,
+    )
+    return replace(block, signature=f"{block.signature} pinned", options=(nothing,))
+
+
+def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
+    """Return `program` with `blocks` pinned: the first sweep saves them and stores what follows, replays leave them."""
+    if not blocks:
+        return program
+    pinned = frozenset(blocks)
+    behind = frozenset(BoundaryId(b + 1) for b in pinned if b + 1 < len(program.kept))
+    return ReplayProgram(
+        kept=tuple(kept or i in pinned for i, kept in enumerate(program.kept)),
+        options=program.options,
+        stored=program.stored | behind,
+        steps=tuple(_around(steps, pinned, behind) for steps in program.steps),
+        pinned=behind,
+    )
+
+
+def _around(
+    steps: tuple[ReplayStep, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]
+) -> tuple[ReplayStep, ...]:
+    """Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries behind."""
+    left: list[ReplayStep] = []
+    needed: BoundaryId | None = None  # the boundary that the next step takes from the cursor, if none is stored
+    for step in reversed(steps):
+        match step.action:
+            case Store(boundary=boundary) | Drop(boundary=boundary) if boundary in behind:
+                continue
+            case Store(boundary=boundary):
+                needed = boundary
+                left.append(step)
+            case Forward(block=block) if block not in pinned and needed == block + 1:
+                needed = _unless_stored(block, behind)
+                left.append(step)
+            case ForwardSave(block=block) if block not in pinned:
+                left.append(ReplayStep(step.action, stops_early=needed != block + 1))
+                needed = _unless_stored(block, behind)
+            case Forward() | ForwardSave():
+                continue
+            case Drop():
+                left.append(step)
+            case Backward() | Offload() | Reload():
+                raise AssertionError(f"`{step.action}` is not a replay step")
+            case _:
+                assert_never(step.action)
+    return tuple(reversed(left))
+
+
+def _unless_stored(boundary: int, behind: frozenset[BoundaryId]) -> BoundaryId | None:
+    return None if boundary in behind else BoundaryId(boundary)

@@ -1,8 +1,8 @@
-"""What is not trained at all, and why? Wrong arguments, and modules whose second run cannot be made equal to the first.
+"""Refuse wrong arguments, and modules whose second run cannot be made equal to the first.
 
-cuDNN's recurrent layers draw dropout between layers from a state of their own, seeded once and then advancing by
-itself (ATen/native/cudnn/RNN.cpp): putting torch's generator back does not bring the mask back, so a replay would give
-wrong gradients without a word. Found by reading; torch.utils.checkpoint has the same hole.
+cuDNN's recurrent layers draw the dropout between layers from a state of their own, which is seeded once and then
+advances by itself (ATen/native/cudnn/RNN.cpp). Restoring torch's generator does not restore the mask, so a replay would
+silently give wrong gradients. torch.utils.checkpoint has the same defect.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ _FAKE_QUANTISED = ("FakeQuantizeBase", "ObserverBase")
 
 
 def refuse_other_than_module(value: object) -> None:
-    """Raise `UnsupportedModuleError` for what is no module."""
+    """Raise `UnsupportedModuleError` if `value` is not a module."""
     if not isinstance(value, nn.Module):
-        raise UnsupportedModuleError(f"`{type(value).__name__}` is no torch.nn.Module: pass the model itself.")
+        raise UnsupportedModuleError(f"`{type(value).__name__}` is not a torch.nn.Module: pass the model itself.")
 
 
 def refuse_wrong_options(config: object, observers: object, *, discover: object) -> None:
-    """Raise `ConfigError` for options of `attach` that are of a wrong type."""
+    """Raise `ConfigError` for an option of `attach` that has a wrong type."""
     check_config(config)
     check_observers(observers)
     if not isinstance(discover, bool):
@@ -42,7 +42,7 @@ def refuse_wrong_options(config: object, observers: object, *, discover: object)
 
 
 def refuse_unsupported(root: nn.Module) -> None:
-    """Raise `UnsupportedModuleError` for kinds of modules that the engine does not train."""
+    """Raise `UnsupportedModuleError` if `root` has a part of a kind that the engine does not train."""
     for name, part in cast("Iterator[tuple[str, nn.Module]]", root.named_modules()):
         kind = type(part).__name__
         shown = f"`{name}` (`{kind}`)" if name else f"`{kind}`"
@@ -57,12 +57,12 @@ def refuse_unsupported(root: nn.Module) -> None:
             )
         if type(part).__module__.startswith("torch.ao.nn.quantized"):
             raise UnsupportedModuleError(
-                f"{shown} is quantised and has no backward: train the float module, and quantise it afterwards."
+                f"{shown} is quantised and has no backward: train the float module and quantise it afterwards."
             )
         if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
             raise UnsupportedModuleError(
-                f"{shown} observes ranges while it runs, and a replay would move them again: leave it out of the "
-                "module that is put under the budget."
+                f"{shown} observes ranges while it runs, and a replay would update them again: leave it out "
+                "of the module that is put under the budget."
             )
 
 
@@ -76,7 +76,7 @@ def refuse_capture() -> None:
 
 
 def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:
-    """Whether a recurrent layer on `device` would draw another dropout mask in a replay."""
+    """Return whether a recurrent layer on `device` would draw another dropout mask in a replay."""
     if not isinstance(layer, nn.RNNBase):
         return False
     return device.type == "cuda" and layer.num_layers > 1 and layer.dropout > 0
@@ -91,6 +91,6 @@ def refuse_unrepeatable(module: nn.Module) -> None:
         if parameter is not None and redraws_dropout(part, parameter.device):
             raise UnsupportedModuleError(
                 f"`{name or module.__class__.__name__}` is `{part.extra_repr()}` "
-                "on CUDA: cuDNN's dropout mask cannot be drawn again, so a replay would give "
+                "on CUDA: cuDNN cannot draw its dropout mask again, so a replay would give "
                 "wrong gradients. Stack single-layer recurrent layers with nn.Dropout between them."
             )

@@ -1,8 +1,8 @@
-"""Which Python state does a module's forward change? Its plain-data attributes, compared before and after a call.
+"""Find the Python state that a module's forward changes, by comparing plain-data attributes before and after a call.
 
-A replay would change them a second time. Numbers, strings and containers of them are compared, in the module and in all
-its parts. Tensors are not: buffers have their own guard, and weight parametrisations and sharding put new tensors in
-place in every forward. What a forward does to objects elsewhere cannot be seen from here.
+A replay would change them a second time. We compare numbers, strings and containers of them, in the module and in all
+its parts. We do not compare tensors: buffers have their own guard, and weight parametrisations and sharding assign new
+tensors in every forward. Changes to objects outside the module are not found.
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ _OTHER = object()
 
 
 def python_state(module: nn.Module) -> PythonState:
-    """Return the plain-data attributes of `module` and its parts by name, as values that later changes do not reach."""
+    """Return the plain-data attributes of `module` and its parts by name, as values that do not change later."""
     parts = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
     return {
         f"{path}.{key}" if path else key: _frozen(value, 0)
@@ -35,13 +35,13 @@ def python_state(module: nn.Module) -> PythonState:
 
 
 def changed_state(before: PythonState, after: PythonState) -> list[str]:
-    """Return the names of attributes that were changed, added or taken away, sorted."""
+    """Return the sorted names of attributes that were changed, added or removed."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name, _OTHER) != after.get(name, _OTHER))
 
 
 def _frozen(value: Any, depth: int) -> Any:
     if isinstance(value, _SCALARS):
-        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)  # NaN is no change
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)  # so that NaN equals NaN
     if depth == _MAX_DEPTH:
         return _OTHER
     if isinstance(value, (list, tuple, deque)):

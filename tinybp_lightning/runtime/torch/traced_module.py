@@ -1,14 +1,13 @@
-"""How is one traced forward trained? A `TracedModule` is what Dynamo calls in place of the graph it captured.
+"""Train one traced forward. A `TracedModule` is what Dynamo calls in place of the graph that it captured.
 
-On its first call it records the graph, cuts it, measures the blocks and asks a `Controller` for a plan; every call
-runs the pieces through the engine. Plans are kept per situation (autocast, gradients already there or not); shapes,
-dtypes and `requires_grad` are Dynamo's guards, which make a new program when they change.
+On its first call it records the graph, cuts it, measures the blocks and starts a control loop; every call runs the
+pieces through the engine. There is one plan for each situation (autocast, gradients that are there already or not).
+Shapes, dtypes and `requires_grad` are guarded by Dynamo, which makes a new graph when they change.
 """
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,27 +15,26 @@ import torch
 from torch import fx
 
 from tinybp_lightning.capture.torch.modes import modes_back
-from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, cut_program, fill_template, reorder
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, fill_template, reorder
 from tinybp_lightning.capture.torch.private import has_gradient_hooks
 from tinybp_lightning.capture.torch.record import record_graph
-from tinybp_lightning.config import BudgetKind, Costs, Executor, HCBConfig
-from tinybp_lightning.errors import BudgetTooSmallError, HCBWarning
+from tinybp_lightning.config import BudgetKind, Costs
+from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.graph.cuts.narrow import Granularity
-from tinybp_lightning.graph.cuts.products import has_room_for_products, saved_bytes
-from tinybp_lightning.graph.cuts.reorder import delay_ops
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.profile import Observer, StepProfile
+from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
-from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin, PlanCache
-from tinybp_lightning.runtime.torch.controller import Controller
-from tinybp_lightning.runtime.torch.executors.inductor import compile_options, compile_program, options_to_compile
+from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
+from tinybp_lightning.runtime.torch.controller import Task
+from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
+from tinybp_lightning.runtime.torch.executors.registry import executor_of
+from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain, pin_program
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
-from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
+from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
-from tinybp_lightning.runtime.torch.pinned import blocks_of_modules, pin_chain, pin_program
-from tinybp_lightning.runtime.torch.progress import PlanningProgress, planning_progress
+from tinybp_lightning.runtime.torch.messages import PlanningProgress, planning_progress
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
@@ -54,315 +52,300 @@ class _Situation:
     has_gradients: bool
 
 
-class TracedModule:
-    """One captured graph, planned on its first call."""
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """One call of the graph. `values`: one per graph input; `device`: the one whose memory is planned."""
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        target: str,
-        config: HCBConfig,
-        observers: Sequence[Observer],
-        memory: TargetMemory,
-        book: PlanCache,
-        kept: Sequence[str] = (),
-    ) -> None:
+    values: list[Any]
+    device: torch.device
+    devices: tuple[torch.device, ...]
+    situation: _Situation
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [v for v in self.values if isinstance(v, torch.Tensor)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The graph's pieces, prepared for one autocast; gradients that are there change no kernel.
+
+    `pinned`: blocks that run once. `key`: for the plan cache; `None` with pinned blocks, as the planner then sees
+    another chain than the program's own.
+    """
+
+    program: Program
+    pinned: frozenset[int]
+    key: ProgramKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What is known in one situation. `ready`: the replay program whose options were seen to be prepared."""
+
+    pieces: _Pieces
+    measurements: Measurements = field(default_factory=dict[Any, Any])
+    control: ControlLoop | None = None
+    ready: ReplayProgram | None = None
+
+
+class TracedModule:
+    """One captured graph, planned on its first call.
+
+    **Arguments:** `kept`: the paths of the modules that run once.
+    """
+
+    def __init__(self, module: fx.GraphModule, context: TargetContext, kept: Sequence[str] = ()) -> None:
         self._module = module
+        self._context = context
         self._kept = tuple(kept)
-        self._target = target
-        self._memory = memory
-        self._book = book
-        self._config = config
-        self._observers = observers
-        self._program: Program | None = None
-        self._pinned: frozenset[int] = frozenset()
-        self._executor = Executor(config.executor)
-        self._compiled: dict[tuple[Autocast, ...], Program] = {}  # gradients that are there change no kernel
-        self._measured: dict[_Situation, Measurements] = {}
-        self._controllers: dict[_Situation, Controller] = {}
-        self._prepared: dict[
-            _Situation, ReplayProgram
-        ] = {}  # whose options were seen to be there: not asked in every step
-        self._keys: dict[_Situation, ProgramKey] = {}
-        self._watch: StepMonitor | None = None
+        self._executor = executor_of(context.config.executor)
         self._constants = _constants(module)
-        self._unmoved: Graph | None = None  # the order to go back to, where a hook would see another one
-        self._warned = False
+        self._cut: Cut | None = None
+        self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}
+        self._planned: dict[_Situation, _Planned] = {}
+        self._monitor: StepMonitor | None = None
         self.profile: StepProfile | None = None
-        self.controller: Controller | None = None
+        self.control: ControlLoop | None = None
 
     @property
     def graph(self) -> Graph | None:
         """The graph, once the first call has recorded it."""
-        return None if self._program is None else self._program.graph
+        return None if self._cut is None else self._cut.program.graph
 
-    def tighten(self, share: float) -> bool:
-        """Tighten the plan of the last call, as `Controller.tighten` does; return whether it changed."""
-        return self.controller is not None and self.controller.tighten(share)
+    def release(self) -> None:
+        """Stop following a step that has not ended: nobody will ask for its profile."""
+        if self._monitor is not None:
+            self._monitor.abandon()
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
-        values = self._values(args)
-        tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        devices = sorted({t.device for t in tensors}, key=str)
-        device = _main_device(devices)
-        autocast = autocast_now(device_type_of(devices))
-        parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
-        if self._unmoved is not None and _are_watched(parameters):
-            self._start_over(self._unmoved)
-        situation = _Situation(autocast, any(p.grad is not None for p in parameters))
-        controller = self._controllers.get(situation)
-        if controller is None:
+        forward = self._forward(args)
+        if self._cut is not None and self._cut.original is not None and _are_watched(_parameters(forward)):
+            self._start_over(self._cut.original)
+        planned = self._planned.get(forward.situation)
+        if planned is None or planned.control is None:
             stop_tracing()
             with tracing_lock() as is_mine:
-                controller = self._new_controller(values, device, devices, situation, may_trace=is_mine)
-        if controller is not None:
-            self.controller = self._controllers[situation] = controller
-        is_ready = controller is not None and self._prepare_options(controller, values, device, devices, situation)
+                planned = self._plan(forward, may_trace=is_mine)
+        if planned is not None and planned.control is not None:
+            self.control = planned.control
+            planned = self._with_options(planned, planned.control, forward)
         with modes_back():
-            if controller is None or not is_ready:
-                return self._run_unplanned(values)
-            return self._run(controller, self._pieces(situation), values, parameters, devices, autocast)
+            if planned is None or planned.control is None:
+                return self._run_unplanned(forward.values)
+            return self._run(planned.pieces, planned.control, forward)
+
+    def _forward(self, args: Sequence[Any]) -> _Forward:
+        arguments = iter(args)
+        values = [next(arguments) if constant is _ARGUMENT else constant for constant in self._constants]
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        devices = tuple(sorted({t.device for t in tensors}, key=str))
+        device = next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
+        has_gradients = any(t.grad is not None for t in tensors if t.requires_grad and t.is_leaf)
+        return _Forward(values, device, devices, _Situation(autocast_now(device_type_of(devices)), has_gradients))
+
+    # ---- running -------------------------------------------------------------------------------------------------
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
-        """Run plainly: a profiler of the user's runs, and blocks can only be measured by one of our own."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"`{self._target}` is not planned in this step, which keeps everything: a profiler is running, or "
-                "another thread measures, and measuring needs one of its own. Let the first steps run unprofiled.",
-                HCBWarning,
-                stacklevel=2,
-            )
-        return fx.Interpreter(self._module).run(
-            *(v for v, c in zip(values, self._constants, strict=True) if c is _ARGUMENT)
+        """Run plainly: blocks can only be measured by a profiler of our own, and the user's is running."""
+        self._context.warn(
+            "unplanned",
+            f"`{self._context.name}` is not planned in this step, which keeps everything: a profiler is running, or "
+            "another thread measures, and measuring needs a profiler of its own. Let the first steps run unprofiled.",
         )
+        arguments = (v for v, c in zip(values, self._constants, strict=True) if c is _ARGUMENT)
+        return fx.Interpreter(self._module).run(*arguments)
 
-    def _run(
-        self,
-        controller: Controller,
-        program: Program,
-        values: list[Any],
-        parameters: Sequence[torch.Tensor],
-        devices: Sequence[torch.device],
-        autocast: Sequence[Autocast],
-    ) -> Any:
-        if self._watch is not None:
-            self._watch.abandon()  # if the last forward had no backward (yet), it can no longer be measured
-        self._watch = watch = controller.begin_step(parameters)
+    def _run(self, pieces: _Pieces, control: ControlLoop, forward: _Forward) -> Any:
+        if self._monitor is not None:
+            self._monitor.abandon()  # if the last forward had no backward (yet), it can no longer be measured
+        values, program = forward.values, pieces.program
+        self._monitor = monitor = control.begin_step(_parameters(forward))
         externals = NonBoundaryInputs.of(values)
-        script = pin_program(controller.script, self._pinned)
-        run = Run(script, externals, devices=devices, autocast=autocast, checks=self._config.check)
+        replayed = pin_program(control.program, pieces.pinned)
+        autocast, checks = forward.situation.autocast, self._context.config.check
+        run = Run(replayed, externals, devices=forward.devices, autocast=autocast, checks=checks)
         try:
             run.begin([])
             state: list[Any] = []
-            for piece, option in zip(program.pieces, run.program.options, strict=True):
+            for piece, option in zip(program.pieces, replayed.options, strict=True):
                 state = run.sweep(GraphBlock(piece, externals, option), state)
         except BaseException:
-            watch.abandon()
+            monitor.abandon()
             raise
         outputs = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in program.outputs]
         del state
         stats = run.stats
         mine = weakref.ref(self)
 
-        def ended(watch: StepMonitor) -> None:
+        def ended(monitor: StepMonitor) -> None:
             me = mine()
             if me is not None:
-                me.profile = controller.end_step(watch, stats)
+                me.profile = control.end_step(monitor, stats)
 
-        watch.forward_ended(outputs, ended)
+        monitor.forward_ended(outputs, ended)
         return fill_template(program.template, outputs)
 
-    def _cut(self, values: Sequence[Any], room: Headroom) -> Program:
-        graph = record_graph(self._module, values, name=self._target)
-        # A compiled block wants to be large, so that there is something to fuse; an eager one small.
-        if self._executor is Executor.INDUCTOR:
-            return cut_program(self._module, graph, granularity=Granularity.COARSE)
-        if not has_room_for_products(self._share(room, saved_bytes(graph))):
-            return cut_program(self._module, graph, granularity=Granularity.FINE)
-        moved = delay_ops(graph, may_move_parameters=False)
-        if not _are_watched([v for v in values if isinstance(v, torch.Tensor)]):
-            further = delay_ops(graph, may_move_parameters=True)
-            if further != moved:
-                self._unmoved, moved = graph, further
-        return cut_program(self._module, reorder(self._module, moved), granularity=Granularity.PRODUCTS)
+    # ---- planning ------------------------------------------------------------------------------------------------
 
-    def _start_over(self, graph: Graph) -> None:
-        """Bring the calls into the order of `graph`, and forget what was planned for another."""
-        reorder(self._module, graph)
-        self._unmoved = self._program = self.controller = None
-        for known in (self._compiled, self._measured, self._controllers, self._prepared, self._keys):
-            known.clear()
+    def _plan(self, forward: _Forward, *, may_trace: bool) -> _Planned | None:
+        """Start the control loop of a situation; return `None` if nothing is known and nothing can be measured now.
 
-    def _share(self, room: Headroom, plain_bytes: int) -> float:
-        """Return about which share of plain training's activations the budget is."""
-        budget = self._config.budget
-        if budget.kind is BudgetKind.ACTIVATION and budget.fraction is not None:
-            return budget.fraction
-        return room(plain_bytes) / max(1, plain_bytes)
-
-    def _pieces(self, situation: _Situation) -> Program:
-        assert self._program is not None, "a situation is met only once the program is cut"
-        return self._compiled.get(situation.autocast, self._program)
-
-    def _values(self, args: Sequence[Any]) -> list[Any]:
-        """Dynamo's arguments and the graph's constants, in the order of `Graph.inputs`."""
-        arguments = iter(args)
-        return [next(arguments) if constant is _ARGUMENT else constant for constant in self._constants]
-
-    def _new_controller(
-        self,
-        values: Sequence[Any],
-        device: torch.device,
-        devices: Sequence[torch.device],
-        situation: _Situation,
-        *,
-        may_trace: bool,
-    ) -> Controller | None:
-        """Return who decides what is flown; `None` where nothing is known and nothing can be measured now.
-
-        **Arguments:** `may_trace`: whether this thread has the turn. Another that has it may give it back, and take it
-        again while this one measures.
+        **Arguments:** `may_trace`: whether this thread holds the lock. Another thread that holds it may release it and
+        take it again while this one measures.
         """
-        budget = self._config.budget
-        tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        room = Headroom(self._config, device, tensors, self._memory)
-        with planning_progress(self._target) as progress:
-            if self._program is None:
-                progress.stage("tracing")
-                self._program = self._cut(values, room)
-                spans = [(piece.span.start, piece.span.stop) for piece in self._program.pieces]
-                self._pinned = blocks_of_modules(self._program.graph, spans, self._kept)
-            if self._executor is Executor.INDUCTOR and situation.autocast not in self._compiled:
-                progress.stage("compiling", total=len(self._program.pieces))
-                externals = measuring_values(self._program, values)
-                compiled = compile_program(self._program, externals, devices, progress.advance)
-                self._compiled[situation.autocast] = compiled
-                self._book.num_compiled += 1
-            pieces = self._pieces(situation)
-            page = None if self._pinned else self._page(pieces, device, situation)
-            make = partial(
-                Controller,
-                self._target,
-                budget=budget,
-                room=room,
-                device=device,
-                observers=self._observers,
-                costs=Costs(self._config.costs),
+        context = self._context
+        headroom = Headroom(context.config, forward.device, forward.tensors, context.memory)
+        with planning_progress(context.name) as progress:
+            pieces = self._prepared(forward, headroom, progress)
+            planned = self._planned.setdefault(forward.situation, _Planned(pieces))
+            entry = self._cache_entry(pieces, forward)
+            loop = partial(
+                ControlLoop,
+                Task(context.name, context.config.budget, Costs(context.config.costs)),
+                headroom=headroom,
+                device=forward.device,
+                observers=context.observers,
             )
             progress.stage("planning")
-            known = None if page is None else self._cached_controller(make, page, room)
-            if known is not None:
-                return known
-            if not (may_trace and can_trace(device)):
-                return None
-            chain = self._measure(values, device, devices, situation, progress)
-            progress.stage("planning")
-            self._book.count(Origin.MEASURED)
-            if page is None:
-                return make(chain)
-            mine = replace(page, origin=Origin.MEASURED, known=None, is_on_disk=False)
-            return make(chain, on_learned=partial(self._book.record, mine))
+            control = None if entry is None else self._from_cache(loop, entry, headroom)
+            if control is None:
+                if not (may_trace and can_trace(forward.device)):
+                    return None
+                chain = self._measure(planned, forward, progress)
+                progress.stage("planning")
+                context.plans.count(Origin.MEASURED)
+                note_plan = None
+                if entry is not None:
+                    mine = replace(entry, origin=Origin.MEASURED, known=None, is_on_disk=False)
+                    note_plan = partial(context.plans.record, mine)
+                control = loop(chain, note_plan=note_plan)
+        self._planned[forward.situation] = planned = replace(planned, control=control)
+        return planned
 
-    def _measure(
-        self,
-        values: Sequence[Any],
-        device: torch.device,
-        devices: Sequence[torch.device],
-        situation: _Situation,
-        progress: PlanningProgress,
-    ) -> Chain:
-        """Return the chain as its planner sees it: what is compiled is measured, once, and the rest estimated."""
-        pieces = self._pieces(situation)
-        progress.stage("measuring", total=len(pieces.pieces))
+    def _prepared(self, forward: _Forward, headroom: Headroom, progress: PlanningProgress) -> _Pieces:
+        """Return the pieces for the autocast of `forward`: cut on the first call, prepared once for each autocast."""
+        known = self._pieces.get(forward.situation.autocast)
+        if known is not None:
+            return known
+        if self._cut is None:
+            progress.stage("tracing")
+            self._cut = self._executor.cut(
+                self._module,
+                record_graph(self._module, forward.values, name=self._context.name),
+                budget_share=partial(self._budget_share, headroom),
+                may_move_parameters=not _are_watched(forward.tensors),
+            )
+        program = self._cut.program
+        progress.stage("compiling", total=len(program.pieces))
+        prepared = self._executor.prepare(self._preparation(program, forward, progress))
+        if prepared is not program:
+            self._context.plans.num_compiled += 1
+        pinned = blocks_of_modules(program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._kept)
+        pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
+        self._pieces[forward.situation.autocast] = pieces
+        return pieces
+
+    def _preparation(self, program: Program, forward: _Forward, progress: PlanningProgress) -> Preparation:
+        externals = partial(measuring_values, program, forward.values)
+        return Preparation(program, externals, forward.devices, progress.advance)
+
+    def _budget_share(self, headroom: Headroom, plain_bytes: int) -> float:
+        """Return about which share of plain training's activations the budget is."""
+        budget = self._context.config.budget
+        if budget.kind is BudgetKind.ACTIVATION and budget.fraction is not None:
+            return budget.fraction
+        return headroom(plain_bytes) / max(1, plain_bytes)
+
+    def _start_over(self, graph: Graph) -> None:
+        """Bring the calls back into the order of `graph`, and forget what was planned for another order."""
+        reorder(self._module, graph)
+        self._cut = self.control = None
+        self._pieces.clear()
+        self._planned.clear()
+
+    def _measure(self, planned: _Planned, forward: _Forward, progress: PlanningProgress) -> Chain:
+        """Return the chain as its planner sees it: what is compiled is measured, once, and the rest is estimated."""
+        config, program = self._context.config, planned.pieces.program
+        progress.stage("measuring", total=len(program.pieces))
         chain = measure_chain(
-            pieces,
-            values,
-            device=device,
-            devices=devices,
-            autocast=situation.autocast,
-            counts_gradients=self._config.budget.kind is BudgetKind.MEMORY and not situation.has_gradients,
+            program,
+            forward.values,
+            executor=self._executor,
+            device=forward.device,
+            devices=forward.devices,
+            autocast=forward.situation.autocast,
+            counts_gradients=config.budget.kind is BudgetKind.MEMORY and not forward.situation.has_gradients,
             on_block=progress.advance,
-            known=self._measured.setdefault(situation, {}),
-            kind=Costs(self._config.costs),
+            known=planned.measurements,
+            kind=Costs(config.costs),
         )
-        return pin_chain(chain, self._pinned)
+        return pin_chain(chain, planned.pieces.pinned)
 
-    def _prepare_options(
-        self,
-        controller: Controller,
-        values: Sequence[Any],
-        device: torch.device,
-        devices: Sequence[torch.device],
-        situation: _Situation,
-    ) -> bool:
-        """Compile the options that the next step goes by, and measure those that were estimated; see `controller`.
+    def _with_options(self, planned: _Planned, control: ControlLoop, forward: _Forward) -> _Planned | None:
+        """Compile the options that the next step uses, and measure those that were estimated (Note [Calibration]).
 
-        **Returns:** whether the step can be flown: not where something must be measured, and cannot be now.
+        **Returns:** `planned`, ready to run; `None` where something must be measured and cannot be measured now.
         """
-        program = self._pieces(situation)
-        controller.refresh()
-        while controller.wants_all_options or controller.script is not self._prepared.get(situation):
-            unmeasured = controller.unmeasured
-            wanted = unmeasured or options_to_compile(program, list(enumerate(controller.script.options)))
+        program = planned.pieces.program
+        control.refresh()
+        while control.program is not planned.ready:
+            unmeasured = control.unmeasured
+            wanted = unmeasured or self._executor.unprepared(program, list(enumerate(control.program.options)))
             if not wanted:
-                self._prepared[situation] = controller.script
+                self._planned[forward.situation] = planned = replace(planned, ready=control.program)
                 break
             stop_tracing()
-            with tracing_lock() as is_mine, planning_progress(self._target) as progress:
-                if unmeasured and not (is_mine and can_trace(device)):
-                    return False
+            with tracing_lock() as is_mine, planning_progress(self._context.name) as progress:
+                if unmeasured and not (is_mine and can_trace(forward.device)):
+                    return None
                 progress.stage("compiling", total=len(program.pieces))
-                compile_options(program, measuring_values(program, values), devices, wanted, progress.advance)
+                self._executor.prepare_options(self._preparation(program, forward, progress), wanted)
                 if unmeasured:
-                    controller.learn_options(self._measure(values, device, devices, situation, progress))
-        return True
+                    control.learn_options(self._measure(planned, forward, progress))
+        return planned
 
-    def _page(self, pieces: Program, device: torch.device, situation: _Situation) -> CacheEntry:
-        """What is known of the program. Not to be asked with pinned blocks: such a chain is not the program's own."""
-        # A step that cannot be planned yet comes here again.
-        if situation not in self._keys:
-            self._keys[situation] = program_key(pieces)
-        mine = self._keys[situation]
+    # ---- the plan cache ------------------------------------------------------------------------------------------
+
+    def _cache_entry(self, pieces: _Pieces, forward: _Forward) -> CacheEntry | None:
+        """Return what the cache knows of the program in this situation; `None` for one that is not cached."""
+        if pieces.key is None:
+            return None
+        situation = forward.situation
         key = plan_key(
-            mine,
-            self._config,
-            device=device,
+            pieces.key,
+            self._context.config,
+            device=forward.device,
             autocast=situation.autocast,
             has_gradients=situation.has_gradients,
         )
-        return self._book.look_up(pieces, mine.layout, key)
+        return self._context.plans.look_up(pieces.program, pieces.key.layout, key)
 
-    def _cached_controller(
-        self, make: Callable[..., Controller], page: CacheEntry, room: Headroom
-    ) -> Controller | None:
-        """Return a controller that starts from the cached plan; `None` where none is known or none fits here."""
-        if page.known is None:
+    def _from_cache(
+        self, loop: Callable[..., ControlLoop], entry: CacheEntry, headroom: Headroom
+    ) -> ControlLoop | None:
+        """Return a control loop that starts from the cached plan; `None` if there is none or none fits here."""
+        known, plans = entry.known, self._context.plans
+        if known is None:
             return None
-        is_other = page.origin is Origin.LARGER
-        if is_other and (room.cap_bytes is not None or not page.known.suits(room(plain_peak_bytes(page.known.chain)))):
+        is_larger = entry.origin is Origin.LARGER
+        if is_larger and (headroom.cap_bytes is not None or not known.suits(headroom(plain_peak_bytes(known.chain)))):
             return None  # to plan again, the costs of this shape are needed
         try:
-            controller = make(
-                page.known.chain,
-                known=page.known,
-                known_from=page.origin.value,
-                on_learned=partial(self._book.record, page),
-            )
+            control = loop(known, cached_from=entry.origin.value, note_plan=partial(plans.record, entry))
         except BudgetTooSmallError:
-            return None  # by costs that were learned elsewhere: what is measured here decides, and names what is needed
-        self._book.count(page.origin)
-        return controller
+            return None  # by costs from elsewhere: what is measured here decides, and says how much is needed
+        plans.count(entry.origin)
+        return control
 
-    def release(self) -> None:
-        """Stop to follow a step that has not ended: nobody will ask for its profile."""
-        if self._watch is not None:
-            self._watch.abandon()
+
+def _parameters(forward: _Forward) -> list[torch.Tensor]:
+    return [t for t in forward.tensors if t.requires_grad and t.is_leaf]
 
 
 def _are_watched(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether somebody may see in which order gradients come: a hook, or those who reduce them over ranks."""
+    """Return whether somebody may see in which order gradients come: a hook, or a reduction over ranks."""
     distributed = torch.distributed
     is_distributed = distributed.is_available() and distributed.is_initialized()
     return is_distributed or any(has_gradient_hooks(t) for t in tensors)
@@ -372,6 +355,7 @@ _ARGUMENT = object()
 
 
 def _constants(module: fx.GraphModule) -> list[Any]:
+    """Return the graph's inputs in the order of `Graph.inputs`: constants, and `_ARGUMENT` where Dynamo passes one."""
     constants: list[Any] = []
     for n in module.graph.nodes:
         if n.op == "placeholder":
@@ -382,8 +366,3 @@ def _constants(module: fx.GraphModule) -> list[Any]:
                 value = getattr(value, name)
             constants.append(value)
     return constants
-
-
-def _main_device(devices: Sequence[torch.device]) -> torch.device:
-    """The device whose memory is planned: the first accelerator, else the CPU."""
-    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward
+from tinybp_lightning.schedule.bounds.coarsening import coarse_spans, coarsen
 from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
 from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
+from tinybp_lightning.schedule.bounds.live_sets import affordable
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, relax
-from tinybp_lightning.schedule.bounds.resolution import affordable
-from tinybp_lightning.schedule.bounds.slim import slim, slim_spans
 from tinybp_lightning.schedule.planner.planner import Plan, Planner
 from tinybp_lightning.schedule.simulator import simulate
 
@@ -60,7 +60,7 @@ class Certificate:
     `total_s` is the time of the plan that was certified. `prices` prove `priced_bound_s`:
     `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound, and with all prices 0 the time of
     a step that recomputes nothing. For a long chain it is the bound of its slim one, each block of which has the prices
-    of all that it stands for (`slim_spans`). `capped_bound_s` is that of `dp_bound`, for a long chain of its slim one
+    of all that it stands for (`coarse_spans`). `capped_bound_s` is that of `dp_bound`, for a long chain of its slim one
     (`slim`), or 0 where it was not asked.
     """
 
@@ -133,7 +133,7 @@ def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> fl
     """Return the bound of `capped`, or 0 where it would take too long; the better one where two chains can be asked."""
     chains = [relaxed]
     if relaxed.num_blocks > _SLIM_BLOCKS:
-        chains.insert(0, relax(slim(relaxed.chain), budget_bytes=budget_bytes))
+        chains.insert(0, relax(coarsen(relaxed.chain), budget_bytes=budget_bytes))
     capped_s = 0.0
     for asked in chains:
         resolution = affordable(asked)
@@ -169,8 +169,8 @@ def _try_scales(chain: Chain, budget_bytes: int, first: _Floats, target_s: float
 
     The second is asked only where the first is loose.
     """
-    spans = slim_spans(chain)
-    priced_chain = PricedChain(relax(slim(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES))
+    spans = coarse_spans(chain)
+    priced_chain = PricedChain(relax(coarsen(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES))
     summed = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
     value_s = priced_chain.value_s(summed)
     if value_s >= target_s * (1 - _LOOSE):

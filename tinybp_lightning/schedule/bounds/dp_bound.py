@@ -13,12 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tinybp_lightning.schedule.bounds.live_sets import HeldSets
-from tinybp_lightning.schedule.bounds.periods import alike, held_layers
+from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Layers, Resolution, alike, held_layers
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
-from tinybp_lightning.schedule.bounds.resolution import Resolution
-from tinybp_lightning.schedule.planner.layers import Layers
-from tinybp_lightning.schedule.planner.rows import first_true
 
 __all__ = ["capped_bound_s"]
 
@@ -141,7 +137,7 @@ class _Capped:
         shift = self._shift(held_bytes)
         tops = self._later(after.segment[:, target], shift, forward)
         # With few slots left what follows is infinite: a fork is offered from where the first end is finite.
-        lowest_slots = first_true(tops < _NEVER, width=self._width)
+        lowest_slots = _first_true(tops < _NEVER, width=self._width)
         for fork in range(i + 1, self._relaxed.num_blocks + 1):
             from_end, lowest = max(start, fork), lowest_slots[fork - i - 1]
             lefts, kept_lefts = self._column(i, here, first, fork)
@@ -214,7 +210,7 @@ class _Capped:
                 target, held_bytes = self._held.after_hold(i, index, counted)
                 ends = after.segment[-num_ends:, target, :, fork - i - 1]
                 ends = self._later(ends, self._shift(held_bytes), self._forward[i])
-                ends = ends[:, first_true((ends < _NEVER)[..., None], width=self._width)[0] :]
+                ends = ends[:, _first_true((ends < _NEVER)[..., None], width=self._width)[0] :]
                 if index < num_passing:
                     self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
                 else:
@@ -255,3 +251,11 @@ def _unit_bytes(held: HeldSets, span_bytes: float, num_slots: int) -> float:
     units = np.unique(np.linspace(wanted, 3 * wanted, _UNITS_TRIED).astype(np.int64))
     lost = (sizes % units[:, None] * counts).sum(axis=1)
     return float(units[int(lost.argmin())])
+
+
+def _first_true(found: NDArray[np.bool_], *, width: int) -> list[int]:
+    """Return by place on the last axis of `found` the first on axis 1 that is true anywhere; `width` where none is."""
+    anywhere: NDArray[np.bool_] = np.logical_or.reduce(found, axis=0)
+    if not len(anywhere):
+        return [width] * anywhere.shape[1]
+    return np.where(anywhere.any(axis=0), anywhere.argmax(axis=0), width).tolist()

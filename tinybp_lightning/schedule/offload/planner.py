@@ -99,7 +99,7 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     check_link(link_bytes_per_s)
     search = _Search(planner, budget_bytes, link_bytes_per_s)
     if budget_bytes >= planner.smallest_bytes:
-        search.start(planner.schedule(budget_bytes=budget_bytes))
+        search.start(planner.plan(budget_bytes=budget_bytes).schedule)
     for source in _sources(planner, budget_bytes):
         search.descend(source)
     if search.best is None:
@@ -227,7 +227,7 @@ def _sources(planner: Planner, budget_bytes: int) -> list[Callable[[float], Sche
         other = planner if staying_share == 1 else Planner(with_boundaries_away(chain, staying_share=staying_share))
         highest = other.largest_bytes
         lowest = min(highest, max(budget_bytes, other.smallest_bytes))
-        return lambda share: other.schedule(budget_bytes=round(lowest * (highest / max(1, lowest)) ** share))
+        return lambda share: other.plan(budget_bytes=round(lowest * (highest / max(1, lowest)) ** share)).schedule
 
     def kept(k: int) -> Callable[[float], Schedule]:
         stored = range(0, len(chain.blocks), k)

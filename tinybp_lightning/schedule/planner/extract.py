@@ -1,108 +1,184 @@
-"""How does an interval tree become a schedule? Walk it, asking a chooser at every node, and write the actions down.
+"""Write the actions of a persistent schedule: walk the states from the start, taking the fastest move at each.
 
 A boundary is stored only when a split comes back to it, and dropped right after its own block's saved set exists.
-The walk keeps its own stack: chains of any length.
+The walk keeps its own stack, so that chains may have any length.
 """
 
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Schedule, Store
-from tinybp_lightning.schedule.planner.states import Tables
+from tinybp_lightning.schedule.planner.states import StateModel
 
-__all__ = ["Chooser", "KeepHere", "Move", "Node", "PassBy", "RunOut", "SplitAt", "unfold"]
+__all__ = ["LeastSeconds", "extract_schedule"]
+
+_Floats = NDArray[np.float32] | NDArray[np.float64]
+_Ints = NDArray[np.int64]
+
+
+class LeastSeconds(Protocol):
+    """The least seconds of many parts of a step, infinite where they do not fit into what is left for them."""
+
+    def segment_s(self, segments: _Ints, left: _Ints | int) -> _Floats:
+        """Return the least seconds of segments, which are numbered as in `StateModel`."""
+        ...
+
+    def sweep_s(self, states: _Ints, left: _Ints | int) -> _Floats:
+        """Return the least seconds of the rests of the first sweep from some states."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """A segment from `state` to the cut with index `end`, or with `None` the rest of the first sweep.
-
-    `left` is the chooser's own measure of the bytes left. `low` is the boundary down to which blocks are reversed, left
-    out when it is the state's own.
-    """
+class _Node:
+    """A segment from `state` to the cut with index `end`, or with `None` the rest of the first sweep."""
 
     state: int
     end: int | None
     left: int
-    low: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class KeepHere:
+class _KeepHere:
     """Keep the first block's saved set of `option`; `rest` is what follows, `None` when nothing does."""
 
     option: int
-    rest: Node | None
+    rest: _Node | None
 
 
 @dataclass(frozen=True, slots=True)
-class SplitAt:
+class _SplitAt:
     """Run to `boundary` and reverse `right` from there, then `left` from here."""
 
     boundary: int
-    right: Node
-    left: Node
+    right: _Node
+    left: _Node
 
 
 @dataclass(frozen=True, slots=True)
-class PassBy:
-    """Run the first block, which a later part reverses, and release its boundary; `rest` is what follows."""
-
-    rest: Node
-
-
-@dataclass(frozen=True, slots=True)
-class RunOut:
+class _RunOut:
     """Run the first sweep to its end keeping nothing, then reverse `left` from here."""
 
-    left: Node
+    left: _Node
 
 
-Move = KeepHere | SplitAt | PassBy | RunOut
+_Move = _KeepHere | _SplitAt | _RunOut
 
 
-class Chooser(Protocol):
-    """Decides at every node of the tree."""
+def extract_schedule(model: StateModel, least: LeastSeconds, *, unit_bytes: int, left: int) -> Schedule:
+    """Return the schedule whose moves are the fastest by `least`.
 
-    def choose(self, node: Node) -> Move:
-        """Return the move at `node`."""
-        ...
-
-
-def unfold(tables: Tables, chooser: Chooser, root: Node) -> Schedule:
-    """Return the schedule of the tree that `chooser` spans from `root`."""
+    **Arguments:** `left`: what is left for the whole step, in units of `unit_bytes`; what a move keeps alive is rounded
+    to units.
+    """
+    chooser = _Chooser(model, least, unit_bytes)
     actions: list[Action] = []
     # Nodes still to walk (with whether their boundary is stored) and backwards still to run, last first.
-    pending: list[tuple[Node, bool] | Backward] = [(root, True)]
+    pending: list[tuple[_Node, bool] | Backward] = [(_Node(model.start, None, left), True)]
     while pending:
         item = pending.pop()
         if isinstance(item, Backward):
             actions.append(item)
             continue
         node, stored = item
-        i = tables.states[node.state].boundary
-        if i == tables.num_blocks:
+        i = model.states[node.state].boundary
+        if i == model.num_blocks:
             continue
         move = chooser.choose(node)
         match move:
-            case KeepHere(option, rest):
+            case _KeepHere(option, rest):
                 actions.append(ForwardSave(BlockId(i), OptionId(option)))
                 actions += [Drop(BoundaryId(i))] if stored and i else []
                 pending.append(Backward(BlockId(i), OptionId(option)))
                 pending += [(rest, False)] if rest else []
-            case SplitAt(boundary, right, left):
+            case _SplitAt(boundary, right, left_node):
                 actions += [] if stored else [Store(BoundaryId(i))]
                 actions += [Forward(BlockId(block)) for block in range(i, boundary)]
-                pending += [(left, True), (right, False)]
-            case PassBy(rest):
-                actions.append(Forward(BlockId(i)))
-                actions += [Drop(BoundaryId(i))] if stored and i else []
-                pending.append((rest, False))
-            case RunOut(left):
+                pending += [(left_node, True), (right, False)]
+            case _RunOut(left_node):
                 actions += [] if stored else [Store(BoundaryId(i))]
-                actions += [Forward(BlockId(block)) for block in range(i, tables.num_blocks)]
-                pending.append((left, True))
+                actions += [Forward(BlockId(block)) for block in range(i, model.num_blocks)]
+                pending.append((left_node, True))
             case _:
                 assert_never(move)
-    return Schedule(num_blocks=tables.num_blocks, actions=tuple(actions))
+    return Schedule(num_blocks=model.num_blocks, actions=tuple(actions))
+
+
+class _Chooser:
+    """Takes the fastest move at a node."""
+
+    def __init__(self, model: StateModel, least: LeastSeconds, unit_bytes: int) -> None:
+        self._model = model
+        self._least = least
+        self._unit_bytes = unit_bytes
+
+    def choose(self, node: _Node) -> _Move:
+        model, state = self._model, self._model.states[node.state]
+        first = model.first_cut(state.boundary)
+        last = len(model.cuts) - 1 if node.end is None else node.end
+        baseline_bytes = 0 if node.end is None else model.baseline_bytes[model.cuts[node.end]]
+        offers = [self._keep(node, baseline_bytes), self._split(node, first, last - first, baseline_bytes)]
+        if node.end is None:
+            need_bytes, forward_s = model.run_out(state.boundary)
+            left = _Node(node.state, last, node.left)
+            seconds = forward_s + float(self._least.segment_s(self._segments(node.state, last), node.left)[0])
+            offers.append((seconds if self._fits(need_bytes, node.left) else np.inf, _RunOut(left)))
+        seconds, best = min(offers, key=lambda offer: offer[0])
+        assert best is not None and seconds < np.inf, f"no move at {node}, which was said to fit"
+        return best
+
+    def _keep(self, node: _Node, baseline_bytes: int) -> tuple[float, _Move | None]:
+        """Return the fastest way to keep the first block, and its seconds."""
+        model, state = self._model, self._model.states[node.state]
+        best_s, best = np.inf, None
+        for option, keep in enumerate(state.keeps):
+            if node.end is not None and model.cuts[node.end] == state.boundary + 1:
+                need_bytes, seconds, rest = keep.replay_need_bytes, keep.replay_s, None
+            else:
+                need_bytes, seconds = keep.save_need_bytes, state.forward_s
+                rest = _Node(keep.next_state, node.end, node.left - int(self._kept(np.int64(keep.kept_bytes))))
+                seconds += self._rest_s(rest)
+            seconds += keep.backward_s
+            need_bytes = max(need_bytes + baseline_bytes, keep.backward_need_bytes)
+            if self._fits(need_bytes, node.left) and seconds < best_s:
+                best_s, best = seconds, _KeepHere(option, rest)
+        return best_s, best
+
+    def _split(self, node: _Node, first: int, count: int, baseline_bytes: int) -> tuple[float, _Move | None]:
+        """Return the fastest of the first `count` splits, and its seconds."""
+        state = self._model.states[node.state]
+        kept = self._kept(state.split_kept_bytes[:count])
+        fits = (state.split_need_bytes[:count] + baseline_bytes <= node.left * self._unit_bytes) & (kept <= node.left)
+        numbers = np.flatnonzero(fits)
+        if not len(numbers):
+            return np.inf, None
+        targets, rights_left = state.split_states[numbers], node.left - kept[numbers]
+        if node.end is None:
+            rights_s = self._least.sweep_s(targets, rights_left)
+        else:
+            rights_s = self._least.segment_s(self._segments(targets, node.end), rights_left)
+        lefts_s = self._least.segment_s(self._segments(node.state, first + numbers), node.left)
+        total_s = lefts_s + state.split_forward_s[numbers] + rights_s
+        k = int(total_s.argmin())
+        cut = first + int(numbers[k])
+        right = _Node(int(targets[k]), node.end, int(rights_left[k]))
+        return float(total_s[k]), _SplitAt(self._model.cuts[cut], right, _Node(node.state, cut, node.left))
+
+    def _rest_s(self, rest: _Node) -> float:
+        if rest.left < 0:
+            return np.inf
+        if rest.end is None:
+            return float(self._least.sweep_s(np.array([rest.state]), rest.left)[0])
+        return float(self._least.segment_s(self._segments(rest.state, rest.end), rest.left)[0])
+
+    def _segments(self, states: _Ints | int, ends: _Ints | int) -> _Ints:
+        return np.atleast_1d(self._model.segment_offset[states] + ends)
+
+    def _fits(self, need_bytes: int, left: int) -> bool:
+        return need_bytes <= left * self._unit_bytes
+
+    def _kept(self, kept_bytes: _Ints) -> _Ints:
+        return (2 * kept_bytes + self._unit_bytes) // (2 * self._unit_bytes)

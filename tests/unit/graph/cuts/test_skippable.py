@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.graph.graphs_by_hand import GraphBuilder
 from tinybp_lightning.graph import Graph
-from tinybp_lightning.graph.cuts.skippable import skippable_ops
+from tinybp_lightning.graph.cuts.products import skippable_ops
 
 MANY = 1000
 

@@ -65,7 +65,7 @@ def test_a_second_training_takes_the_first_ones_plan() -> None:
     assert second.reports[0].schedule == first.reports[0].schedule
     assert second.reports[0].chain == first.reports[0].chain
     assert second.reports[0].reason == "cached"
-    # The first step flies the plan for the budget, is traced, and fits: the smallest plan is not flown.
+    # The first step runs the plan for the budget, is traced, and fits: the smallest plan is never run.
     assert recorder.profiles[0].measured_peak_bytes == second.reports[0].predicted_peak_bytes
     assert 0.5 * BUDGET_BYTES < recorder.profiles[0].measured_peak_bytes <= BUDGET_BYTES
     assert [p.measured_peak_bytes for p in recorder.profiles[1:]] == [None, None]
@@ -80,8 +80,7 @@ def test_measuring_and_planning_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("measured or planned, with a plan in the cache")
 
     monkeypatch.setattr("tinybp_lightning.runtime.torch.traced_module.measure_chain", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.controller.Planner", refuse)
-    monkeypatch.setattr("tinybp_lightning.runtime.torch.active_plan.Planner", refuse)
+    monkeypatch.setattr("tinybp_lightning.runtime.torch.control_loop.Planner", refuse)
     target, _ = trained()
     assert target.counts.num_cached == 1
 
@@ -194,7 +193,7 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) -> None:
     with pytest.warns(HCBWarning) as caught:
         trained(plan_cache=str(tmp_path / "file" / "plans"))
     read, written = (str(warning.message) for warning in caught)
-    assert "cannot be used, so the program is measured and planned anew" in read
+    assert "cannot be used, so the program is measured and planned again" in read
     assert "cannot be written" in written
     assert "`TINYBP_CACHE`" in written
 
@@ -281,10 +280,10 @@ def test_where_the_folder_is(
 
 
 def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(HCBWarning, match="finds no folder.*`TINYBP_CACHE`"):
+    with pytest.warns(HCBWarning, match="names no folder.*`TINYBP_CACHE`"):
         assert open_cache("~nobody-of-this-name/plans") is None
     monkeypatch.setenv("TINYBP_CACHE", "~nobody-of-this-name")
-    with pytest.warns(HCBWarning, match="finds no folder"):
+    with pytest.warns(HCBWarning, match="names no folder"):
         assert open_cache(True) is None
 
 
@@ -294,7 +293,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from tests.unit.runtime.cache.test_disk import KNOWN, no_check
-from tinybp_lightning.runtime.torch import plan_cache
+from tinybp_lightning.runtime.torch.cache import disk
 disk.MAX_CACHE_BYTES = 3000  # about one file: each process removes what the other wrote
 cache = disk.DiskCache(Path(sys.argv[1]))
 for i in range(150):

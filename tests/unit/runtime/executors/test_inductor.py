@@ -1,6 +1,7 @@
 """Options of a compiled block: each saves less than the one before, and all compute the same."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.compile_fx import compile_fx_inner as inner_compile
 
 import tinybp_lightning as tbp
-from tests.unit.capture.graphs import trace_graph
+from tests.unit.capture.graphs import Traced, trace_graph
 from tests.unit.runtime.training import Recorder, peak_bytes, residual_net, train
-from tinybp_lightning.capture.torch.pieces import cut_program
+from tinybp_lightning.capture.torch.pieces import Program, cut_program
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.graph.cuts.narrow import Granularity
 from tinybp_lightning.runtime.torch.executors import inductor as compiled_blocks
-from tinybp_lightning.runtime.torch.executors.inductor import compile_options, compile_program, forecast_of, is_compiled
+from tinybp_lightning.runtime.torch.executors.executor import Preparation
+from tinybp_lightning.runtime.torch.executors.inductor import InductorExecutor
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.schedule.actions import Backward
 
@@ -37,6 +39,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., Any] 
     return compiles
 
 
+def asked(program: Program, found: Traced) -> Preparation:
+    externals = partial(NonBoundaryInputs.of, found.inputs)
+    return Preparation(program, externals, [torch.device("cpu")], lambda done, total: None)
+
+
 def _net() -> nn.Sequential:
     return residual_net(4, width=WIDTH, dropout=0.0)
 
@@ -45,13 +52,14 @@ def _net() -> nn.Sequential:
 def test_each_option_saves_less_and_computes_the_same() -> None:
     found = trace_graph(_net(), X)
     program = cut_program(found.module, found.graph, granularity=Granularity.COARSE)
-    externals = NonBoundaryInputs.of(found.inputs)
-    devices = [torch.device("cpu")]
-    compiled = compile_program(program, externals, devices, lambda done, total: None)
+    executor = InductorExecutor()
+    compiled = executor.prepare(asked(program, found))
     index, piece = next((i, p) for i, p in enumerate(compiled.pieces) if len(p.calls) > 1)
-    assert [is_compiled(call) for call in piece.calls] == [True, False, False, False]
-    compile_options(compiled, externals, devices, [(index, o) for o in (1, 2, 3)], lambda done, total: None)
-    assert all(is_compiled(call) for call in piece.calls)
+    assert [executor.is_ready(call) for call in piece.calls] == [True, False, False, False]
+    further = [(index, o) for o in (1, 2, 3)]
+    assert executor.unprepared(compiled, [(index, 0), *further]) == set(further)
+    executor.prepare_options(asked(compiled, found), further)
+    assert all(executor.is_ready(call) for call in piece.calls)
     arguments = [found.inputs[s.index] for s in piece.reads if s.origin == "external"]
     assert len(arguments) == len(piece.reads) - 1, "one leaf of the boundary, all else are parameters"
     saved: list[int] = []
@@ -73,7 +81,7 @@ def test_each_option_saves_less_and_computes_the_same() -> None:
         saved.append(sum(size_bytes for key, size_bytes in held.items() if key not in own))
     assert saved[0] > saved[1] >= saved[2] >= saved[3]
     assert saved[3] < saved[0] / 4
-    forecasts = [forecast_of(call) for call in piece.calls[1:]]
+    forecasts = [executor.forecast(call) for call in piece.calls[1:]]
     assert [f.saved_bytes for f in forecasts if f is not None] == saved[1:], "known to the byte before compiling"
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
@@ -91,7 +99,7 @@ def test_equal_blocks_are_compiled_once_whatever_the_tracer_called_their_values(
         unequal = {p.span.signature for p in program.pieces}
         assert len(program.pieces) >= len(unequal) + depth // 2
         compiles.clear()
-        compile_program(program, NonBoundaryInputs.of(found.inputs), [torch.device("cpu")], lambda done, total: None)
+        InductorExecutor().prepare(asked(program, found))
         num_compiles.append(len(compiles))
     assert num_compiles[0] == num_compiles[1]
 

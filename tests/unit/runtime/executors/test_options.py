@@ -1,10 +1,10 @@
-"""Options that are not compiled: a plan by their estimates is a question, and is never flown."""
+"""Options that are not compiled: a plan that uses their estimates asks for measurements, and never runs."""
 
 from dataclasses import replace
 
 import pytest
 
-from tests.unit.runtime.controllers import controller_of, middle_bytes
+from tests.unit.runtime.controllers import control_loop_of, middle_bytes
 from tests.unit.schedule.chains_by_hand import transformer_chain
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Block, Chain, SavedSet
@@ -148,17 +148,17 @@ def test_what_another_process_measured_is_kept_beside_what_is_estimated_here() -
 
 def test_the_first_step_goes_by_measured_options_alone() -> None:
     chain = _chain(saved=0.1, slower=1.0, is_estimated=True, held=0.1)
-    controller = controller_of(chain, middle_bytes(chain) * 2)
-    assert set(controller.script.options) == {0}
-    assert not controller.unmeasured
+    control = control_loop_of(chain, middle_bytes(chain) * 2)
+    assert set(control.program.options) == {0}
+    assert not control.unmeasured
 
 
 def test_a_budget_that_only_estimated_options_meet_has_them_measured_first() -> None:
     chain = _chain(saved=0.1, slower=1.0, is_estimated=True, held=0.1)
     measured_bytes = Planner(measured_part(chain).chain).smallest_bytes
     assert Planner(chain).smallest_bytes < 0.9 * measured_bytes
-    controller = controller_of(chain, int(0.95 * measured_bytes))
-    assert controller.unmeasured == estimated_options(chain)
+    control = control_loop_of(chain, int(0.95 * measured_bytes))
+    assert control.unmeasured == estimated_options(chain)
 
 
 def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too_small() -> None:
@@ -166,10 +166,10 @@ def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too
     measured = _chain(saved=0.1, slower=1.0, is_estimated=False, held=0.1)
     budget_bytes = int(1.05 * Planner(measured).smallest_bytes)
     known = measured_plan(estimated, keep_all(estimated), headroom_bytes=2 * Planner(estimated).largest_bytes)
-    controller = controller_of(estimated, budget_bytes, known)
-    assert controller.unmeasured == estimated_options(estimated)
-    controller.learn_options(measured)
-    assert controller.report.predicted_peak_bytes <= budget_bytes
+    control = control_loop_of(known, budget_bytes)
+    assert control.unmeasured == estimated_options(estimated)
+    control.learn_options(measured)
+    assert control.report.predicted_peak_bytes <= budget_bytes
 
 
 def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
@@ -179,13 +179,13 @@ def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
     smallest_bytes = Planner(measured).smallest_bytes
     assert smallest_bytes < 0.9 * Planner(estimated).smallest_bytes
     budget_bytes = int(1.05 * smallest_bytes)
-    controller = controller_of(estimated, budget_bytes)
-    assert controller.unmeasured == estimated_options(estimated)
-    controller.learn_options(measured)
-    assert not controller.unmeasured
-    assert controller.report.predicted_peak_bytes <= budget_bytes
+    control = control_loop_of(estimated, budget_bytes)
+    assert control.unmeasured == estimated_options(estimated)
+    control.learn_options(measured)
+    assert not control.unmeasured
+    assert control.report.predicted_peak_bytes <= budget_bytes
 
-    controller = controller_of(estimated, smallest_bytes // 2)
+    control = control_loop_of(estimated, smallest_bytes // 2)
     with pytest.raises(BudgetTooSmallError) as caught:
-        controller.learn_options(measured)
+        control.learn_options(measured)
     assert caught.value.smallest_bytes == pytest.approx(1.03 * smallest_bytes, rel=0.01)

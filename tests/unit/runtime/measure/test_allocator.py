@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tinybp_lightning.capture.torch.private import is_profiling
 from tinybp_lightning.runtime.torch.measure import allocator
-from tinybp_lightning.runtime.torch.measure.allocator import AllocatorTrace, Segment, can_trace, open_trace
+from tinybp_lightning.runtime.torch.measure.allocator import AllocatorTrace, Interval, can_trace, open_trace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KILO = 1000
@@ -25,7 +25,7 @@ def floats(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes // 4)
 
 
-def test_segments_are_exact() -> None:
+def test_intervals_are_exact() -> None:
     before = floats(8 * KILO)  # alive before the trace: not counted
     trace = open_trace(CPU)
     trace.mark("one")
@@ -38,9 +38,9 @@ def test_segments_are_exact() -> None:
     trace.mark("three")
     del c
     _, one, two, three = trace.close()
-    assert one == Segment("one", 0, 6 * KILO, 2 * KILO)
-    assert two == Segment("two", 2 * KILO, 3 * KILO, KILO)
-    assert three == Segment("three", KILO, KILO, 0)
+    assert one == Interval("one", 0, 6 * KILO, 2 * KILO)
+    assert two == Interval("two", 2 * KILO, 3 * KILO, KILO)
+    assert three == Interval("three", KILO, KILO, 0)
     del before
 
 
@@ -51,7 +51,7 @@ def test_a_tensor_from_before_that_is_freed_does_not_lower_the_level() -> None:
     trace.mark("one")
     del before
     after = floats(KILO)
-    assert trace.close()[1] == Segment("one", 0, KILO, KILO)
+    assert trace.close()[1] == Interval("one", 0, KILO, KILO)
     del after
 
 
@@ -62,7 +62,7 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace.close()
     places = {t.data_ptr() for t in large}
     del large
-    # Nearly as large: these come from the room just freed, not from small holes of which there are many.
+    # Nearly as large: these come from the memory just freed, not from small holes of which there are many.
     small = list[torch.Tensor]()
     while not any(t.data_ptr() in places for t in small[-1:]):
         assert len(small) < 20_000, "no address was given again: the test shows nothing"
@@ -70,7 +70,7 @@ def test_a_size_remembered_from_an_earlier_trace_is_not_believed() -> None:
     trace = open_trace(CPU)
     trace.mark("one")
     small.clear()
-    assert trace.close()[1] == Segment("one", 0, 0, 0)
+    assert trace.close()[1] == Interval("one", 0, 0, 0)
 
 
 def test_calls_of_a_gpus_driver_between_allocations_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_calls_of_a_gpus_driver_between_allocations_are_passed_over(monkeypatch:
     trace.mark("one")
     held = floats(2 * KILO)
     _, one = trace.close()
-    assert one == Segment("one", 0, 2 * KILO, 2 * KILO)
+    assert one == Interval("one", 0, 2 * KILO, 2 * KILO)
     del held
 
 
@@ -101,7 +101,6 @@ def test_what_is_left_out_never_was() -> None:
     assert [(s.label, s.peak_bytes) for s in trace.close()] == [
         ("start", 0),
         ("one", KILO),
-        ("two", 3 * KILO),
         ("two", 3 * KILO),
     ]
     del kept
@@ -193,7 +192,7 @@ def fails(*_: Any) -> Any:
 
 
 def others_can_trace(module: Any = allocator) -> bool:
-    """Whether the turn is free, as another thread sees it: within one it nests."""
+    """Whether the lock is free, as another thread sees it: within one thread it nests."""
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(module.can_trace(CPU)))
     thread.start()
@@ -206,7 +205,7 @@ class History:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_on = False
-        self.turn_was_free_at_stop = False
+        self.lock_was_free_at_stop = False
         monkeypatch.setattr(allocator, "cuda_history_is_on", lambda: self.is_on)
         monkeypatch.setattr(allocator, "start_cuda_history", self.start)
         monkeypatch.setattr(allocator, "stop_cuda_history", self.stop)
@@ -218,7 +217,7 @@ class History:
 
     def stop(self) -> None:
         self.is_on = False
-        self.turn_was_free_at_stop = others_can_trace()
+        self.lock_was_free_at_stop = others_can_trace()
 
 
 def test_a_trace_that_cannot_begin_leaves_nothing_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +228,7 @@ def test_a_trace_that_cannot_begin_leaves_nothing_on(monkeypatch: pytest.MonkeyP
     assert others_can_trace()
 
 
-def test_a_profiler_that_cannot_start_leaves_the_turn_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profiler_that_cannot_start_leaves_the_lock_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.profiler, "_enable_profiler", fails)
     with pytest.raises(BrokenError):
         open_trace(CPU)
@@ -246,7 +245,7 @@ def test_a_history_that_cannot_begin_is_not_left_on(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("end", [closed, abandoned])
-def test_the_turn_is_given_back_once_the_profiler_has_stopped(
+def test_the_lock_is_released_once_the_profiler_has_stopped(
     end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = allocator.profiler._disable_profiler
@@ -266,7 +265,7 @@ def test_the_turn_is_given_back_once_the_profiler_has_stopped(
 
 
 @pytest.mark.parametrize("end", [closed, abandoned])
-def test_the_turn_is_given_back_where_stopping_fails(
+def test_the_lock_is_released_where_stopping_fails(
     end: Callable[[AllocatorTrace], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace = open_trace(CPU)
@@ -287,7 +286,7 @@ def test_a_history_that_cannot_be_read_is_not_left_on(monkeypatch: pytest.Monkey
     with pytest.raises(BrokenError):
         trace.close()
     assert not history.is_on
-    assert not history.turn_was_free_at_stop
+    assert not history.lock_was_free_at_stop
     assert others_can_trace()
 
 
@@ -299,7 +298,7 @@ def test_the_users_history_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert others_can_trace()
 
 
-def test_the_turn_is_taken_without_assertions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_acquired_without_assertions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -O` leaves out what an `assert` calls."""
     path = Path(allocator.__file__)
     optimized = ModuleType("optimized_allocator")
@@ -324,6 +323,6 @@ def test_a_trace_of_a_thread_that_has_ended_does_not_stop_this_ones(capfd: pytes
     assert is_profiling()
     assert not others_can_trace()
     kept = floats(KILO)
-    assert mine.close()[1] == Segment("one", 0, KILO, KILO)
+    assert mine.close()[1] == Interval("one", 0, KILO, KILO)
     capfd.readouterr()
     del kept

@@ -18,7 +18,7 @@ from tinybp_lightning.runtime.torch.measure.memory_limit import (
     OptimizerState,
     TargetMemory,
     fragmented_bytes,
-    headroom_bytes,
+    limit_bytes,
 )
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
@@ -108,28 +108,28 @@ def test_the_hooks_go_with_the_model() -> None:
     assert num_hooks() == before
 
 
-# ---- the room that is left -------------------------------------------------------------------------------------------
+# ---- the headroom that is left ---------------------------------------------------------------------------------------
 
 
-def test_room_before_and_after_the_state_is_seen() -> None:
+def test_headroom_before_and_after_the_state_is_seen() -> None:
     model = residual_net(2)
     held = held_bytes(model)
     shared = TargetMemory(OptimizerState(model.parameters()))
-    room = Headroom(HCBConfig(memory_budget=100 * held), CPU, list(model.parameters()), shared)
-    assert room(0) == 100 * held - held - 2 * held
+    headroom = Headroom(HCBConfig(memory_budget=100 * held), CPU, list(model.parameters()), shared)
+    assert headroom(0) == 100 * held - held - 2 * held
     step(model, momentum(model.parameters()))
-    assert room(0) == 100 * held - held - held
+    assert headroom(0) == 100 * held - held - held
 
 
-def test_room_with_state_said_by_the_user() -> None:
+def test_headroom_with_state_said_by_the_user() -> None:
     model = residual_net(2)
     held = held_bytes(model)
     shared = TargetMemory(OptimizerState(model.parameters()))
     config = HCBConfig(memory_budget=100 * held, optimizer_state_bytes=5 * held)
-    room = Headroom(config, CPU, list(model.parameters()), shared)
-    assert room.optimizer_bytes == 5 * held
+    headroom = Headroom(config, CPU, list(model.parameters()), shared)
+    assert headroom.optimizer_bytes == 5 * held
     step(model, momentum(model.parameters()))
-    assert room.optimizer_bytes == held  # what is seen is better known
+    assert headroom.optimizer_bytes == held  # what was seen is better known
 
 
 def test_the_cuda_allocators_count_holds_the_state_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,16 +154,16 @@ def test_auto_fills_the_device_less_a_margin(monkeypatch: pytest.MonkeyPatch) ->
     """What the caching allocator holds is this process's own; what others hold is not to be had."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60_000, 80_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10_000)
-    assert headroom_bytes(HCBConfig(memory_budget="auto").budget, CUDA) == int(70_000 * 0.95)
-    assert headroom_bytes(HCBConfig(memory_budget="50%").budget, CUDA) == 40_000
+    assert limit_bytes(HCBConfig(memory_budget="auto").budget, CUDA) == int(70_000 * 0.95)
+    assert limit_bytes(HCBConfig(memory_budget="50%").budget, CUDA) == 40_000
 
 
 def test_pieces_that_the_allocator_cannot_give_back_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"inactive_split_bytes.all.current": 300})
     assert fragmented_bytes(CPU) == 0
-    room = Headroom(HCBConfig(memory_budget=10_000, optimizer_state_bytes=0), CUDA, [], TargetMemory(None))
-    assert room(0) == 10_000 - 1000 - 300
+    headroom = Headroom(HCBConfig(memory_budget=10_000, optimizer_state_bytes=0), CUDA, [], TargetMemory(None))
+    assert headroom(0) == 10_000 - 1000 - 300
 
 
 # ---- the plan follows ------------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ def test_within_a_closure_the_state_is_seen_before_the_plan_for_the_budget(make:
     assert {p.budget_bytes for p in recorder.plans} == {2**30 - X.nbytes - held - copies * held}
 
 
-def test_more_room_makes_a_faster_plan() -> None:
-    """A budget under which two copies of the parameters leave no room to keep every block, and none does."""
+def test_more_headroom_makes_a_faster_plan() -> None:
+    """A budget under which two copies of the parameters leave too little to keep every block, and none does."""
     model = residual_net(6)
     held = held_bytes(model)
     probe = Recorder()

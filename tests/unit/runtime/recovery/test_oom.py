@@ -70,7 +70,7 @@ def plain_step(model: nn.Module) -> torch.Tensor:
     return loss.detach()
 
 
-def rescued_step(model: nn.Module) -> torch.Tensor:
+def retried_step(model: nn.Module) -> torch.Tensor:
     return tbp.run_step(model, square_loss, model)
 
 
@@ -131,7 +131,7 @@ def test_every_third_step_runs_out_of_memory(
         if index % 3 == 2:
             faults.arm(place, after=1 if place is not Place.BACKWARD else 0)
 
-    got = train(model, rescued_step, steps=12, accumulate=accumulate, before=before)
+    got = train(model, retried_step, steps=12, accumulate=accumulate, before=before)
     assert_equal(got, want)
     assert faults.num_raised == 4
 
@@ -141,7 +141,7 @@ def test_the_plan_is_tighter_and_stays_so(faults: Faults) -> None:
     tbp.hcb(model, activation_budget="90%", observers=[recorder])
     for _ in range(5):
         tbp.run_step(model, square_loss, model)
-    before = targets(model)[0].flown
+    before = targets(model)[0].active_plan
     assert before is not None
     faults.arm(Place.FORWARD, after=2)
     with pytest.warns(HCBWarning, match="`Sequential` ran out of device memory. The step is run again"):
@@ -149,7 +149,7 @@ def test_the_plan_is_tighter_and_stays_so(faults: Faults) -> None:
     for _ in range(3):
         tbp.run_step(model, square_loss, model)
     tightened = [p for p in recorder.plans if p.reason == "out of memory"]
-    after = targets(model)[0].flown
+    after = targets(model)[0].active_plan
     assert after is not None
     assert tightened
     assert all(p.predicted_peak_bytes < before.predicted_peak_bytes for p in tightened)
@@ -172,22 +172,22 @@ def test_a_step_goes_down_to_the_smallest_plan_and_then_raises_the_first_error(f
     assert caught.value is errors[0]
     assert caught.value.args == ("CUDA out of memory. Run 0.",)  # as Lightning's batch-size finder reads it
     (target,) = targets(model)
-    assert target.flown is not None
-    assert target.flown.predicted_peak_bytes == target.smallest_bytes
+    assert target.active_plan is not None
+    assert target.active_plan.predicted_peak_bytes == target.smallest_bytes
     (note,) = caught.value.__notes__
     assert f"it was run {len(errors)} times, the last time under the smallest plan" in note
-    assert "`Sequential` flew the plan `out of memory`" in note
+    assert "`Sequential` ran the plan `out of memory`" in note
     # The next step is an ordinary one.
     want = plain_step(tbp.restore(copy.deepcopy(model)))
-    assert want.shape == rescued_step(model).shape
+    assert want.shape == retried_step(model).shape
 
 
 @pytest.mark.parametrize("place", [Place.FORWARD, Place.REPLAY])
 def test_an_error_in_the_first_step_is_tried_once_more(place: Place, faults: Faults) -> None:
-    """The first step flies the smallest plan already; the failed run has left the allocator whole segments."""
+    """The first step runs the smallest plan already; the failed run has left the allocator whole segments."""
     plain = Net()
     model = tbp.hcb(copy.deepcopy(plain), activation_budget="90%")
-    got = train(model, rescued_step, steps=1, before=lambda _: faults.arm(place, after=1))
+    got = train(model, retried_step, steps=1, before=lambda _: faults.arm(place, after=1))
     assert_equal(got, train(plain, plain_step, steps=1))
     assert faults.num_raised == 1
 
@@ -203,7 +203,7 @@ def test_a_first_step_that_never_fits_says_so(faults: Faults) -> None:
         tbp.run_step(model, before_each_run, model)
     assert faults.num_raised == 2
     assert "it was run 2 times, the last time under the smallest plan" in caught.value.__notes__[0]
-    assert "`Sequential` flew the plan `calibration`" in caught.value.__notes__[0]
+    assert "`Sequential` ran the plan `calibration`" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("place", list(Place))
@@ -213,7 +213,7 @@ def test_nothing_of_the_failed_run_is_alive_in_the_second(
     """Without it, the second run would need twice the memory."""
     model = tbp.hcb(residual_net(5), activation_budget="80%")
     for _ in range(4):
-        rescued_step(model)
+        retried_step(model)
     runs: list[weakref.ref[Run]] = []
     alive_at_begin: list[int] = []
     original = Run.begin
@@ -226,7 +226,7 @@ def test_nothing_of_the_failed_run_is_alive_in_the_second(
     monkeypatch.setattr(Run, "begin", begin)
     model[2].up.weight.register_hook(faults.hook)
     faults.arm(place, after=0)
-    rescued_step(model)
+    retried_step(model)
     assert faults.num_raised == 1
     assert alive_at_begin == [0, 0]
 
@@ -265,12 +265,12 @@ def test_a_backward_of_the_users_own(faults: Faults) -> None:
 
 def test_raise_lets_the_error_pass_with_a_note(faults: Faults) -> None:
     model = tbp.hcb(residual_net(4), config=tbp.HCBConfig(activation_budget="90%", on_oom="raise"))
-    rescued_step(model)
+    retried_step(model)
     faults.arm(Place.FORWARD)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        rescued_step(model)
+        retried_step(model)
     assert '`on_oom="raise"` was asked for' in caught.value.__notes__[0]
-    assert "`Sequential` flew the plan" in caught.value.__notes__[0]
+    assert "`Sequential` ran the plan" in caught.value.__notes__[0]
     assert faults.num_raised == 1
 
 
@@ -278,7 +278,7 @@ def test_raise_lets_the_error_pass_with_a_note(faults: Faults) -> None:
 def test_an_error_while_a_block_is_measured_leaves_no_trace_on(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the profiler left on, or its turn taken, every later step would run unplanned."""
+    """With the profiler left on, or its lock held, every later step would run unplanned."""
     budget_bytes = int(0.7 * peak_bytes(residual_net(5), square_loss))
     model, recorder = residual_net(5), Recorder()
     tbp.hcb(model, activation_budget=budget_bytes, observers=[recorder])
@@ -293,22 +293,22 @@ def test_an_error_while_a_block_is_measured_leaves_no_trace_on(
     monkeypatch.setattr(BlockProfiler, "_replay", replay)
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            rescued_step(model)
+            retried_step(model)
         assert not is_profiling()
         assert others_can_trace()
-    rescued_step(model)  # planned, or `HCBWarning` says that it is not
+    retried_step(model)  # planned, or `HCBWarning` says that it is not
     assert left == []
     settle_pending()
     assert not is_profiling()
     assert others_can_trace()
     for _ in range(3):
-        rescued_step(model)
+        retried_step(model)
     assert recorder.plans
     assert peak_bytes(model, square_loss) <= budget_bytes
 
 
 def others_can_trace() -> bool:
-    """Whether the tracing turn is free, as another thread sees it."""
+    """Whether the tracing lock is free, as another thread sees it."""
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(can_trace(X.device)))
     thread.start()
@@ -365,7 +365,7 @@ def test_a_buffer_that_changes_for_the_first_time() -> None:
     """Later steps copy only the buffers that the first ones changed."""
     model = tbp.hcb(Net(), activation_budget="90%")
     for _ in range(3):
-        rescued_step(model)
+        retried_step(model)
 
     def compute_loss() -> torch.Tensor:
         model.mean.add_(1)
@@ -378,12 +378,12 @@ def test_a_buffer_that_changes_for_the_first_time() -> None:
 
 def test_a_hook_after_accumulation_may_have_done_anything(faults: Faults) -> None:
     model = tbp.hcb(residual_net(4), activation_budget="90%")
-    rescued_step(model)
+    retried_step(model)
     model[3].up.weight.register_post_accumulate_grad_hook(lambda p: None)
     model[1].up.weight.register_hook(faults.hook)
     faults.arm(Place.BACKWARD)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        rescued_step(model)
+        retried_step(model)
     assert "`3.up.weight` has a hook that runs after its gradient's accumulation" in caught.value.__notes__[0]
 
 
@@ -424,23 +424,23 @@ def test_other_exceptions_pass_and_leave_the_model_usable(error: type[BaseExcept
     with Faults(error) as faults:
         handle = model.get_parameter("body.2.up.weight").register_hook(faults.hook)
         for _ in range(3):
-            rescued_step(model)
+            retried_step(model)
         faults.arm(place, after=0)
         with pytest.raises(error):
-            rescued_step(model)
+            retried_step(model)
         handle.remove()
     assert faults.num_raised == 1
     assert [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()] == hooks
     plain.load_state_dict(model.state_dict())
     model.zero_grad()
-    assert_equal(train(model, rescued_step, steps=2), train(plain, plain_step, steps=2))
+    assert_equal(train(model, retried_step, steps=2), train(plain, plain_step, steps=2))
 
 
 def test_an_interrupt_in_the_second_run_leaves_no_hooks(faults: Faults) -> None:
     """Finished gradients are put back by hooks of ours, which must not outlive the step."""
     model = tbp.hcb(residual_net(4), activation_budget="80%")
-    rescued_step(model)  # gradients stay: the next step adds to them
-    rescued_step(model)
+    retried_step(model)  # gradients stay: the next step adds to them
+    retried_step(model)
     raises = iter([torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
 
     def hook(_: torch.Tensor) -> None:
@@ -448,8 +448,8 @@ def test_an_interrupt_in_the_second_run_leaves_no_hooks(faults: Faults) -> None:
 
     handle = model[1].up.weight.register_hook(hook)
     with pytest.raises(KeyboardInterrupt):
-        rescued_step(model)
+        retried_step(model)
     handle.remove()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     gc.collect()
-    rescued_step(model)
+    retried_step(model)

@@ -1,4 +1,4 @@
-"""Hand-made steps for the engine, which write down what runs when."""
+"""Hand-made blocks for the engine, which write down what runs when."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Log:
 
 
 class Layer:
-    """A step: `run` on the only leaf of its boundary."""
+    """A block: `run` on the only leaf of its boundary."""
 
     def __init__(
         self, index: int, run: Callable[[torch.Tensor], torch.Tensor], log: Log, *, is_random: bool = False

@@ -225,6 +225,22 @@ def test_a_hash_tells_zeros_and_nans_apart_by_their_bits() -> None:
     assert not torch.equal(fingerprint(torch.zeros(3)), fingerprint(-torch.zeros(3)))
 
 
+@pytest.mark.parametrize("count", [1, 255, 257, 1000, 20_000])
+def test_a_hash_is_the_weighted_sum_of_chunks(count: int) -> None:
+    """The same sum by plain integers modulo 2^64."""
+    golden, modulus, size = 0x9E3779B97F4A7C15, 1 << 64, max(256, count // 64)
+    expected = 0
+    for start in range(0, count, size):
+        part = 0
+        for k in range(min(size, count - start)):
+            mixed = ((k + 1) * golden + modulus // 2) % modulus - modulus // 2  # signed, as the shift is
+            part += (start + k) * ((mixed ^ (mixed >> 29)) * golden | 1)
+        expected = (expected * golden + part) % modulus
+    got = fingerprint(torch.arange(count))
+    assert got is not None
+    assert got.item() % modulus == expected
+
+
 def test_an_empty_tensor_has_a_hash() -> None:
     assert torch.equal(fingerprint(torch.empty(0, 3)), fingerprint(torch.empty(3, 0)))
 

@@ -88,7 +88,7 @@ def test_four_hundred_blocks_do_not_recurse() -> None:
         ("F0 F1 K2 B2 F0 K1 B1 K0 B0", "f0 f1 f2 | b2 b1 a0 a1 b0 a0"),
         # One advance leaves a boundary on its way.
         ("F0 F1 F2 F0 S1 F1 K2 B2 K1 D1 B1 K0 B0", "f0 f1 f2 | b2 a0 a1 a2 b1 a1 b0 a0"),
-        # A segment replayed at once: both saved sets are there when the later backward begins.
+        # Two blocks replayed at once: both saved sets are there when the later backward begins.
         ("F0 F1 K2 B2 K0 K1 B1 B0", "f0 f1 f2 | b2 b1 a0 a1 b0"),
         # A kept block is run through again where the advance has to pass it.
         ("F0 K1 F2 F0 F1 K2 B2 B1 K0 B0", "f0 f1 f2 | b2 a0 a1 a2 b1 b0 a0"),
@@ -147,7 +147,7 @@ def test_replay_stops_at_the_last_saved_tensor() -> None:
 
 @pytest.mark.parametrize("passes", [2, 3])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_second_backward_is_rescued(plan: str, passes: int) -> None:
+def test_a_second_backward_is_recomputed_out_of_order(plan: str, passes: int) -> None:
     modules = layers(6)
     x = torch.randn(3, 4)
     want = gradients(modules, plain(modules, x).sum())
@@ -159,7 +159,7 @@ def test_a_second_backward_is_rescued(plan: str, passes: int) -> None:
     assert run.stats.out_of_order_blocks == num_dropped * (passes - 1)
 
 
-def test_a_rescue_leaves_boundaries_on_its_way() -> None:
+def test_an_out_of_order_recompute_leaves_boundaries_on_its_way() -> None:
     """Without them, a second backward of n dropped blocks would run n^2 / 2 advances."""
     modules, log = layers(64), Log()
     out, run = replayed(modules, torch.ones(1, 4), revolve(uniform_chain(64), num_slots=1), log)
@@ -212,7 +212,7 @@ def test_a_boundary_changed_in_place_is_an_error() -> None:
 
 
 class Fickle:
-    """A step that does something else when it runs again."""
+    """A block that does something else when it runs again."""
 
     name, is_random, is_out_of_place = "fickle", False, False
 
@@ -240,7 +240,7 @@ STOPS_EARLY, WHOLE = "F0 F1 F0 K1 B1 K0 B0", "F0 F1 K0 K1 B1 B0"
         (lambda x: x.exp().exp().exp(), "saved more", WHOLE),
     ],
 )
-def test_a_step_that_does_something_else_is_an_error(again: Any, message: str, schedule: str) -> None:
+def test_a_block_that_does_something_else_is_an_error(again: Any, message: str, schedule: str) -> None:
     run = Run(replay_program_of(from_text(schedule)), NonBoundaryInputs.of([]), devices=(), autocast=())
     x = torch.randn(2, 4, requires_grad=True)
     run.begin([x])

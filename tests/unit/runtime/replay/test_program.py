@@ -11,16 +11,16 @@ from tinybp_lightning.schedule.notation import from_text, to_text
 
 
 def words(text: str) -> list[str]:
-    """Each block's segment, with `!` behind a `K` whose outputs nobody reads."""
-    script = replay_program_of(from_text(text))
+    """Each block's replay steps, with `!` behind a `K` whose outputs nobody reads."""
+    program = replay_program_of(from_text(text))
     return [
-        " ".join(to_text(Schedule(1, (move.action,))) + ("!" if move.stops_early else "") for move in segment)
-        for segment in script.steps
+        " ".join(to_text(Schedule(1, (step.action,))) + ("!" if step.stops_early else "") for step in steps)
+        for steps in program.steps
     ]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "kept", "stored", "segments"),
+    ("schedule", "kept", "stored", "steps"),
     [
         ("K0 K1 B1 B0", (True, True), set(), ["", ""]),
         ("F0 S1 F1 K1 D1 B1 K0 B0", (False, False), {1}, ["K0!", "K1! D1"]),
@@ -33,23 +33,23 @@ def words(text: str) -> list[str]:
         ("F0 F1 F2 K0 S1 F1 K2 B2 K1 D1 B1 B0", (False, False, False), set(), ["", "K1! D1", "K0 S1 F1 K2!"]),
     ],
 )
-def test_split(schedule: str, kept: tuple[bool, ...], stored: set[int], segments: list[str]) -> None:
-    script = replay_program_of(from_text(schedule))
-    assert script.kept == kept
-    assert script.stored == stored
-    assert words(schedule) == segments
+def test_split(schedule: str, kept: tuple[bool, ...], stored: set[int], steps: list[str]) -> None:
+    program = replay_program_of(from_text(schedule))
+    assert program.kept == kept
+    assert program.stored == stored
+    assert words(schedule) == steps
 
 
-def test_every_action_of_a_long_schedule_finds_its_segment() -> None:
+def test_every_action_of_a_long_schedule_is_among_the_replay_steps() -> None:
     schedule = revolve(uniform_chain(40), num_slots=4)
-    script = replay_program_of(schedule)
-    num_moves = sum(len(segment) for segment in script.steps)
-    assert num_moves + len(script.kept) + len(script.stored) + 40 == len(schedule.actions)
+    program = replay_program_of(schedule)
+    num_steps = sum(len(steps) for steps in program.steps)
+    assert num_steps + len(program.kept) + len(program.stored) + 40 == len(schedule.actions)
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
-    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "goes by option `0`")],
+    [("F0 S1 O1 F1 R1 K1 B1 K0 B0", "host memory"), ("K0.1 B0", "uses option `0`")],
 )
 def test_what_the_engine_cannot_play_is_an_error(schedule: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):

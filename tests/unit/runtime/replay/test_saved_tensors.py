@@ -1,6 +1,5 @@
 """What a block saved comes back as it was: by reference, as a view of its input, or from a replay."""
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -11,16 +10,16 @@ import torch
 from tinybp_lightning.capture.torch.op_filter import SkippableOp, filtered_by
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.replay.saved_tensors import Reference, SavedTensors, Slot, StopReplay
+from tinybp_lightning.runtime.torch.replay.saved_tensors import Reference, SavedTensors, Slot, _StopReplay
 
 
-def book_of(*inputs: torch.Tensor, externals: tuple[torch.Tensor, ...] = ()) -> SavedTensors:
+def saved_by(*inputs: torch.Tensor, externals: tuple[torch.Tensor, ...] = ()) -> SavedTensors:
     return SavedTensors(0, frozenset(storage_key(t) for t in externals), inputs)
 
 
 def test_an_external_is_held_by_reference() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    packed = book_of(externals=(weight,)).pack(weight[1:])
+    packed = saved_by(externals=(weight,)).pack(weight[1:])
     assert isinstance(packed, Reference)
     assert packed.tensor_checked("x").data_ptr() == weight[1:].data_ptr()
     assert packed.tensor_checked("x").grad_fn is None
@@ -48,14 +47,14 @@ def test_an_external_is_held_by_reference() -> None:
 def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Tensor], offset: int) -> None:
     whole = torch.randn(60)
     leaf = whole[offset : offset + 24].view(4, 6)
-    book = book_of(leaf)
-    slot = book.pack(view(leaf))
+    saved = saved_by(leaf)
+    slot = saved.pack(view(leaf))
     assert isinstance(slot, Slot)
-    assert book.num_replayed == 0
-    assert book.dropped_bytes([]) == 0
+    assert saved.num_replayed == 0
+    assert saved.dropped_bytes([]) == 0
     # The boundary may have been stored or computed anew: somewhere else, at another offset.
     elsewhere = torch.cat([torch.zeros(2), leaf.flatten()])[2:].view(4, 6)
-    book.fill_views([elsewhere])
+    saved.fill_views([elsewhere])
     assert slot.value is not None
     want = view(leaf)
     assert (slot.value.dtype, slot.value.stride()) == (want.dtype, want.stride())
@@ -64,11 +63,11 @@ def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Ten
 
 def test_an_input_changed_since_is_no_alias() -> None:
     leaf = torch.randn(4)
-    book = book_of(leaf)
+    saved = saved_by(leaf)
     leaf.add_(1.0)
-    book.pack(leaf)
-    assert book.num_replayed == 1
-    assert book.dropped_bytes([]) == 16
+    saved.pack(leaf)
+    assert saved.num_replayed == 1
+    assert saved.dropped_bytes([]) == 16
 
 
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[1:, ::2]], ids=["itself", "t", "part"])
@@ -77,12 +76,12 @@ def test_what_is_saved_again_is_filled_with_what_was_saved_first(
     view: Callable[[torch.Tensor], torch.Tensor], *, is_held: bool
 ) -> None:
     made = torch.randn(4, 6)
-    book = SavedTensors(0, frozenset(), (), is_out_of_place=True)
-    slots = [book.pack(made[:, 1:]), book.pack(view(made))]
-    assert book.num_replayed == 1
+    saved = SavedTensors(0, frozenset(), (), is_out_of_place=True)
+    slots = [saved.pack(made[:, 1:]), saved.pack(view(made))]
+    assert saved.num_replayed == 1
     if not is_held:
         del slots[0]
-    with pytest.raises(StopReplay), book.filling(stops_early=True) as pack:
+    with saved.filling(stops_early=True) as pack, pytest.raises(_StopReplay):
         pack(made.clone()[:, 1:])
     assert isinstance(slots[-1], Slot)
     assert slots[-1].value is not None
@@ -91,7 +90,7 @@ def test_what_is_saved_again_is_filled_with_what_was_saved_first(
 
 def test_what_may_have_changed_since_is_not_what_was_saved_first() -> None:
     made = torch.randn(4, 6)
-    unknown = book_of()
+    unknown = saved_by()
     tracked = SavedTensors(0, frozenset(), (), is_out_of_place=True)
     unknown.pack(made)
     tracked.pack(made)
@@ -103,25 +102,25 @@ def test_what_may_have_changed_since_is_not_what_was_saved_first() -> None:
 
 
 def test_only_slots_that_autograd_holds_are_filled() -> None:
-    book = book_of()
-    first, second = book.pack(torch.ones(1)), book.pack(torch.ones(2))
+    saved = saved_by()
+    first, second = saved.pack(torch.ones(1)), saved.pack(torch.ones(2))
     del first
-    with book.filling(stops_early=False) as pack:
+    with saved.filling(stops_early=False) as pack:
         pack(torch.full((1,), 3.0))
         pack(torch.full((2,), 4.0))
     assert isinstance(second, Slot)
     assert second.value is not None
     assert torch.equal(second.value, torch.full((2,), 4.0))
-    book.check_complete()
+    saved.check_complete()
 
 
 def test_a_filled_slot_does_not_hold_the_replayed_graph() -> None:
-    book = book_of()
-    slot = book.pack(torch.ones(1))
+    saved = saved_by()
+    slot = saved.pack(torch.ones(1))
     leaf = torch.ones(1, requires_grad=True)
     result = leaf.exp()
     node = weakref.ref(result)
-    with book.filling(stops_early=False) as pack:
+    with saved.filling(stops_early=False) as pack:
         pack(result)
     assert isinstance(slot, Slot)
     assert slot.value is not None
@@ -133,30 +132,30 @@ def test_a_filled_slot_does_not_hold_the_replayed_graph() -> None:
 
 def test_the_replay_stops_at_the_last_one_that_needs_it() -> None:
     leaf = torch.randn(3)
-    book = book_of(leaf)
-    slots = [book.pack(torch.ones(2)), book.pack(leaf)]
-    assert book.num_replayed == 1
-    with book.filling(stops_early=True) as pack, pytest.raises(StopReplay):
+    saved = saved_by(leaf)
+    slots = [saved.pack(torch.ones(2)), saved.pack(leaf)]
+    assert saved.num_replayed == 1
+    with saved.filling(stops_early=True) as pack, pytest.raises(_StopReplay):
         pack(torch.ones(2))
     assert all(isinstance(slot, Slot) for slot in slots)
 
 
 def save_and_replay(
-    book: SavedTensors,
+    saved: SavedTensors,
     first: list[torch.Tensor],
-    spare: list[torch.Tensor],
+    skippable: list[torch.Tensor],
     last: torch.Tensor,
     *,
     is_silent: bool = False,
 ) -> tuple[list[object], list[str]]:
-    """Save `first`, `spare` within a spare op, and `last`; empty the slots, and replay: what they hold, what ran."""
+    """Save `first`, `skippable` within a skippable op, and `last`; replay: what the slots hold, and what ran."""
     ran: list[str] = []
 
     def block(op: SkippableOp, pack: Callable[[torch.Tensor], object]) -> list[object]:
         packed = [pack(t) for t in first]
 
         def save() -> str:
-            for t in spare:
+            for t in skippable:
                 packed.append(pack(t))
                 ran.append("saved")
             ran.append("computed")
@@ -167,47 +166,47 @@ def save_and_replay(
         return [*packed, pack(last)]
 
     op = SkippableOp(lambda: None, 0, is_silent=is_silent)
-    with filtered_by(book.note_skippable):
-        slots = block(op, book.pack)
-    assert ran == [*["saved"] * len(spare), "computed", "gave result"]
-    book.close()
+    with filtered_by(saved.note_skippable):
+        slots = block(op, saved.pack)
+    assert ran == [*["saved"] * len(skippable), "computed", "gave result"]
+    saved.close()
     ran.clear()
-    book.fill_views(first[:1])
-    with book.filling(stops_early=True) as pack, contextlib.suppress(StopReplay):
+    saved.fill_views(first[:1])
+    with saved.filling(stops_early=True) as pack:
         block(op, pack)
     return [slot.value if isinstance(slot, Slot) else slot for slot in slots], ran
 
 
-def test_a_spare_op_is_stopped_once_it_has_saved() -> None:
+def test_a_skippable_op_is_stopped_once_it_has_saved() -> None:
     made, last = torch.ones(2), torch.ones(3)
-    values, ran = save_and_replay(book_of(), [], [made, torch.zeros(2)], last)
+    values, ran = save_and_replay(saved_by(), [], [made, torch.zeros(2)], last)
     assert ran == ["saved", "gave None"]
     assert all(isinstance(v, torch.Tensor) for v in values)
 
 
-def test_a_spare_op_that_saves_nothing_new_is_not_begun() -> None:
+def test_a_skippable_op_that_saves_nothing_new_is_not_begun() -> None:
     leaf, weight = torch.randn(3), torch.randn(4)
-    book = SavedTensors(0, frozenset([storage_key(weight)]), [leaf])
-    values, ran = save_and_replay(book, [leaf], [leaf, weight], torch.ones(3))
+    saved = SavedTensors(0, frozenset([storage_key(weight)]), [leaf])
+    values, ran = save_and_replay(saved, [leaf], [leaf, weight], torch.ones(3))
     assert ran == ["gave None"]
     assert isinstance(values[1], torch.Tensor)
     assert torch.equal(values[1], leaf)
 
 
-def test_a_spare_op_that_was_to_save_nothing_but_did_is_run() -> None:
-    _, ran = save_and_replay(book_of(), [], [torch.ones(2)], torch.ones(3), is_silent=True)
+def test_a_skippable_op_that_was_to_save_nothing_but_did_is_run() -> None:
+    _, ran = save_and_replay(saved_by(), [], [torch.ones(2)], torch.ones(3), is_silent=True)
     assert ran == ["saved", "computed", "gave result"]
 
 
-def test_a_replay_that_has_saved_another_number_of_tensors_before_a_spare_op_is_an_error() -> None:
-    book = book_of()
+def test_a_replay_that_has_saved_another_number_of_tensors_before_a_skippable_op_is_an_error() -> None:
+    saved = saved_by()
     op = SkippableOp(lambda: None, 0, is_silent=False)
-    with filtered_by(book.note_skippable):
-        slots = [book.pack(torch.ones(2))]
+    with filtered_by(saved.note_skippable):
+        slots = [saved.pack(torch.ones(2))]
         op()
-        slots.append(book.pack(torch.ones(2)))
-    book.close()
-    with book.filling(stops_early=True) as pack:
+        slots.append(saved.pack(torch.ones(2)))
+    saved.close()
+    with saved.filling(stops_early=True) as pack:
         with pytest.raises(ReplayError, match="has saved 0 tensors where it had saved 1 in the forward"):
             op()
         pack(torch.ones(2))
@@ -215,26 +214,26 @@ def test_a_replay_that_has_saved_another_number_of_tensors_before_a_spare_op_is_
     assert all(isinstance(slot, Slot) for slot in slots)
 
 
-def test_a_replay_for_the_results_runs_spare_ops() -> None:
-    book = book_of()
+def test_a_replay_for_the_results_runs_skippable_ops() -> None:
+    saved = saved_by()
     op = SkippableOp(lambda: "result", 0, is_silent=False)
-    with filtered_by(book.note_skippable):
+    with filtered_by(saved.note_skippable):
         op()
-    with book.filling(stops_early=False):
+    with saved.filling(stops_early=False):
         assert op() == "result"
 
 
 @pytest.mark.parametrize("num_saved", [0, 1, 3])
 def test_another_number_of_saved_tensors_is_an_error(num_saved: int) -> None:
-    book = book_of()
-    slots = [book.pack(torch.ones(1)) for _ in range(2)]
+    saved = saved_by()
+    slots = [saved.pack(torch.ones(1)) for _ in range(2)]
     assert len(slots) == 2
 
     def replay() -> None:
-        with book.filling(stops_early=False) as pack:
+        with saved.filling(stops_early=False) as pack:
             for _ in range(num_saved):
                 pack(torch.ones(1))
-        book.check_complete()
+        saved.check_complete()
 
     with pytest.raises(ReplayError, match="saved"):
         replay()
@@ -242,15 +241,31 @@ def test_another_number_of_saved_tensors_is_an_error(num_saved: int) -> None:
 
 def test_dropped_bytes_are_of_storages_that_would_have_lived_on() -> None:
     whole, other, output = torch.ones(10), torch.ones(20), torch.ones(40)
-    book = book_of()
-    for saved in (whole, whole[2:4], other, output, output.t()):
-        book.pack(saved)
-    assert book.dropped_bytes([]) == 280
-    assert book.dropped_bytes([output.view(4, 10), None, 3]) == 120
+    saved = saved_by()
+    for t in (whole, whole[2:4], other, output, output.t()):
+        saved.pack(t)
+    assert saved.dropped_bytes([]) == 280
+    assert saved.dropped_bytes([output.view(4, 10), None, 3]) == 120
 
 
 def test_a_storage_at_the_address_of_one_that_is_gone_is_another() -> None:
-    book = book_of()
+    saved = saved_by()
     for _ in range(20):
-        book.pack(torch.ones(10))  # nobody holds it: the allocator may give the same place again and again
-    assert book.dropped_bytes([]) == 800
+        saved.pack(torch.ones(10))  # nobody holds it: the allocator may give the same place again and again
+    assert saved.dropped_bytes([]) == 800
+
+
+def test_what_is_held_is_there_at_once_until_it_is_released() -> None:
+    leaf, made = torch.randn(3), torch.randn(4)
+    saved = SavedTensors(0, frozenset(), [leaf], holds=True)
+    packed = [saved.pack(leaf), saved.pack(made)]
+    slots = [slot for slot in packed if isinstance(slot, Slot)]
+    assert [slot.read("block").data_ptr() for slot in slots] == [leaf.data_ptr(), made.data_ptr()]
+    saved.release()
+    assert [slot.value for slot in slots] == [None, None]
+    with saved.filling(stops_early=True) as pack:
+        saved.fill_views([leaf])
+        pack(leaf)
+        pack(made.clone())
+    assert torch.equal(slots[0].read("block"), leaf)
+    assert torch.equal(slots[1].read("block"), made)

@@ -9,17 +9,14 @@ import pytest
 from benchmarks.chains import chain_from_json, chain_names, chain_to_json, load_chain
 from benchmarks.chains.shapes import repeated
 from tests.unit.schedule.brute_force import fastest
-from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, uniform_chain, with_heavy_skips
+from tests.unit.schedule.chains_by_hand import random_chain, uniform_chain, with_heavy_skips
+from tests.unit.schedule.milp import checkmate
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
-from tinybp_lightning.schedule import Planner, certify, keep_all, simulate, verify_schedule
+from tinybp_lightning.schedule import Planner, certify, keep_all, simulate
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
 from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
+from tinybp_lightning.schedule.bounds.live_sets import Resolution, affordable
 from tinybp_lightning.schedule.bounds.relaxation import relax
-from tinybp_lightning.schedule.bounds.resolution import Resolution, affordable
-from tinybp_lightning.schedule.milp import checkmate
-from tinybp_lightning.schedule.planner.helped import HelperTree
-from tinybp_lightning.schedule.planner.helped_floor import HelperFloor, ThriftyHelper
-from tinybp_lightning.schedule.planner.states import Tables
 
 _ROUNDING = 1 + 1e-6
 
@@ -141,54 +138,6 @@ def test_repeated_layers_give_the_longer_chain() -> None:
     assert [b.signature for b in longer.blocks] == [b.signature for b in captured.blocks]
     assert longer.storage_bytes != load_chain("llama_8").storage_bytes
     assert sorted(longer.storage_bytes) == sorted(captured.storage_bytes)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_helpers_by_arrays_are_as_fast_as_brute_force(seed: int) -> None:
-    chain = random_chain(random.Random(seed), 4)
-    budget_bytes = Planner(chain).smallest_bytes
-    best = fastest(chain, budget_bytes)
-    assert best is not None
-    tables = Tables(chain, cuts=(1, 2, 3), passing=True)
-    tree = HelperTree(tables, unit_bytes=1, num_slots=budget_bytes - chain.workspace_bytes)
-    timeline = simulate(chain, tree.schedule(tree.num_slots))
-    assert timeline.peak_bytes <= budget_bytes
-    assert timeline.total_s == pytest.approx(tree.seconds[-1])
-    assert timeline.total_s == best[0]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_helpers_to_the_byte_keep_any_budget(seed: int) -> None:
-    rng = random.Random(seed)
-    chain = with_heavy_skips(random_chain(rng, 9), rng)
-    tables = Tables(chain, cuts=tuple(range(1, 9)), passing=True)
-    floor = HelperFloor(tables)
-    most_bytes = 2 * floor.smallest_bytes
-    unit_bytes = 5  # rounded: what the table says fits does not always
-    tree = HelperTree(tables, unit_bytes=unit_bytes, num_slots=most_bytes // unit_bytes)
-    thrifty = ThriftyHelper(floor, tree, unit_bytes=unit_bytes)
-    for left_bytes in range(floor.smallest_bytes, most_bytes):
-        schedule = thrifty.schedule(left_bytes)
-        verify_schedule(chain, schedule)
-        assert simulate(chain, schedule).peak_bytes <= left_bytes + chain.workspace_bytes
-    assert simulate(chain, thrifty.schedule(floor.smallest_bytes)).peak_bytes >= Planner(chain).smallest_bytes
-
-
-def test_helpers_make_a_tight_plan_faster() -> None:
-    planner, _ = _planner("llama_8")
-    found = planner.plan(budget_bytes=planner.smallest_bytes)
-    # What interval trees alone reach at this budget: `x2.2646` of plain training.
-    assert found.total_s < 2.25 * (found.total_s - found.recompute_s)
-
-
-@pytest.mark.parametrize("chain", [load_chain("unet_small"), transformer_chain(4)], ids=["unet", "t4"])
-def test_time_never_rises_with_the_budget_where_helpers_are(chain: Chain) -> None:
-    planner = Planner(chain)
-    low, high = planner.smallest_bytes, planner.largest_bytes
-    times = [planner.plan(budget_bytes=low + (high - low) * k // 4).total_s for k in range(5)]
-    assert times == sorted(times, reverse=True)
-    again = Planner(chain).plan(budget_bytes=low + (high - low) * 2 // 4)
-    assert again.total_s == times[2]
 
 
 def _skip_in_the_way() -> Chain:

@@ -13,8 +13,9 @@ from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain, 
 from tinybp_lightning.graph import Chain
 from tinybp_lightning.schedule import Planner, certify, keep_all, plan, revolve, simulate
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
-from tinybp_lightning.schedule.bounds.dp_bound import Resolution, capped_bound_s
+from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
 from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
+from tinybp_lightning.schedule.bounds.live_sets import Resolution
 from tinybp_lightning.schedule.bounds.relaxation import relax
 
 _ROUNDING = 1 + 1e-6

@@ -71,7 +71,7 @@ def test_measured_bandwidth_makes_a_transformer_faster() -> None:
     chain = _in_seconds(transformer_chain(8, unit_bytes=64 * 2**20), seconds=5e-3 / 14)
     planner = Planner(chain)
     budget_bytes = planner.smallest_bytes + planner.smallest_bytes // 4
-    without = simulate(chain, planner.schedule(budget_bytes=budget_bytes))
+    without = simulate(chain, planner.plan(budget_bytes=budget_bytes).schedule)
     with_offload_s = _check(chain, planner, budget_bytes, 51.6 * 2**30)
     assert with_offload_s < 0.97 * without.total_s
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.unit.schedule.brute_force import fastest
 from tests.unit.schedule.chains_by_hand import pass_through_chain, random_chain, transformer_chain, uniform_chain
+from tests.unit.schedule.milp import checkmate
 from tinybp_lightning.schedule import Planner, certify, simulate
-from tinybp_lightning.schedule.milp import checkmate
 
 
 @pytest.mark.parametrize("seed", range(12))

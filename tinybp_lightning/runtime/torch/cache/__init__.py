@@ -1,0 +1,1 @@
+"""Remember plans: under which key, in memory for one target, and on disk for later processes."""

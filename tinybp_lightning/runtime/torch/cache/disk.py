@@ -1,16 +1,16 @@
-"""Where do plans outlive their process? In a folder of small files, one for each thing that a plan depends on.
+"""Keep plans on disk for later processes, in a folder with one small file for each key.
 
-A file is believed only after `serialize` and the caller have checked it. Whatever is wrong with it or with the folder
-costs a warning that names the file and the reason, and the time to measure and plan anew; never the training.
+A file is used only after `serialize` and the caller have checked it. If the file or the folder is bad, a warning names
+the file and the reason, and the program is measured and planned again; the training goes on.
 
 Note [Two processes at once]
-    A file is written beside its place and moved there, so a reader sees all of the old one or all of the new one. Who
-    writes last wins: both have measured. A file that another process removed in between is one that is not there.
+    A file is written beside its place and moved there, so a reader sees all of the old one or all of the new one. The
+    last writer wins: both have measured. A file that another process removes in between counts as missing.
 
 Note [Bounded size]
-    A file's time is that of its last use. After each write the files that were used longest ago are removed until the
-    folder holds at most `MAX_CACHE_BYTES`. Only names that this module gives are looked at, so a folder that holds
-    other things loses none of them.
+    A file's time is that of its last use. After each write the least recently used files are removed until the folder
+    holds at most `MAX_CACHE_BYTES`. Only files that this module has named are removed, so others in the folder are
+    safe.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ MAX_CACHE_BYTES = 64 * 2**20
 """A plan for a hundred blocks takes about 100 KiB."""
 _PLAN_FILE = re.compile(r"[0-9a-f]{32}\.json")
 _UNFINISHED_FILE = re.compile(r"\.[0-9a-f]{32}\.json\..+")
-_UNFINISHED_S = 3600.0  # no write takes this long: what is older was left by a process that died
+_UNFINISHED_S = 3600.0  # no write takes this long: a process that died has left an older file
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ, *, platform: str = sys.platform) -> Path:
@@ -59,28 +59,28 @@ def open_cache(wanted: bool | str) -> "DiskCache | None":
         return DiskCache(cache_folder() if wanted is True else Path(wanted).expanduser())
     except RuntimeError as error:
         _warn(
-            f"`plan_cache={wanted!r}` finds no folder, so plans are not kept on disk: {error} "
+            f"`plan_cache={wanted!r}` names no folder, so plans are not kept on disk: {error} "
             "Set `TINYBP_CACHE` to one, or use `plan_cache=False`."
         )
         return None
 
 
 class DiskCache:
-    """Plans in the folder `folder`, which is made when the first one is put there."""
+    """Plans in `folder`, which is made when the first plan is put there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path_of(self, context: Mapping[str, str]) -> Path:
-        """Return where the plan for `context` is, if there is one."""
+        """Return the file of the plan for `context`, whether or not it exists."""
         key = json.dumps({**context, "schema_version": SCHEMA_VERSION}, sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
 
     def find(self, context: Mapping[str, str], check: Callable[[Chain], None]) -> MeasuredPlan | None:
-        """Return the plan for `context`, or `None`: there is none, or (with a warning) none that can be used.
+        """Return the plan for `context`, or `None` if there is none, or (with a warning) if it cannot be used.
 
-        **Arguments:** `context`: all that the plan depends on; `check`: raises `PlanFileError` for a chain that is not
-        the caller's.
+        **Arguments:** `context`: what the plan depends on; `check`: raises `PlanFileError` for a chain that is not the
+        caller's.
         """
         path = self.path_of(context)
         try:
@@ -89,25 +89,26 @@ class DiskCache:
         except FileNotFoundError:
             return None
         except (PlanFileError, OSError) as error:
-            _warn(f"`{path}` cannot be used, so the program is measured and planned anew: {error}")
+            _warn(f"`{path}` cannot be used, so the program is measured and planned again: {error}")
             return None
-        with contextlib.suppress(OSError):  # a folder that cannot be written to can be read all the same
+        with contextlib.suppress(OSError):  # a folder that cannot be written to can still be read
             os.utime(path)
         return known
 
     def put(self, context: Mapping[str, str], known: MeasuredPlan) -> None:
-        """Write the plan for `context`, and make room where the folder has grown too large; see the notes above."""
+        """Write the plan for `context`. See the notes above."""
         path = self.path_of(context)
         try:
             save_measured_plan(path, known, context=context)
-            self._make_room()
+            self._remove_oldest()
         except OSError as error:
             _warn(
                 f"`{path}` cannot be written, so the next process will measure and plan again: {error}. Set "
                 "`TINYBP_CACHE` to a folder that can be written to, or use `plan_cache=False`."
             )
 
-    def _make_room(self) -> None:
+    def _remove_oldest(self) -> None:
+        """See Note [Bounded size]."""
         found: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
             is_plan = _PLAN_FILE.fullmatch(path.name) is not None

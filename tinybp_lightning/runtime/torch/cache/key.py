@@ -1,7 +1,7 @@
-"""What does a plan depend on? The program and its cut, the device, the software, and what was asked.
+"""Compute the key of a plan: the program and its cut, the device, the software, and what the user asked for.
 
-Two steps with equal keys may share measured costs and a plan. What is left out (the weights' values, the learning rate,
-other processes on the device) changes neither, or is seen by the traced first step.
+Two steps with equal keys may share measured costs and a plan. What the key leaves out (the weights' values, the
+learning rate, other processes on the device) changes neither, or the traced first step sees it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tinybp_lightning.capture.torch.pieces import Program
-from tinybp_lightning.config import Executor, HCBConfig
+from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.signature import graph_signature, layout_signature
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast
 
@@ -23,9 +23,9 @@ __all__ = ["ProgramKey", "plan_key", "program_key"]
 
 @dataclass(frozen=True, slots=True)
 class ProgramKey:
-    """What of a program a plan depends on, hashed: its graph, its code and where it is cut.
+    """Hashes of what a plan depends on in a program: its graph, its code and its cuts.
 
-    `layout` is equal for programs that differ in sizes only. Hashing takes long beside a step: once for each program.
+    `layout` is equal for programs that differ only in sizes. Hashing takes long beside a step, so hash a program once.
     """
 
     graph: str
@@ -38,7 +38,7 @@ def program_key(program: Program) -> ProgramKey:
     """Return the hashes of `program`."""
     return ProgramKey(
         graph=graph_signature(program.graph),
-        # The graph's hash leaves constants and names out: the code has the ones, error messages show the others.
+        # The graph's hash leaves out constants, which the code has, and names, which error messages show.
         code=_digest("".join(piece.module.code for piece in program.pieces)),
         cut=_digest(repr([(piece.span.start, piece.span.stop, piece.span.name) for piece in program.pieces])),
         layout=layout_signature(program.graph),
@@ -67,7 +67,7 @@ def plan_key(
         "torch": torch.__version__,
         "tinybp_lightning": _source_digest(),
         "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
-        "executor": Executor(config.executor).value,
+        "executor": config.executor,
         "costs": config.costs,
         "autocast": repr(tuple(autocast)),
         "has_gradients": str(has_gradients),
@@ -83,7 +83,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _kernel_settings() -> str:
-    """Settings under which torch picks kernels with other scratch memory."""
+    """Return the settings that make torch pick kernels with other scratch memory."""
     cuda = torch.backends.cuda
     settings = {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -98,7 +98,7 @@ def _kernel_settings() -> str:
 
 @functools.cache
 def _source_digest() -> str:
-    """Name this package's source, its version included: between releases the version alone does not change."""
+    """Hash this package's source, because the version does not change between releases."""
     root = Path(__file__).parents[3]
     found = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):

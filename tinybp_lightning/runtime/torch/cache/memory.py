@@ -1,12 +1,13 @@
-"""What does one target know about plans, over all the shapes it is called with? Who asks gets the nearest plan.
+"""Remember the plans of one target, over all the shapes it is called with, and look up the closest one.
 
 Note [Larger shapes]
     A schedule is legal for any sizes, and the same blocks on smaller tensors need no more memory. So a plan that was
-    measured to fit for some shape also fits for a smaller one: it needs neither measuring nor planning, and costs time
-    only in that it recomputes as if it were large. Therefore the shapes must be near (`_NEAR`), the cuts the same, and
-    the room that of the larger shape; and the first step is traced, because kernels chosen by size may use more scratch
-    memory. Such a plan is not written to disk, where a chain is one of its own program. With lengths that come in any
-    order about one plan is made for each power of `1 / _NEAR` between the shortest and the longest.
+    measured to fit for some shape also fits for a smaller one. It needs neither measuring nor planning, and costs time
+    only because it recomputes as much as the larger shape needs. Therefore the shapes must be near (`_NEAR`), the cuts
+    the same, and the headroom that of the larger shape. The first step is traced, because kernels chosen by size may
+    use more scratch memory. Such a plan is not written to disk, where every chain belongs to its own program. If
+    lengths come in any order, about one plan is made for each power of `1 / _NEAR` between the shortest and the
+    longest.
 """
 
 import json
@@ -27,11 +28,11 @@ from tinybp_lightning.schedule.measured import MeasuredPlan
 __all__ = ["CacheEntry", "Origin", "PlanCache"]
 
 _NEAR = 0.75
-_MAX_KNOWN = 64  # plans remembered in this process, the chains' costs included: some 100 KiB each
+_MAX_ENTRIES = 64  # remembered in this process, with their chains' costs: some 100 KiB each
 
 
 class Origin(Enum):
-    """Where a plan is known from; the value is its reason in reports."""
+    """Where a plan comes from; the value is its reason in reports."""
 
     MEASURED = "measured"
     CACHED = "cached"
@@ -40,11 +41,11 @@ class Origin(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """One program in one situation: under which name its plan is noted, and what is known for it.
+    """One program in one situation: the key of its plan, and the plan if one is `known`.
 
-    `layout` names all programs that differ from this one in sizes only; `sizes_bytes` are those of its storages, and
-    `own_bytes` the sum of the ones that the forward makes. `is_on_disk`: what is known is on disk too;
-    `is_measured`: it was seen to fit.
+    `layout` names all programs that differ from this one only in sizes; `sizes_bytes` are those of its storages, and
+    `own_bytes` the sum of those that the forward makes. `is_on_disk`: `known` is on disk too; `is_measured`: a traced
+    step has shown that it fits.
     """
 
     key: Mapping[str, str]
@@ -56,6 +57,20 @@ class CacheEntry:
     is_on_disk: bool
     is_measured: bool = False
 
+    @property
+    def name(self) -> str:
+        """The key as one string."""
+        return _name(self.key)
+
+    def serves(self, smaller: "CacheEntry") -> bool:
+        """Return whether the plan fits `smaller`, none of whose storages may be larger, nor their sum much smaller."""
+        return (
+            self.is_measured
+            and self.layout == smaller.layout
+            and smaller.own_bytes >= _NEAR * self.own_bytes
+            and all(small <= large for small, large in zip(smaller.sizes_bytes, self.sizes_bytes, strict=True))
+        )
+
 
 class PlanCache:
     """The plans of one target, in memory and on disk."""
@@ -63,11 +78,11 @@ class PlanCache:
     def __init__(self, config: HCBConfig) -> None:
         self.num_compiled = 0
         self._num_plans: Counter[Origin] = Counter()
-        self._pages: OrderedDict[str, CacheEntry] = OrderedDict()
-        self._cache = open_cache(config.plan_cache)
+        self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
+        self._disk = open_cache(config.plan_cache)
 
     def look_up(self, program: Program, layout: str, key: Mapping[str, str]) -> CacheEntry:
-        """Return the page of `program` under `key`: with its own known plan, or that of a larger shape, or none.
+        """Return the entry of `program` under `key`: with its own plan, with that of a larger shape, or with none.
 
         **Arguments:** `layout`: of its `ProgramKey`.
         """
@@ -75,39 +90,41 @@ class PlanCache:
         sizes_bytes = tuple(storage.size_bytes for storage in graph.storages)
         own_bytes = sum(s.size_bytes for s in graph.storages if s.kind is StorageKind.ACTIVATION)
         others = {name: value for name, value in key.items() if name not in ("graph", "code")}
-        # A schedule names options by number: programs that offer other numbers of them share none.
+        # A schedule names options by number, so programs with different numbers of options share no plan.
         num_options = [len(piece.calls) for piece in program.pieces]
         layout = f"{layout} {num_options} {_name(others)}"
-        page = partial(CacheEntry, key, layout, sizes_bytes, own_bytes)
-        if (mine := self._pages.get(_name(key))) is not None:
-            self._pages.move_to_end(_name(key))
-            return page(Origin.CACHED, mine.known, mine.is_on_disk)
-        found = None if self._cache is None else self._cache.find(key, partial(check_chain_is_of, program))
-        if found is not None:
-            return page(Origin.CACHED, found, True)
-        empty = page(Origin.MEASURED, None, False)
-        # A smaller shape chooses what its options save by itself, and may choose more.
-        larger = self._larger(empty) if set(num_options) == {1} else None
-        return empty if larger is None else page(Origin.LARGER, larger, False)
+        entry = partial(CacheEntry, key, layout, sizes_bytes, own_bytes)
+        if (mine := self._entries.get(_name(key))) is not None:
+            self._entries.move_to_end(_name(key))
+            return entry(Origin.CACHED, mine.known, mine.is_on_disk)
+        if self._disk is not None and (found := self._disk.find(key, partial(check_chain_is_of, program))) is not None:
+            return entry(Origin.CACHED, found, True)
+        empty = entry(Origin.MEASURED, None, False)
+        # With several options a smaller shape chooses by itself what they save, and may choose more.
+        larger = [e for e in self._entries.values() if e.serves(empty)] if set(num_options) == {1} else []
+        closest = min(larger, key=lambda e: e.own_bytes, default=None)  # See Note [Larger shapes]
+        return empty if closest is None or closest.known is None else entry(Origin.LARGER, closest.known, False)
 
     def count(self, origin: Origin) -> None:
         """Count a plan."""
         self._num_plans[origin] += 1
 
-    def record(self, page: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
-        """Note what a controller has learned for its entry, on disk once it was measured; not another shape's plan."""
-        if page.origin is Origin.LARGER:  # See Note [Larger shapes]
+    def record(self, entry: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
+        """Record what a controller has learned for its entry; on disk once it is measured.
+
+        A larger shape's plan is not recorded, see Note [Larger shapes].
+        """
+        if entry.origin is Origin.LARGER:
             return
-        name = _name(page.key)
-        last = self._pages.get(name, page)
+        last = self._entries.get(entry.name, entry)
         is_on_disk = last.is_on_disk and known == last.known
-        if is_measured and not is_on_disk and self._cache is not None:
-            self._cache.put(page.key, known)
+        if is_measured and not is_on_disk and self._disk is not None:
+            self._disk.put(entry.key, known)
             is_on_disk = True
-        self._pages[name] = replace(page, known=known, is_on_disk=is_on_disk, is_measured=is_measured)
-        self._pages.move_to_end(name)
-        if len(self._pages) > _MAX_KNOWN:
-            self._pages.popitem(last=False)
+        self._entries[entry.name] = replace(entry, known=known, is_on_disk=is_on_disk, is_measured=is_measured)
+        self._entries.move_to_end(entry.name)
+        if len(self._entries) > _MAX_ENTRIES:
+            self._entries.popitem(last=False)
 
     def counts(self, target: str, *, num_graphs: int, num_live: int, num_evicted: int) -> PlanCounts:
         """Return the counts so far, with those that the target keeps."""
@@ -121,21 +138,6 @@ class PlanCache:
             num_larger=self._num_plans[Origin.LARGER],
             num_compiled=self.num_compiled,
         )
-
-    def _larger(self, page: CacheEntry) -> MeasuredPlan | None:
-        """Return the plan of the smallest shape that is as large as the page's everywhere, and near."""
-        fitting = [other for other in self._pages.values() if other.is_measured and _bounds(other, page)]
-        best = min(fitting, key=lambda other: other.own_bytes, default=None)
-        return None if best is None else best.known
-
-
-def _bounds(other: CacheEntry, page: CacheEntry) -> bool:
-    """Whether each storage of `other` is as large as that of `page`, and in sum not much larger."""
-    return (
-        other.layout == page.layout
-        and page.own_bytes >= _NEAR * other.own_bytes
-        and all(mine <= theirs for mine, theirs in zip(page.sizes_bytes, other.sizes_bytes, strict=True))
-    )
 
 
 def _name(key: Mapping[str, str]) -> str:

@@ -1,54 +1,133 @@
-"""How are pieces compiled? Each unique piece once by Inductor, forward and backward together, and again per option.
+"""Compile every unique piece once by Inductor, forward and backward together, and again for each option in use.
 
 Equal pieces (same structure, same constants, same inputs wanting gradients) share compiled functions: parameters are
-arguments. Option 0 saves what torch's own partitioner chose. A piece that stands in the program several times gets
-further options, which save less and repeat ops inside their backward (`partition`): compiling one more function for it
-pays many times in every step. It is compiled when a plan takes it (`compile_options`); until then there is a forecast
-of what it saves and repeats.
+arguments. Option 0 saves what torch's own partitioner chose. A piece that occurs several times gets further options,
+which save less and repeat ops inside their backward (`partitioner.py`): one more compiled function pays off many times
+in every step. An option is compiled when a plan uses it; until then there is a forecast of what it saves and repeats.
+
+The forecast is read off the option's partition. One trace gives the piece's joint graph, and dividing it takes little
+time beside generating code. The bytes saved are exact. What is repeated is estimated against option 0 of the same
+piece, which is compiled and measured.
 
 # Note [Kernels that are timed]
-On CUDA a pointwise kernel is launched in the shape that was fastest when it was timed, and it is timed anew whenever
-code that has the same kernel is loaded, for all who use it. The last bits of what it computes can depend on the shape.
-No code is loaded within a step, so a replay computes what its forward did; but two trainings, or two runs of one, can
-part. Where the user asks for deterministic algorithms, of which that is the purpose, no kernel is timed.
+On CUDA, Inductor launches a pointwise kernel in the shape that was fastest when it was timed. It times the kernel anew
+whenever code that has the same kernel is loaded, for every user of it. The last bits of the result can depend on the
+shape. No code is loaded within a step, so a replay computes what its forward did; but two trainings, or two runs of
+one, can differ. Deterministic algorithms promise that they do not, so with them no kernel is timed.
 
-Private API: `torch._inductor.compile_fx.compile_fx` on a torch-level graph (torch 2.11 to 2.14).
+Private API: `torch._functorch.partitioners`, `torch._inductor.compile_fx.compile_fx` on a torch-level graph (torch
+2.11 to 2.14).
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# AOTAutograd's partitioners are private and barely annotated.
+
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch import partitioners as aot
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program
-from tinybp_lightning.runtime.torch.executors.forecast import Forecast, forecast_options
-from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner
+from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program, cut_program
+from tinybp_lightning.graph.cuts.narrow import Granularity
+from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.runtime.torch.executors.executor import Call, Cut, Executor, Forecast, Preparation
+from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner, repeated_share, value_bytes
 from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
-from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
-__all__ = ["compile_options", "compile_program", "forecast_of", "is_compiled", "options_to_compile"]
+__all__ = ["InductorExecutor"]
 
 _SHARES = (0.6, 0.3, 0.1)
 """How much of what autograd wants the further options save. In a transformer layer the first repeats pointwise ops, the
-second the matrix products that widen too, and the third all but what is random."""
+second also the matrix products that widen, and the third all but random ops."""
 _OPTION_DEVICES = frozenset({"cpu", "cuda"})
-# Where the tags were seen to be followed, with bits, budget and time. Elsewhere a block's replay is what saves memory.
+# The devices on which we have seen torch follow the tags, with bits, budget and time. On others, replays save memory.
 
-_Call = Callable[[list[Any]], Sequence[Any]]
+
+class InductorExecutor(Executor):
+    """Pieces compiled by Inductor: results as near to float64 as `torch.compile`'s, with options beside replays."""
+
+    def cut(
+        self,
+        module: fx.GraphModule,
+        graph: Graph,
+        *,
+        budget_share: Callable[[int], float],
+        may_move_parameters: bool,
+    ) -> Cut:
+        """Cut coarsely: a large piece gives the compiler something to fuse."""
+        return Cut(cut_program(module, graph, granularity=Granularity.COARSE))
+
+    def prepare(self, asked: Preparation) -> Program:
+        """Return the program with every piece compiled.
+
+        Runs each piece once, so that it is compiled here and not under the engine's hooks. Generators are put back.
+        """
+        program = asked.program
+        num_equal = Counter(piece.span.signature for piece in program.pieces)
+        compiled: dict[tuple[Any, ...], tuple[Call, ...]] = {}
+        pieces: list[Piece] = []
+
+        def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
+            key = _key(piece, arguments)
+            if key not in compiled:
+                has_options = num_equal[piece.span.signature] > 1 and _has_options(arguments)
+                further = _further_options(piece, arguments) if has_options else ()
+                compiled[key] = (_compile(piece, arguments, None), *further)
+            pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
+            asked.on_piece(len(pieces), len(program.pieces))
+            return compiled[key][0]
+
+        _walk(program.pieces, asked, visit)
+        return replace(program, pieces=tuple(pieces))
+
+    def prepare_options(self, asked: Preparation, wanted: Collection[tuple[int, int]]) -> None:
+        """Compile the options in `wanted`, for all equal pieces."""
+        pieces = asked.program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
+        done = 0
+
+        def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
+            nonlocal done
+            for i, option in sorted(wanted):
+                call = piece.calls[option] if i == done else None
+                if isinstance(call, _FurtherOption) and not call.is_compiled:
+                    call.compile(arguments)
+            done += 1
+            asked.on_piece(done, len(pieces))
+            return piece.calls[0]
+
+        _walk(pieces, asked, visit)
+
+    def forecast(self, call: Call) -> Forecast | None:
+        """Return the forecast of a further option."""
+        return call.forecast if isinstance(call, _FurtherOption) else None
+
+    def is_ready(self, call: Call) -> bool:
+        """Return whether `call` is compiled."""
+        return call.is_compiled if isinstance(call, _FurtherOption) else True
+
+    def code_of(self, piece: Piece) -> Hashable:
+        """Return the compiled functions: pieces of one signature may differ in constants or strides."""
+        return piece.calls
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
 
 
 class _FurtherOption:
-    """An option of all equal pieces, callable once it is compiled; before and after there is a forecast."""
+    """An option of all equal pieces. It has a forecast from the beginning, and can be called once it is compiled."""
 
     def __init__(self, piece: Piece, share: float, forecast: Forecast) -> None:
         self._piece = piece
         self._share = share
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self.forecast = forecast
 
     @property
@@ -60,116 +139,34 @@ class _FurtherOption:
         self._call = _compile(self._piece, arguments, self._share)
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
-        assert self._call is not None, "options are compiled before a step goes by them"
+        assert self._call is not None, "options are compiled before a step uses them"
         return self._call(arguments)
 
 
-def forecast_of(call: _Call) -> Forecast | None:
-    """Return the forecast of one of a piece's `calls`, if there is one: not for option 0."""
-    return call.forecast if isinstance(call, _FurtherOption) else None
-
-
-def is_compiled(call: _Call) -> bool:
-    """Return whether one of a piece's `calls` can be called: a further option once it is compiled."""
-    return call.is_compiled if isinstance(call, _FurtherOption) else True
-
-
-def options_to_compile(program: Program, options: Collection[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """Return those of `options`, pairs of a piece's position and an option's number, that are not compiled."""
-    return frozenset((i, o) for i, o in options if not is_compiled(program.pieces[i].calls[o]))
-
-
-def compile_program(
-    program: Program,
-    externals: NonBoundaryInputs,
-    devices: Sequence[torch.device],
-    on_piece: Callable[[int, int], None],
-) -> Program:
-    """Return the program with every piece compiled for the given external values, which may be changed in place.
-
-    Runs each piece once, so that compilation happens here and not under the engine's hooks. Generators are put back.
-
-    **Arguments:** `on_piece(done, total)`: called after each piece, for progress.
-    """
-    num_equal = Counter(piece.span.signature for piece in program.pieces)
-    compiled: dict[tuple[Any, ...], tuple[_Call, ...]] = {}
-    pieces: list[Piece] = []
-
-    def visit(piece: Piece, arguments: Sequence[Any]) -> _Call:
-        key = _key(piece, arguments)
-        if key not in compiled:
-            has_options = num_equal[piece.span.signature] > 1 and _has_options(arguments)
-            further = _further_options(piece, arguments) if has_options else ()
-            compiled[key] = (_compile(piece, arguments, None), *further)
-        pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
-        on_piece(len(pieces), len(program.pieces))
-        return compiled[key][0]
-
-    _walk(program.pieces, externals.values, devices, visit)
-    return replace(program, pieces=tuple(pieces))
-
-
-def compile_options(
-    program: Program,
-    externals: NonBoundaryInputs,
-    devices: Sequence[torch.device],
-    wanted: Collection[tuple[int, int]],
-    on_piece: Callable[[int, int], None],
-) -> None:
-    """Compile the options of `wanted` (see `options_to_compile`), for all equal pieces.
-
-    **Arguments:** `program`, which `compile_program` returned; all else as for that.
-    """
-    pieces = program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
-    done = 0
-
-    def visit(piece: Piece, arguments: Sequence[Any]) -> _Call:
-        nonlocal done
-        for i, option in sorted(wanted):
-            call = piece.calls[option] if i == done else None
-            if isinstance(call, _FurtherOption) and not call.is_compiled:
-                call.compile(arguments)
-        done += 1
-        on_piece(done, len(pieces))
-        return piece.calls[0]
-
-    _walk(pieces, externals.values, devices, visit)
-
-
-def _walk(
-    pieces: Sequence[Piece],
-    values: Sequence[Any],
-    devices: Sequence[torch.device],
-    visit: Callable[[Piece, Sequence[Any]], _Call],
-) -> None:
-    """Run `pieces`, each by what `visit` returns for it and its arguments. Generators are put back."""
-    random = random_state_now(devices)
+def _walk(pieces: Sequence[Piece], asked: Preparation, visit: Callable[[Piece, Sequence[Any]], Call]) -> None:
+    """Run `pieces`, each by the call that `visit` returns for it and its arguments. Generators are put back."""
+    values, random = asked.externals().values, random_state_now(asked.devices)
     try:
-        _run(pieces, values, visit)
+        state: list[Any] = []
+        for piece in pieces:
+            arguments = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
+            call = visit(piece, arguments)
+            with torch.enable_grad():
+                made = call(list(arguments))
+            state = [_leaf(made[s.index] if s.origin == MADE else state[s.index]) for s in piece.state]
     finally:
         set_random_state(random)
 
 
-def _run(pieces: Sequence[Piece], values: Sequence[Any], visit: Callable[[Piece, Sequence[Any]], _Call]) -> None:
-    state: list[Any] = []
-    for piece in pieces:
-        arguments = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
-        call = visit(piece, arguments)
-        with torch.enable_grad():
-            made = call(list(arguments))
-        following = [made[s.index] if s.origin == MADE else state[s.index] for s in piece.state]
-        wants = [isinstance(t, torch.Tensor) and t.requires_grad for t in following]
-        state = [
-            t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t
-            for t, w in zip(following, wants, strict=True)
-        ]
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
 
 
-def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[_Call, ...]:
-    """Return the options beside option 0: compiled at once only where they cannot be forecast."""
-    forecasts = forecast_options(
-        _unboxed(piece.module), arguments, shares=_SHARES, parameters=_parameters(piece, arguments)
-    )
+def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[Call, ...]:
+    """Return the options beside option 0. Those that cannot be forecast are compiled at once."""
+    forecasts = _forecasts(_unboxed(piece.module), arguments, _parameters(piece, arguments))
     if forecasts is None:
         return tuple(_compile(piece, arguments, share) for share in _SHARES)
     return tuple(_FurtherOption(piece, share, f) for share, f in zip(_SHARES, forecasts, strict=True))
@@ -179,7 +176,7 @@ def _has_options(arguments: Sequence[Any]) -> bool:
     return all(t.device.type in _OPTION_DEVICES for t in arguments if isinstance(t, torch.Tensor))
 
 
-def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> _Call:
+def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> Call:
     if share is None:
         return _boxed(_compiled(piece.module, arguments))
     with inductor_config.patch(custom_partitioner_fn=ClosurePartitioner(share, _parameters(piece, arguments))):
@@ -213,9 +210,9 @@ def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with ordinary arguments, as the compiler expects, and values named by position.
+    """Return the same graph with ordinary arguments, as the compiler expects, and values named by position.
 
-    The tracer numbers names through the whole forward: with those, the code of equal pieces would differ.
+    The tracer numbers names through the whole forward, so the code of equal pieces would differ.
     """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -227,10 +224,94 @@ def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _boxed(compiled: Callable[..., Any]) -> _Call:
+def _boxed(compiled: Callable[..., Any]) -> Call:
     def call(arguments: list[Any]) -> Sequence[Any]:
         taken = tuple(arguments)
         arguments.clear()
         return compiled(*taken)
 
     return call
+
+
+# ---- forecasts -----------------------------------------------------------------------------------------------------
+
+
+def _forecasts(
+    module: fx.GraphModule, arguments: Sequence[Any], parameters: frozenset[int]
+) -> tuple[Forecast, ...] | None:
+    """Return one forecast for each further option, or `None` for a piece whose partition does not show them.
+
+    That is a piece without backward, one that changes its arguments, and one that the compiler gives more arguments.
+
+    **Arguments:** `module`: takes `arguments` and returns a tuple; `parameters`: see `ClosurePartitioner`.
+    """
+    tracer = _Tracer()
+    compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
+    with inductor_config.patch(custom_partitioner_fn=tracer), functorch_config.patch(enable_autograd_cache=False):
+        compile_graph(module, list(arguments), inner_compile=_uncompiled)
+    if len(tracer.found) != 1:
+        return None
+    ((joint, options),) = tracer.found
+    returned: Any = module.graph.output_node().args[0]
+    if options["num_fwd_outputs"] != len(returned):
+        return None
+    plain_forward, plain_backward = aot.min_cut_rematerialization_partition(_copy(joint), (), **options)
+    if len(plain_forward.graph.find_nodes(op="placeholder")) != len(arguments):
+        return None
+    repeated_anyway = repeated_share(plain_forward, plain_backward)
+    forecasts: list[Forecast] = []
+    for share in _SHARES:
+        forward, backward = ClosurePartitioner(share, parameters)(_copy(joint), (), **options)
+        repeats = max(0.0, repeated_share(forward, backward) - repeated_anyway)
+        forecasts.append(Forecast(*_saved(forward, len(returned)), repeats))
+    return tuple(forecasts)
+
+
+class _Tracer(CustomPartitionerFn):
+    """Keeps copies of the joint graphs that it is given to divide."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[fx.GraphModule, dict[str, Any]]] = []
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        self.found.append((_copy(gm), kwargs))
+        return aot.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> Any:
+        """Have nothing cached: all we want is the graph."""
+        return None
+
+
+def _uncompiled(module: fx.GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:
+    return module
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    result: Any = graph.graph_copy(module.graph, {}, return_output_node=True)
+    returned, output = result
+    graph.output(returned).meta = dict(output.meta)
+    return fx.GraphModule(module, graph)
+
+
+def _saved(forward: fx.GraphModule, num_results: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return the bytes that are saved on storages of their own, and which arguments and results are saved."""
+    returned: Any = forward.graph.output_node().args[0]
+    saved = {_storage(n) for n in returned[num_results:] if isinstance(n, fx.Node)}
+    arguments = {n: k for k, n in enumerate(forward.graph.find_nodes(op="placeholder"))}
+    results = [_storage(n) if isinstance(n, fx.Node) else None for n in returned[:num_results]]
+    return (
+        sum(value_bytes(n.meta.get("val")) for n in saved if n not in arguments and n not in results),
+        tuple(sorted(arguments[n] for n in saved if n in arguments)),
+        tuple(k for k, n in enumerate(results) if n in saved),
+    )
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """Return the op or argument whose storage `node` is a view of."""
+    views = aot.get_default_op_list()
+    while views.is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node

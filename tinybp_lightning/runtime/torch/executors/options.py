@@ -1,13 +1,14 @@
-"""Which options of compiled blocks must be measured? Those that a plan takes, where they promise to be worth it.
+"""Decide which estimated options of compiled blocks to measure: those that a plan uses, if it gains enough by them.
 
-An option that is not compiled has estimated costs. A plan by estimates is a question, not something to fly: it says
-which option to compile next. Of equal blocks' options the one that most blocks take is compiled first; often the plan
-made then needs no other one. Estimates of what fuses are rough, though: for the kinds of blocks that a step spends its
-time in, the layers of a transformer, all options are measured as soon as not everything is kept. They are few, and
+An option that is not compiled has estimated costs. A plan that uses estimates does not run: it tells which option to
+compile next. Of the options of equal blocks, the one that most blocks use is compiled first; often the plan made then
+needs no other. But estimates of what the compiler fuses are rough. So for the kinds of blocks in which a step spends
+its time (the layers of a transformer), all options are measured as soon as not everything is kept. They are few, and
 compiled once.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tinybp_lightning.errors import BudgetTooSmallError
@@ -28,7 +29,7 @@ __all__ = [
 _HEAVY = 0.1
 """A kind of blocks with this share of a plain step's seconds has all its options measured."""
 _WORTH = 0.01
-"""A step that promises to be faster by less does not pay for compiling: measured seconds vary as much."""
+"""A plan that is faster by a smaller share is not worth compiling for: measured seconds vary as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class MeasuredPart:
 
 
 def measured_part(chain: Chain) -> MeasuredPart:
-    """Return what of `chain` was measured."""
+    """Return `chain` with its measured options only."""
     numbers = tuple(
         tuple(OptionId(o) for o, option in enumerate(block.options) if not option.is_estimated)
         for block in chain.blocks
@@ -60,8 +61,8 @@ def measured_part(chain: Chain) -> MeasuredPart:
     return MeasuredPart(replace(chain, blocks=blocks), numbers)
 
 
-def prefer_measured(found: Plan, chain: Chain) -> Plan:
-    """Return `found`, or a plan by measured options alone if that promises about the same.
+def prefer_measured(found: Plan, chain: Chain, planner_of: Callable[[Chain], Planner] = Planner) -> Plan:
+    """Return `found`, or a plan that uses measured options only if that is about as fast.
 
     **Arguments:** `found`: the best plan for its budget on `chain`, estimates included.
     """
@@ -70,7 +71,7 @@ def prefer_measured(found: Plan, chain: Chain) -> Plan:
         return found
     part = measured_part(chain)
     try:
-        other = Planner(part.chain).plan(budget_bytes=found.budget_bytes)
+        other = planner_of(part.chain).plan(budget_bytes=found.budget_bytes)
     except BudgetTooSmallError:
         return found
     if other.total_s > found.total_s * (1 + _WORTH):
@@ -86,10 +87,10 @@ def estimated_options(chain: Chain) -> frozenset[tuple[int, int]]:
 
 
 def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int, int]]:
-    """Return which estimated options to measure next for a plan by `schedule`; none if it needs none.
+    """Return which estimated options to measure next for a plan by `schedule`, as pairs like `estimated_options`.
 
-    **Returns:** of each kind of block the option that most of them take, and of heavy kinds all, unless all blocks keep
-    what option 0 saves; pairs as in `estimated_options`.
+    **Returns:** for each kind of block the option that most blocks use, and for heavy kinds all options; nothing if
+    every block keeps what option 0 saves.
     """
     taken = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
     num_forwards = sum(isinstance(a, (Forward, ForwardSave)) for a in schedule.actions)
@@ -120,7 +121,7 @@ def _plain_s(block: Block) -> float:
 
 
 def with_measured(chain: Chain, measured: Chain) -> Chain:
-    """Return `chain` with the blocks of `measured`, and what was measured in `chain` alone (by another process)."""
+    """Return `chain` with the blocks of `measured`, and the options that only `chain` has measured."""
     blocks = (_with_measured(mine, new) for mine, new in zip(chain.blocks, measured.blocks, strict=True))
     return replace(chain, blocks=tuple(blocks))
 

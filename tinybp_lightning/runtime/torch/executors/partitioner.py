@@ -1,9 +1,9 @@
-"""What does a compiled block save? The ops that a closure chooses, in place of those of torch's own partitioner.
+"""Choose what a compiled block saves: the ops that a closure selects, instead of torch's own partitioner.
 
-AOTAutograd traces forward and backward of a block together and lets a partitioner divide the result. Ours describes
-the forward's ops (`BlockOps`), takes a corner of `saved_ops_frontier` and tags every op that backward needs as saved or
-recomputed; torch's partitioner, for which a tag is an order, does the rest. Random ops are never repeated: what they
-made is saved.
+AOTAutograd traces forward and backward of a block together and lets a partitioner divide the joint graph. Ours
+describes the forward's ops (`BlockOps`), takes a corner of `saved_ops_frontier` and tags every op that backward needs
+as saved or recomputed. Torch's partitioner obeys the tags and does the rest. Random ops are never repeated: their
+results are saved.
 
 Private API: `torch._functorch.partitioners`, `torch._inductor.custom_graph_pass` (torch 2.11 to 2.14).
 """
@@ -21,22 +21,22 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tinybp_lightning.capture.torch.flops import flops_of
+from tinybp_lightning.capture.torch.record import flops_of
 from tinybp_lightning.schedule.options import min_cut
 from tinybp_lightning.schedule.options.min_cut import BlockOps, SavedOps, saved_ops_frontier
 
 __all__ = ["ClosurePartitioner", "repeated_share", "value_bytes"]
 
-# Seconds are needed to rank ops against each other, nothing else: a variant is measured once it is compiled. So what
-# matters is how many operations a device does in the time in which it moves a byte.
+# Estimated seconds only rank ops against each other: a compiled option is measured. So only the ratio matters, of
+# operations that a device does in the time in which it moves a byte.
 _FLOPS_PER_BYTE = {"cuda": 200.0, "cpu": 10.0}
 _BYTES_PER_S = 1e12
 
 
 class ClosurePartitioner(CustomPartitionerFn):
-    """Saves at most `share` of the bytes that would have to be saved to repeat nothing but views.
+    """Saves at most `share` of the bytes that a block saves if it repeats only views.
 
-    **Arguments:** `parameters`: positions of inputs that are parameters: what is made of them alone is never saved.
+    **Arguments:** `parameters`: positions of inputs that are parameters: what depends on them alone is never saved.
     """
 
     def __init__(self, share: float, parameters: frozenset[int]) -> None:
@@ -59,7 +59,7 @@ class ClosurePartitioner(CustomPartitionerFn):
         return aot.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        """Name everything that the partition depends on: compiled code is cached under it."""
+        """Return everything that the partition depends on: torch caches compiled code under it."""
         assert min_cut.__file__ is not None
         source = get_hash_for_files((__file__, min_cut.__file__))
         return source, self._share, tuple(sorted(self._parameters))
@@ -93,9 +93,9 @@ def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int)
         is_view = views.is_view(n)
         in_forward = info.is_required_fw(n)
         is_tensor = isinstance(value, torch.Tensor)
-        # What a random op made must be saved, also where only backward reads it (the normalisers of attention).
+        # A random op's results must be saved, even if only backward reads them (the normalisers of attention).
         can_save.append(is_tensor and not is_view and n not in fixed and (in_forward or n in random))
-        # What the block returns is there anyway, and what only backward computes costs it nothing more.
+        # The block's results are alive anyway, and what only backward computes costs it nothing more.
         sizes.append(value_bytes(value) if can_save[-1] and n not in results else 0)
         seconds.append(0.0 if is_view or _is_item(n) or not in_forward else _seconds(n))
     ops = BlockOps(

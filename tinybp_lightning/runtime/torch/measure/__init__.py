@@ -1,0 +1,1 @@
+"""Measure: bytes by the allocator, seconds by the timer; of a block, of a step, and what memory is left for it."""

@@ -1,28 +1,30 @@
-"""How many bytes were alive, when? The allocator's own events, cut into marked segments.
+"""Trace how many bytes are alive, from the allocator's own events, cut at marks.
 
-On CPU the only witness is the profiler (`profile_memory=True`), whose allocation events carry address and size; on
-CUDA the caching allocator keeps a history of the same. Both are read here and nowhere else; nobody's own counters are
-reset. Private API used: starting the profiler and Kineto's event tree (`torch._C._profiler`), unchanged from torch 2.11
-to 2.14.
+On CPU only the profiler sees allocations (`profile_memory=True`); its events carry address and size. On CUDA the
+caching allocator keeps a history of the same. This module alone reads the two, and it resets nobody's counters. It uses
+private API to start the profiler and to read Kineto's event tree (`torch._C._profiler`), unchanged from torch 2.11 to
+2.14.
 
 Note [Nothing but allocations]
-    The profiler is started for a scope that nothing runs in, so that it records no ops. That is cheaper, and it is
-    needed: an op or `record_function` range that begins under one profiler and ends under the next writes into the
-    first one's freed memory, and a trace ends and begins anywhere, in particular inside ranges of DDP, of Dynamo and of
+    The profiler is started for a scope that nothing runs in, so it records no ops. That is cheaper, and it is needed:
+    an op or `record_function` range that begins under one profiler and ends under the next writes into the first one's
+    freed memory, and a trace ends and begins anywhere, in particular inside ranges of DDP, of Dynamo and of
     `Optimizer.step`. Marks are therefore allocations themselves, known by their size and address.
 
 Note [A thread that ends under its profiler]
-    A profiler belongs to the thread that started it, and no other can stop it; but torch keeps the newest one of the
-    process alive past its thread, and crashes when it lets go of that at exit. What makes it let go is another start.
-    So another thread starts a profiler and stops that; where it profiles already, it has made torch let go.
+    A profiler belongs to the thread that started it, and no other thread can stop it. But torch keeps the process's
+    newest profiler alive past its thread, and crashes when it lets go of it at exit. The next start makes torch let go.
+    So another thread starts a profiler and stops that one; if this thread profiles already, torch has let go.
 """
 
 import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch._C._profiler import RecordScope, _EventType  # pyright: ignore[reportPrivateUsage] - the one place
@@ -36,13 +38,11 @@ from tinybp_lightning.capture.torch.private import (
     start_cuda_history,
     stop_cuda_history,
 )
-from tinybp_lightning.runtime.torch.measure.lock import TracingLock
 
-__all__ = ["AllocatorTrace", "LostTraceError", "Segment", "can_trace", "open_trace", "tracing_lock"]
+__all__ = ["AllocatorTrace", "Interval", "LostTraceError", "can_trace", "local_part", "open_trace", "tracing_lock"]
 
 profiler: Any = torch_profiler  # its stub hides the functions that start and stop it
 _MARK_BYTES = 739  # a size that no tensor is likely to have
-_TURN = TracingLock()
 _NO_SCOPES = {RecordScope.LITE_INTERPRETER}  # an empty set would mean all
 _MAX_CUDA_EVENTS = 2_000_000  # past this the allocator's history would overwrite its own beginning
 # Kineto writes a line to stderr each time a profiler starts or stops; it reads this when the first one does.
@@ -50,11 +50,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class LostTraceError(Exception):
-    """What was recorded is not all there: someone else restarted or cleared the allocator's history meanwhile."""
+    """The recording is incomplete: other code restarted or cleared the allocator's history meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Interval:
     """Bytes alive between one mark and the next, relative to the start of the trace."""
 
     label: str
@@ -63,109 +63,135 @@ class Segment:
     end_bytes: int
 
 
-class AllocatorTrace(Protocol):
-    """A running trace. `mark` opens a segment; `close` ends the last one and returns all, in order."""
-
-    def mark(self, label: str) -> None:
-        """Start the segment `label` here."""
-        ...
-
-    def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Do not count these tensors, from their allocation on (parameters' gradients)."""
-        ...
-
-    def close(self) -> tuple[Segment, ...]:
-        """Stop and return the segments. Stopped it is even where reading fails."""
-        ...
-
-    def abandon(self) -> None:
-        """Stop without reading (the step ended in an exception, or never). Harmless where it has stopped.
-
-        By the thread that opened the trace, or under `tracing_lock` once that one has ended.
-        """
-        ...
+# ---- one thread at a time --------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class _Sharded(Protocol):
-    def to_local(self) -> torch.Tensor: ...
+class _TracingLock:
+    """A lock that one thread holds any number of times, and that is free again once its thread has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._depth = 0
+
+    def acquire(self) -> bool:
+        """Acquire the lock unless another living thread holds it; return whether this thread holds it now."""
+        with self._lock:
+            me = threading.current_thread()
+            if self._owner is not me:
+                if self._owner is not None and self._owner.is_alive():
+                    return False
+                self._owner, self._depth = me, 0
+            self._depth += 1
+            return True
+
+    def release(self, owner: threading.Thread) -> None:
+        """Undo one `acquire` of `owner`, if this thread is `owner` and still holds the lock."""
+        with self._lock:
+            if self._owner is owner is threading.current_thread():
+                self._depth -= 1
+                if self._depth == 0:
+                    self._owner = None
 
 
-def can_trace(device: torch.device) -> bool:
-    """Whether a trace can be opened now: by one thread at a time, and on CPU only where no other profiler runs."""
-    with tracing_lock() as is_mine:
-        return is_mine and (device.type == "cuda" or (device.type == "cpu" and not is_profiling()))
+_LOCK = _TracingLock()
+"""The process has one profiler, and an allocator has one history: a thread that does not get the lock trains without
+measuring."""
 
 
 @contextlib.contextmanager
 def tracing_lock() -> Generator[bool]:
-    """Keep other threads from opening a trace meanwhile; gives whether this one may."""
-    is_mine = _TURN.take()
+    """Keep other threads from opening a trace meanwhile; yield whether this thread may open one."""
+    is_mine = _LOCK.acquire()
     try:
         yield is_mine
     finally:
         if is_mine:
-            _TURN.give_back()
+            _LOCK.release(threading.current_thread())
 
 
-def open_trace(device: torch.device) -> AllocatorTrace:
-    """Start to trace the allocator of `device` (`cpu` or `cuda`). The caller has seen that it can."""
-    is_mine = _TURN.take()  # outside of the `assert`, which `python -O` leaves out
+def can_trace(device: torch.device) -> bool:
+    """Return whether this thread can open a trace now; on CPU only while no other profiler runs."""
+    with tracing_lock() as is_mine:
+        return is_mine and (device.type == "cuda" or (device.type == "cpu" and not is_profiling()))
+
+
+def open_trace(device: torch.device) -> "AllocatorTrace":
+    """Start to trace the allocator of `device` (`cpu` or `cuda`), after `can_trace` has allowed it."""
+    is_mine = _LOCK.acquire()  # outside of the `assert`, which `python -O` leaves out
     assert is_mine, "another thread traces: ask `can_trace` first, and open under `tracing_lock`"
-    with contextlib.ExitStack() as undo:  # in reverse, each whatever the others raise: first stop, then give back
-        undo.callback(_give_back, threading.current_thread())
+    with contextlib.ExitStack() as undo:  # runs in reverse, even where one call raises: first stop, then release
+        undo.callback(_LOCK.release, threading.current_thread())
         return _CudaTrace(device, undo) if device.type == "cuda" else _CpuTrace(undo)
 
 
-def _give_back(opener: threading.Thread) -> None:
-    """Give the turn of a trace back. That of a thread that has ended is free already."""
-    if opener is threading.current_thread():
-        _TURN.give_back()
+# ---- traces ----------------------------------------------------------------------------------------------------------
 
 
-def _start_profiler() -> None:
-    """Start to record this thread's allocations, on CPU. See Note [Nothing but allocations]."""
-    config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
-    activities = {ProfilerActivity.CPU}
-    profiler._prepare_profiler(config, activities)
-    profiler._enable_profiler(config, activities, _NO_SCOPES)
+class AllocatorTrace(ABC):
+    """A running trace: `mark` opens an interval, `close` ends the last one and returns all of them in order."""
+
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        self._labels: list[str | None] = []  # of each mark; `None` cuts no interval
+        self._left_out: list[tuple[int, frozenset[int]]] = []  # a mark's number, and addresses
+        self._start(undo)
+        self.mark("start")
+        self._undo = undo.pop_all()
+
+    def mark(self, label: str) -> None:
+        """Start the interval `label` here."""
+        self._labels.append(label)
+        self._allocate_mark()
+
+    def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Do not count these tensors, from their allocation on (parameters' gradients)."""
+        addresses = frozenset(local_part(t).untyped_storage().data_ptr() for t in tensors)
+        self._left_out.append((len(self._labels), addresses))
+        self._labels.append(None)
+        self._allocate_mark()
+
+    def close(self) -> tuple[Interval, ...]:
+        """Stop the trace, even if it cannot be read, and return the intervals."""
+        try:
+            events, marks = self._read()
+        finally:
+            self.abandon()
+        _drop_left_out(self._left_out, events, marks)
+        return _intervals(self._labels, events, marks)
+
+    def abandon(self) -> None:
+        """Stop without reading, because the step ended in an exception or will not end. Harmless once stopped.
+
+        Call it on the thread that opened the trace, or under `tracing_lock` once that thread has ended.
+        """
+        self._undo.close()
+
+    @abstractmethod
+    def _start(self, undo: contextlib.ExitStack) -> None: ...
+
+    @abstractmethod
+    def _allocate_mark(self) -> None: ...
+
+    @abstractmethod
+    def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return `(address, bytes)` of every event in order, and how many events came before each mark."""
 
 
-class _CpuTrace:
+class _CpuTrace(AllocatorTrace):
     """Reads the profiler's allocation events. See Note [Nothing but allocations]."""
 
     def __init__(self, undo: contextlib.ExitStack) -> None:
         self._opener = threading.current_thread()
         self._results: Any = None
-        self._labels: list[str] = []
         self._marks: list[int] = []
-        self._left_out: list[tuple[int, tuple[int, ...]]] = []
+        super().__init__(undo)
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
         _start_profiler()
         undo.callback(self._stop)
-        self.mark("start")
-        self._undo = undo.pop_all()
 
-    def mark(self, label: str) -> None:
-        """Start the segment `label` here."""
-        self._labels.append(label)
+    def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(_MARK_BYTES, dtype=torch.uint8).data_ptr())
-
-    def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Do not count these tensors, from their allocation on."""
-        addresses = _addresses(tensors)
-        self._left_out.append((len(self._labels), addresses))
-        self.mark(self._labels[-1])
-
-    def abandon(self) -> None:
-        """Stop without reading."""
-        self._undo.close()
-
-    def close(self) -> tuple[Segment, ...]:
-        """Stop and return the segments."""
-        self._undo.close()
-        events, marks = self._read(self._results)
-        _drop_left_out(self._left_out, events, marks)
-        return _segments(self._labels, events, marks)
 
     def _stop(self) -> None:
         """Stop the profiler. See Note [A thread that ends under its profiler]."""
@@ -175,18 +201,18 @@ class _CpuTrace:
             _start_profiler()
         self._results = profiler._disable_profiler()
 
-    def _read(self, results: Any) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return `(address, bytes)` of every event in order, and how many events came before each mark.
+    def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Count as freed only what the trace saw allocated.
 
-        Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
-        earlier tensor at the same address.
+        For anything else the profiler knows no size, or the size of an earlier tensor at the same address.
         """
+        self.abandon()  # the profiler hands its events out when it stops
         events: list[tuple[int, int]] = []
         marks: list[int] = []
         alive: dict[int, int] = {}
-        for event in results.experimental_event_tree():
+        for event in self._results.experimental_event_tree():
             if event.tag == _EventType.Kineto and not event.children:
-                continue  # a call of the driver: they are recorded with whatever scope where there is a GPU
+                continue  # a call of a GPU's driver, which is recorded in any scope
             assert event.tag == _EventType.Allocation, f"the profiler recorded {event.name} too"
             fields = event.extra_fields
             if fields.device.type != "cpu":
@@ -203,101 +229,88 @@ class _CpuTrace:
         return events, marks
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Where the tensors are; of a sharded one (`DTensor`), this rank's part."""
-    parts: list[torch.Tensor] = [t.to_local() if isinstance(t, _Sharded) else t for t in tensors]
-    return tuple(t.untyped_storage().data_ptr() for t in parts)
+def _start_profiler() -> None:
+    """Start to record this thread's allocations on CPU. See Note [Nothing but allocations]."""
+    config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
+    activities = {ProfilerActivity.CPU}
+    profiler._prepare_profiler(config, activities)
+    profiler._enable_profiler(config, activities, _NO_SCOPES)
 
 
-def _drop_left_out(
-    left_out: Sequence[tuple[int, tuple[int, ...]]], events: list[tuple[int, int]], marks: Sequence[int]
-) -> None:
-    """Take the newest allocation at each left-out address, before its mark, out of the events."""
-    for mark, addresses in left_out:
-        wanted = set(addresses)
-        for i in range(marks[mark] - 1, -1, -1):
-            address, size = events[i]
-            if address in wanted and size > 0:
-                wanted.discard(address)
-                _erase(events, i)
-
-
-def _erase(events: list[tuple[int, int]], allocation: int) -> None:
-    """Take one allocation and the release that ends it out of the events."""
-    address, _ = events[allocation]
-    events[allocation] = (address, 0)
-    for j in range(allocation + 1, len(events)):
-        if events[j][0] == address and events[j][1] < 0:
-            events[j] = (address, 0)
-            return
-
-
-def _segments(labels: Sequence[str], events: Sequence[tuple[int, int]], marks: Sequence[int]) -> tuple[Segment, ...]:
-    """Cut the events at the marks. `marks[k]` is the number of events before mark `k`."""
-    segments: list[Segment] = []
-    live = sum(size for _, size in events[: marks[0]])
-    for label, start, end in zip(labels, marks, [*marks[1:], len(events)], strict=True):
-        first = peak = live
-        for _, size in events[start:end]:
-            live += size
-            peak = max(peak, live)
-        segments.append(Segment(label, first, peak, live))
-    return tuple(segments)
-
-
-class _CudaTrace:
-    """Reads the caching allocator's own history. A mark is a tiny tensor: its address is the mark's place in it."""
+class _CudaTrace(AllocatorTrace):
+    """Reads the caching allocator's history, where a mark is a tiny tensor found by its address."""
 
     def __init__(self, device: torch.device, undo: contextlib.ExitStack) -> None:
         self._device = device
-        self._labels: list[str] = []
         self._marks: list[torch.Tensor] = []
-        self._left_out: list[tuple[int, tuple[int, ...]]] = []
+        super().__init__(undo)
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
         if not cuda_history_is_on():
             start_cuda_history(_MAX_CUDA_EVENTS)
             undo.callback(stop_cuda_history)
-        self.mark("start")
-        self._undo = undo.pop_all()
 
-    def mark(self, label: str) -> None:
-        """Start the segment `label` here."""
-        self._labels.append(label)
+    def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(1, dtype=torch.uint8, device=self._device))
 
-    def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Do not count these tensors, from their allocation on."""
-        addresses = _addresses(tensors)
-        self._left_out.append((len(self._labels), addresses))
-        self.mark(self._labels[-1])
-
     def abandon(self) -> None:
-        """Stop without reading."""
+        """Stop without reading, and release the marks."""
         self._marks.clear()
-        self._undo.close()
-
-    def close(self) -> tuple[Segment, ...]:
-        """Stop and return the segments."""
-        try:
-            events, marks = self._read()
-        finally:
-            self.abandon()
-        _drop_left_out(self._left_out, events, marks)
-        return _segments(self._labels, events, marks)
+        super().abandon()
 
     def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return `(address, bytes)` of every event since the first mark, and how many came before each mark."""
+        """Skip the events before the first mark."""
         raw = cuda_history(self._device)
         # Marks are alive to the end, so the newest allocation at a mark's address is the mark itself.
-        places = {t.data_ptr(): k for k, t in enumerate(self._marks)}
-        newest = {address: i for i, (address, size) in enumerate(raw) if size > 0 and address in places}
-        at = {i: places[address] for address, i in newest.items()}
+        addresses = {t.data_ptr() for t in self._marks}
+        newest = {address: i for i, (address, size) in enumerate(raw) if size > 0 and address in addresses}
+        mark_events = set(newest.values())
         events: list[tuple[int, int]] = []
         marks: list[int] = []
         for i, event in enumerate(raw):
-            if i in at:
+            if i in mark_events:
                 marks.append(len(events))
             elif marks:
                 events.append(event)
         if len(marks) != len(self._labels):
             raise LostTraceError(f"the allocator's history has {len(marks)} of {len(self._labels)} marks")
         return events, marks
+
+
+# ---- from events to intervals ----------------------------------------------------------------------------------------
+
+
+def local_part(t: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a sharded tensor (`DTensor`), and any other tensor itself."""
+    to_local: Callable[[], torch.Tensor] | None = getattr(t, "to_local", None)
+    return t if to_local is None else to_local()
+
+
+def _drop_left_out(
+    left_out: Sequence[tuple[int, frozenset[int]]], events: list[tuple[int, int]], marks: Sequence[int]
+) -> None:
+    """Remove from the events the newest allocation at each left-out address before its mark, and its release."""
+    for mark, addresses in left_out:
+        before = enumerate(events[: marks[mark]])
+        newest = {address: i for i, (address, size) in before if size > 0 and address in addresses}
+        for address, i in newest.items():
+            releases = (j for j in range(i + 1, len(events)) if events[j][0] == address and events[j][1] < 0)
+            for j in (i, *itertools.islice(releases, 1)):
+                events[j] = (address, 0)
+
+
+def _intervals(
+    labels: Sequence[str | None], events: Sequence[tuple[int, int]], marks: Sequence[int]
+) -> tuple[Interval, ...]:
+    """Cut the events at the labelled marks; `marks[k]` is the number of events before mark `k`."""
+    cuts = [(label, mark) for label, mark in zip(labels, marks, strict=True) if label is not None]
+    ends = [*(mark for _, mark in cuts[1:]), len(events)]
+    intervals: list[Interval] = []
+    live = sum(size for _, size in events[: marks[0]])
+    for (label, start), end in zip(cuts, ends, strict=True):
+        first = peak = live
+        for _, size in events[start:end]:
+            live += size
+            peak = max(peak, live)
+        intervals.append(Interval(label, first, peak, live))
+    return tuple(intervals)

@@ -1,6 +1,7 @@
-"""What does one option of one block need and take? It is run in every way the engine may run it.
+"""Measure what one option of one block needs, by running it in every way the engine may run it.
 
-Forward alone, forward that saves, replay with early stop, backward: the clock says how long, the allocator how much.
+Forward alone, forward that saves, replay with early stop, backward: the timer tells the seconds, the allocator the
+bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,23 +13,23 @@ import torch
 from tinybp_lightning.capture.torch.op_filter import filtered_by
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
-from tinybp_lightning.runtime.torch.measure.allocator import Segment, open_trace
+from tinybp_lightning.runtime.torch.measure.allocator import Interval, open_trace
 from tinybp_lightning.runtime.torch.measure.chain_builder import BlockSizes
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs, fresh_leaves, has_storage
-from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, Slot, StopReplay, forget, never_unpacked
+from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, discarding, never_unpacked
 
 __all__ = ["BlockProfile", "BlockProfiler", "Layout", "Seed"]
 
 _NOTHING = Timing(0.0, 0.0)
 
 Layout = tuple[tuple[int, ...], int, int]
-"""Strides, offset, and the elements of the storage of a gradient that is no contiguous tensor of its own."""
+"""Strides, offset, and the storage's number of elements, of a gradient that is not a contiguous tensor of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """Number `index` of what a block makes gets a gradient, of this layout: the parts of a concatenation get views.
+    """Number `index` of what a block makes gets a gradient of this layout: the parts of a concatenation get views.
 
     An op may have to copy such a gradient before it can use it.
     """
@@ -41,7 +42,7 @@ class Seed:
 class BlockProfile:
     """One option of a unique block: its bytes, and the seconds of running it each way, of device and host.
 
-    `layouts`: of the gradients that its backward makes, by position in its reads; contiguous ones are left out.
+    `layouts`: those of the gradients that its backward makes, by position in its reads, without the contiguous ones.
     """
 
     sizes: BlockSizes
@@ -50,6 +51,17 @@ class BlockProfile:
     backward: Timing
     layouts: tuple[tuple[int, Layout], ...] = ()
     is_estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _BackwardRun:
+    """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
+
+    backward: Timing = _NOTHING
+    seeded_bytes: int = 0
+    input_gradients: tuple[tuple[int, int, int], ...] = ()
+    layouts: tuple[tuple[int, Layout], ...] = ()
+    parameter_gradients: tuple[torch.Tensor, ...] = ()
 
 
 class _Start(torch.autograd.Function):
@@ -82,73 +94,64 @@ def _layout_of(t: torch.Tensor) -> Layout | None:
     return tuple(t.stride()), int(t.storage_offset()), t.untyped_storage().nbytes() // t.element_size()
 
 
-def _seeded_bytes(t: torch.Tensor, layout: Layout | None) -> int:
-    return t.element_size() * (t.numel() if layout is None else layout[2])
-
-
+@dataclass(frozen=True, slots=True)
 class BlockProfiler:
-    """Runs one option of a block in every way the engine may, and reads the clock and the allocator."""
+    """Runs one option of a block in every way the engine may, and reads the timer and the allocator.
 
-    def __init__(
-        self,
-        piece: Piece,
-        option: int,
-        externals: NonBoundaryInputs,
-        leaves: list[Any],
-        wants: list[bool],
-        seeds: tuple[Seed, ...],
-        clock: Timer,
-    ) -> None:
-        self._piece = piece
-        self._option = option
-        self._externals = externals
-        self._leaves = leaves
-        self._wants = wants
-        self._seeds = seeds
-        self._clock = clock
+    `leaves`: those of the boundary before the block, and `wants` which of them want gradients; `seeds`: what the block
+    makes and gets a gradient for.
+    """
 
-    def _state(self) -> list[Any]:
-        return fresh_leaves(self._leaves, self._wants)
-
-    def _step(self) -> GraphBlock:
-        return GraphBlock(self._piece, self._externals, self._option)
+    piece: Piece
+    option: int
+    inputs: NonBoundaryInputs
+    leaves: list[Any]
+    wants: list[bool]
+    seeds: tuple[Seed, ...]
+    timer: Timer
 
     def run_dropping(self) -> list[Any]:
-        """Run forward, keep nothing but the outputs."""
-        with torch.autograd.graph.saved_tensors_hooks(forget, never_unpacked):
-            return self._step().first(self._state())
+        """Run forward, and keep nothing but the outputs."""
+        with discarding():
+            return self._first(self._state())
 
     def measure(self) -> BlockProfile:
-        """Measure the block. See the module docstring for how."""
-        saved, reads, made = self._saved_set()
-        self._save_and_backward(lambda _: None)  # kernels are picked, backward compiled
+        """Run the block in each way once to warm up, then in each way under a trace."""
+        saved_bytes, saved_reads, saved_made = self._saved_set()
+        self._save_and_backward(lambda _: None)  # torch picks kernels, and Inductor compiles backward
         warm = self._save_and_backward(lambda _: None, is_held=False).backward
-        trace = open_trace(self._clock.device)
+        trace = open_trace(self.timer.device)
         try:
             trace.mark("forward")
-            forward = self._clock.time_repeatable(self.run_dropping)
+            forward = self.timer.time_repeatable(self.run_dropping)
             trace.mark("between")
             replay = self._replay(trace.mark)
             trace.mark("between")
             run = self._save_and_backward(trace.mark)
             trace.leave_out(run.parameter_gradients)
-            parts = {s.label: s for s in _joined(trace.close())}
+            parts = {interval.label: interval for interval in trace.close()}
         except BaseException:
             trace.abandon()
             raise
-        save, back = parts["save"], parts["backward"]
+        save_peak_bytes = max(_peak(parts["save"]), saved_bytes)
         sizes = BlockSizes(
             forward_peak_bytes=_peak(parts["forward"]),
-            saved_bytes=saved,
-            saved_reads=reads,
-            saved_made=made,
-            save_peak_bytes=max(_peak(save), saved),
-            replay_peak_bytes=max(min(_peak(parts["replay"]), max(_peak(save), saved)), saved),
-            backward_peak_bytes=max(0, back.peak_bytes - back.start_bytes - run.seeded_bytes),
+            saved_bytes=saved_bytes,
+            saved_reads=saved_reads,
+            saved_made=saved_made,
+            save_peak_bytes=save_peak_bytes,
+            replay_peak_bytes=max(min(_peak(parts["replay"]), save_peak_bytes), saved_bytes),
+            backward_peak_bytes=max(0, _peak(parts["backward"]) - run.seeded_bytes),
             input_gradients=run.input_gradients,
         )
-        backward = run.backward.at_most(warm).without_host(self._clock.idle_backward_s)
+        backward = run.backward.at_most(warm).without_host(self.timer.idle_backward_s)
         return BlockProfile(sizes, forward, replay, backward, run.layouts)
+
+    def _state(self) -> list[Any]:
+        return fresh_leaves(self.leaves, self.wants)
+
+    def _first(self, state: list[Any]) -> list[Any]:
+        return GraphBlock(self.piece, self.inputs, self.option).first(state)
 
     def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Return private saved bytes, and which reads and results of the block its saved tensors alias."""
@@ -159,123 +162,88 @@ class BlockProfiler:
             return t.detach()
 
         state = self._state()
-        inputs = {s.index: state[s.index] for s in self._piece.reads if s.origin == STATE}
+        taken = {s.index: state[s.index] for s in self.piece.reads if s.origin == STATE}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = self._step().first(state)
-        keys = {storage_key(t): t.untyped_storage().nbytes() for t in held if has_storage(t)}
-        for key in self._externals.storages:
-            keys.pop(key, None)
+            out = self._first(state)
+        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in held if has_storage(t)}
+        for key in self.inputs.storages:
+            sizes.pop(key, None)
         reads = tuple(
             k
-            for k, s in enumerate(self._piece.reads)
-            if s.origin == STATE and isinstance(t := inputs[s.index], torch.Tensor) and storage_key(t) in keys
+            for k, s in enumerate(self.piece.reads)
+            if s.origin == STATE and isinstance(t := taken[s.index], torch.Tensor) and storage_key(t) in sizes
         )
         made = {
             s.index: t
-            for s, t in zip(self._piece.state, out, strict=True)
+            for s, t in zip(self.piece.state, out, strict=True)
             if s.origin == MADE and isinstance(t, torch.Tensor)
         }
-        made_saved = tuple(k for k, t in sorted(made.items()) if storage_key(t) in keys)
-        for t in [*(inputs.values()), *made.values()]:
-            keys.pop(storage_key(t), None)
-        return sum(keys.values()), reads, made_saved
+        saved_made = tuple(k for k, t in sorted(made.items()) if storage_key(t) in sizes)
+        for t in [*taken.values(), *made.values()]:
+            sizes.pop(storage_key(t), None)
+        return sum(sizes.values()), reads, saved_made
 
     def _replay(self, mark: Callable[[str], None]) -> Timing:
-        slots: list[Any] = []
         state = self._state()
-        book = SavedTensors(0, self._externals.storages, state, is_out_of_place=self._piece.is_out_of_place)
+        saved = SavedTensors(0, self.inputs.storages, state, is_out_of_place=self.piece.is_out_of_place)
+        packed: list[Any] = []  # holds the slots, which autograd lets go of with the first run's graph
 
         def pack(t: torch.Tensor) -> Any:
-            slots.append(book.pack(t))
-            return slots[-1]
+            packed.append(saved.pack(t))
+            return packed[-1]
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked), filtered_by(book.note_skippable):
-            self._step().first(state)
-        book.close()
-        if book.num_replayed == 0:
-            mark("replay")
-            return _NOTHING
-
-        def empty() -> None:
-            for slot in slots:
-                if isinstance(slot, Slot):
-                    slot.value = None
+        with torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked), filtered_by(saved.note_skippable):
+            self._first(state)
+        saved.close()
 
         def replay() -> None:
-            empty()  # as a replay finds them: what the last one filled would be counted
-            with book.filling(stops_early=True) as fill, torch.autograd.graph.saved_tensors_hooks(fill, never_unpacked):
-                try:
-                    self._step().first(self._state())
-                except StopReplay:
-                    return
+            saved.release()  # a replay finds its slots empty: what the last one filled must not count
+            with saved.filling(stops_early=True):
+                self._first(self._state())
 
         mark("replay")
-        spent = self._clock.time_repeatable(replay)
-        empty()
-        return spent
+        if saved.num_replayed == 0:
+            return _NOTHING
+        timing = self.timer.time_repeatable(replay)
+        saved.release()
+        return timing
 
-    def _save_and_backward(self, mark: Callable[[str], None], *, is_held: bool = True) -> "_BackwardRun":
+    def _save_and_backward(self, mark: Callable[[str], None], *, is_held: bool = True) -> _BackwardRun:
         state = self._state()
-        reads = [(k, state[s.index]) for k, s in enumerate(self._piece.reads) if s.origin == STATE]
+        reads = [(k, state[s.index]) for k, s in enumerate(self.piece.reads) if s.origin == STATE]
         reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
-        inputs = [t for _, t in reads]
-        parameters = [self._externals.values[s.index] for s in self._piece.reads if s.origin == EXTERNAL]
+        parameters = [self.inputs.values[s.index] for s in self.piece.reads if s.origin == EXTERNAL]
         parameters = list({id(p): p for p in parameters if isinstance(p, torch.Tensor) and p.requires_grad}.values())
         mark("save")
-        out = self._step().first(state)
-        results = {s.index: t for s, t in zip(self._piece.state, out, strict=True) if s.origin == MADE}
-        seeded = [(results[seed.index], seed.layout) for seed in self._seeds]
+        out = self._first(state)
+        results = {s.index: t for s, t in zip(self.piece.state, out, strict=True) if s.origin == MADE}
+        seeded = [(results[seed.index], seed.layout) for seed in self.seeds]
         seeded = [(t, layout) for t, layout in seeded if isinstance(t, torch.Tensor) and t.requires_grad]
         if not seeded:
             mark("backward")
-            return _BackwardRun(_NOTHING, 0, (), (), ())
-        seeded_bytes = sum(_seeded_bytes(t, layout) for t, layout in seeded)
-        made, layouts = [t for t, _ in seeded], [layout for _, layout in seeded]
-        loss = cast("torch.Tensor", _Start.apply(layouts, *made))
-        del out, results, seeded, made
+            return _BackwardRun()
+        layouts = [layout for _, layout in seeded]
+        seeded_bytes = sum(t.element_size() * (t.numel() if layout is None else layout[2]) for t, layout in seeded)
+        loss = cast("torch.Tensor", _Start.apply(layouts, *(t for t, _ in seeded)))
+        del out, results, seeded
         grads: list[torch.Tensor | None] = []
+        wanted = [*(t for _, t in reads), *parameters]
         mark("backward")
-        spent = self._clock.time(
-            lambda: grads.extend(torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)),
-            is_held=is_held,
+        timing = self.timer.time(
+            lambda: grads.extend(torch.autograd.grad(loss, wanted, allow_unused=True)), is_held=is_held
         )
+        made = [(k, g) for (k, _), g in zip(reads, grads, strict=False) if g is not None]
         numbers: dict[int, int] = {}
-        mine = tuple(
-            (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
-            for (k, _), g in zip(reads, grads, strict=False)
-            if g is not None
+        return _BackwardRun(
+            backward=timing,
+            seeded_bytes=seeded_bytes,
+            input_gradients=tuple(
+                (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes()) for k, g in made
+            ),
+            layouts=tuple((k, layout) for k, g in made if (layout := _layout_of(g)) is not None),
+            parameter_gradients=tuple(g for g in grads[len(reads) :] if g is not None),
         )
-        made_layouts = tuple(
-            (k, layout)
-            for (k, _), g in zip(reads, grads, strict=False)
-            if g is not None and (layout := _layout_of(g)) is not None
-        )
-        parameter_gradients = tuple(g for g in grads[len(inputs) :] if g is not None)
-        return _BackwardRun(spent, seeded_bytes, mine, made_layouts, parameter_gradients)
 
 
-@dataclass(frozen=True, slots=True)
-class _BackwardRun:
-    """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
-
-    backward: Timing
-    seeded_bytes: int
-    input_gradients: tuple[tuple[int, int, int], ...]
-    layouts: tuple[tuple[int, Layout], ...]
-    parameter_gradients: tuple[torch.Tensor, ...]
-
-
-def _peak(segment: Segment) -> int:
-    return max(0, segment.peak_bytes - segment.start_bytes)
-
-
-def _joined(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours of one label (a mark set by `leave_out` splits a segment)."""
-    joined: list[Segment] = []
-    for s in segments:
-        if joined and joined[-1].label == s.label:
-            last = joined.pop()
-            joined.append(Segment(s.label, last.start_bytes, max(last.peak_bytes, s.peak_bytes), s.end_bytes))
-        else:
-            joined.append(s)
-    return joined
+def _peak(interval: Interval) -> int:
+    return max(0, interval.peak_bytes - interval.start_bytes)

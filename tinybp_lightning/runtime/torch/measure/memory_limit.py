@@ -1,10 +1,10 @@
-"""How much memory does the device have, and how much of it is taken before a step begins?"""
+"""Find out how much memory a step may use: what the device has, less what is taken before the step begins."""
 
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -13,27 +13,16 @@ from torch.utils._pytree import tree_leaves
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
+from tinybp_lightning.runtime.torch.controller import Limit
+from tinybp_lightning.runtime.torch.measure.allocator import local_part
 
-__all__ = ["Headroom", "OptimizerState", "TargetMemory", "fragmented_bytes", "headroom_bytes", "static_bytes"]
+__all__ = ["Headroom", "OptimizerState", "TargetMemory", "fragmented_bytes", "limit_bytes"]
 
 # What `"auto"` leaves free: fragmentation of the caching allocator and libraries that allocate beside it.
 _AUTO_MARGIN = 0.05
 
 
-def static_bytes(device: torch.device, tensors: Sequence[torch.Tensor]) -> int:
-    """Return the device bytes taken before the step allocates anything.
-
-    On CUDA the allocator knows. On CPU nobody does: it is the parameters, buffers and inputs of the step (`tensors`)
-    with the gradients they hold.
-    """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
-    storages = {storage_key(t): t.untyped_storage().nbytes() for t in held}
-    return sum(storages.values())
-
-
-def headroom_bytes(budget: Budget, device: torch.device) -> int:
+def limit_bytes(budget: Budget, device: torch.device) -> int:
     """Return the bytes that a memory budget grants this process on `device`.
 
     **Raises:** `BudgetError` where the device cannot tell its size.
@@ -48,7 +37,7 @@ def headroom_bytes(budget: Budget, device: torch.device) -> int:
         total, free, mine = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page, 0
     else:
         raise BudgetError(
-            f"`memory_budget={budget.text!r}` needs the size of `{device}`, which cannot be asked: "
+            f"`memory_budget={budget.text!r}` needs the size of `{device}`, which torch cannot tell: "
             "give the budget in bytes."
         )
     if budget.fraction is not None:
@@ -59,21 +48,32 @@ def headroom_bytes(budget: Budget, device: torch.device) -> int:
 def fragmented_bytes(device: torch.device) -> int:
     """Return the bytes that the allocator holds in pieces beside living tensors, and cannot give back.
 
-    On CUDA they are reserved without being allocated, and count as much against the device. The CPU's allocator has
-    none to tell of.
+    On CUDA they are reserved without being allocated, and count against the device. The CPU's allocator reports none.
     """
     if device.type != "cuda":
         return 0
     return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
 
 
+def _baseline_bytes(device: torch.device, tensors: Sequence[torch.Tensor]) -> int:
+    """Return the device bytes taken before the step allocates anything.
+
+    The CUDA allocator knows them. On CPU they are the step's parameters, buffers and inputs (`tensors`) with the
+    gradients they hold.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
+
+
 class TargetMemory:
-    """What all plans of one target share: the largest plain peak, what is known of the optimizer's state, and a cap.
+    """What all plans of one target share: the largest plain peak, the optimizer's state, and a cap.
 
-    `cap_bytes`: what any plan may use since one of them ran out of memory; `None` until then.
+    `cap_bytes`: the most that any plan may use since one of them ran out of memory; `None` until then.
 
-    **Arguments:** `optimizer_state`: `None` where the budget does not count it. Held here alone, and given up when the
-    target is: Dynamo keeps what it has compiled, and our programs with it, for longer.
+    **Arguments:** `optimizer_state`: `None` where the budget does not count it. Only this object holds it, until the
+    target goes, because Dynamo keeps compiled code, and our programs with it, for longer.
     """
 
     def __init__(self, optimizer_state: "OptimizerState | None") -> None:
@@ -84,20 +84,20 @@ class TargetMemory:
     def largest_plain_peak(self, plain_peak_bytes: int) -> int:
         """Take one more plain peak into account and return the largest.
 
-        A share is of that: a small last batch must not be held to a share of its own small peak.
+        A share is one of the largest: a small last batch must not be held to a share of its own small peak.
         """
         self._largest_bytes = max(self._largest_bytes, plain_peak_bytes)
         return self._largest_bytes
 
 
 class OptimizerState:
-    """How many bytes does optimizer state take? Seen in the first step of each optimizer of `parameters`.
+    """Counts the bytes of optimizer state, in the first step of each optimizer of `parameters`.
 
-    `existed_bytes` were there before that step (a checkpoint was loaded), `made_bytes` came with it, `unknown_bytes`
-    are those of the parameters that no optimizer has stepped yet.
+    `existed_bytes` were there before that step (from a checkpoint), `made_bytes` came with it, `unknown_bytes` are
+    those of the parameters that no optimizer has stepped yet.
 
-    It must be made before the step that it is to see: an optimizer's closure runs after the hook that looks first. Its
-    hooks stay for as long as it lives, as one may not be removed while the optimizer goes through them.
+    Make it before the step that it is to see: an optimizer's closure runs after the hook that looks first. Its hooks
+    live as long as it does, because no hook may be removed while the optimizer goes through them.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -107,15 +107,14 @@ class OptimizerState:
         self.existed_bytes = 0
         self.made_bytes = 0
         self.unknown_bytes = sum(self._unknown.values())
-        pre, post = _Look(weakref.ref(self), has_stepped=False), _Look(weakref.ref(self), has_stepped=True)
-        for handle in (register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)):
+        before = register_optimizer_step_pre_hook(partial(_look, weakref.ref(self), False))
+        after = register_optimizer_step_post_hook(partial(_look, weakref.ref(self), True))
+        for handle in (before, after):
             weakref.finalize(self, handle.remove)
 
     def look(self, optimizer: torch.optim.Optimizer, *, has_stepped: bool) -> None:
-        """See what `optimizer` keeps for our parameters, just before or just after a step of it."""
-        if not self._unknown:
-            return
-        groups: list[dict[str, Any]] = optimizer.param_groups
+        """Count what `optimizer` keeps for our parameters, just before or just after it steps."""
+        groups: list[dict[str, Any]] = optimizer.param_groups if self._unknown else []
         mine: list[torch.Tensor] = [p for group in groups for p in group["params"] if id(p) in self._unknown]
         if not mine:
             return
@@ -133,37 +132,25 @@ class OptimizerState:
         self.unknown_bytes = sum(self._unknown.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """A hook of every optimizer that does not keep the one it looks for alive."""
-
-    state: "weakref.ref[OptimizerState]"
-    has_stepped: bool
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        state = self.state()
-        if state is not None:
-            state.look(optimizer, has_stepped=self.has_stepped)
+def _look(state: "weakref.ref[OptimizerState]", has_stepped: bool, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let `state` look: a hook of every optimizer, which must not keep it alive."""
+    alive = state()
+    if alive is not None:
+        alive.look(optimizer, has_stepped=has_stepped)
 
 
 def _state_bytes(p: torch.Tensor, state: Any) -> int:
-    """Bytes of one parameter's state on its own device; a step counter may be on the CPU."""
+    """Return the bytes of one parameter's state on its own device; a step counter may be on the CPU."""
     return sum(_local_bytes(t) for t in tree_leaves(state) if isinstance(t, torch.Tensor) and t.device == p.device)
 
 
 def _local_bytes(t: torch.Tensor) -> int:
-    """Bytes of `t` in this process: of a sharded tensor, its own part."""
-    local: Any = t.to_local() if isinstance(t, _Sharded) else t
+    local = local_part(t)
     return local.numel() * local.element_size()
 
 
-@runtime_checkable
-class _Sharded(Protocol):
-    def to_local(self) -> torch.Tensor: ...
-
-
 class Headroom:
-    """Bytes a plan may use above what is alive when a step begins.
+    """Bytes that a plan may use above what is alive when a step begins.
 
     **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned;
     `shared`: one for all plans of a target.
@@ -175,35 +162,31 @@ class Headroom:
         self._shared = shared
         self._budget = config.budget
         self._device = device
-        self._static_bytes = static_bytes(device, tensors)
+        self._baseline_bytes = _baseline_bytes(device, tensors)
         self._assumed_bytes = config.optimizer_state_bytes
         state = shared.optimizer_state
         self._made_before_bytes = 0 if state is None else state.made_bytes
 
     def __call__(self, plain_peak_bytes: int) -> int:
-        """Return the room, given the predicted peak of plain training."""
+        """Return the headroom, given the predicted peak of plain training."""
         budget = self._budget
         if budget.kind is BudgetKind.ACTIVATION:
             if budget.fraction is None:
                 return budget.size_bytes or 0
             return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
-        taken_bytes = self._static_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
-        return headroom_bytes(budget, self._device) - taken_bytes
+        taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
+        return limit_bytes(budget, self._device) - taken_bytes
 
     @property
     def cap_bytes(self) -> int | None:
-        """What any plan of the target may use since one of them ran out of memory."""
+        """The most that any plan of the target may use since one of them ran out of memory."""
         return self._shared.cap_bytes
-
-    @cap_bytes.setter
-    def cap_bytes(self, cap_bytes: int) -> None:
-        self._shared.cap_bytes = cap_bytes
 
     @property
     def optimizer_bytes(self) -> int:
-        """Optimizer state that was not there when the room was first measured; it changes when more is known.
+        """Optimizer state that was not there when the headroom was first measured; it changes when more is known.
 
-        Until an optimizer has stepped, two copies of its parameters are assumed, as Adam keeps, or what the user said.
+        Until an optimizer has stepped, it is what the user said, or two copies of the parameters, as Adam keeps.
         """
         state = self._shared.optimizer_state
         if state is None:
@@ -215,3 +198,16 @@ class Headroom:
         else:
             seen_bytes = state.existed_bytes + state.made_bytes
         return seen_bytes + 2 * state.unknown_bytes
+
+    def read(self) -> Limit:
+        """Return the limit as it is now."""
+        budget = self._budget
+        fraction = budget.fraction if budget.kind is BudgetKind.ACTIVATION else None
+        size_bytes = None if fraction is not None else self(0)
+        largest_bytes = self._shared.largest_plain_peak(0)
+        return Limit(size_bytes, fraction, largest_bytes, self._shared.cap_bytes, self.optimizer_bytes)
+
+    def share(self, limit: Limit) -> None:
+        """Have all plans of the target share the cap and the largest plain peak of `limit`."""
+        self._shared.cap_bytes = limit.cap_bytes
+        self._shared.largest_plain_peak(limit.largest_plain_bytes)

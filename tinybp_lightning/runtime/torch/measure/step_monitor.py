@@ -1,11 +1,11 @@
-"""When does a training step begin and end, and what did it need? One `StepMonitor` per forward.
+"""Follow one training step from its forward to the end of its backward, and measure what it needs.
 
-The forward's begin and end are ours to see; backward's begin is a pre-hook on the node that made the first output, its
-end a callback of the autograd engine. A *traced* watch also reads the allocator (`capture.torch.allocator`).
+We run the forward, so we see it begin and end. A pre-hook on the nodes that made the outputs hears backward begin, and
+a callback of the autograd engine hears it end. A *traced* monitor also reads the allocator (`measure.allocator`).
 
 Note [Stopping a trace]
-    A profiler must not be stopped inside a backward callback: the engine puts the thread's state back afterwards, and
-    the dead profiler with it. So the callback only marks the end; the trace is closed at the next moment outside
+    A profiler must not be stopped inside a backward callback: the engine restores the thread's state afterwards, and
+    the dead profiler with it. So the callback only marks the end. The trace is closed at the next moment outside
     backward that we hear of: an optimizer step, the next forward, or a look at the profile.
 """
 
@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,76 +23,55 @@ from torch.utils.hooks import RemovableHandle
 from tinybp_lightning.capture.torch.private import queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.profile import StepMeasurement
 from tinybp_lightning.runtime.torch.measure.allocator import (
     AllocatorTrace,
+    Interval,
     LostTraceError,
-    Segment,
     can_trace,
     open_trace,
     tracing_lock,
 )
 
-__all__ = ["StepMeasurement", "StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepMeasurement:
-    """A traced step, in bytes above what was alive at its start, newly made parameter gradients left out.
-
-    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
-    `backward_start_bytes` are levels at the two.
-    """
-
-    peak_bytes: int
-    forward_end_bytes: int
-    tail_peak_bytes: int
-    backward_start_bytes: int
+__all__ = ["StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
 
 
 class StepMonitor:
-    """Follows one forward and the first backward through it; traces it if wanted, unless something else traces.
+    """Follows one forward and the first backward through it; traces it if wanted, unless another trace is open.
 
-    `is_disturbed`: another target's step began before this one's ended, so what was measured belongs to both.
-    `is_lost`: it was traced, and someone else's profiler took what was recorded away: the next step can be measured.
+    `measured`: what the trace showed, once it is closed. `is_disturbed`: another target's step began before this one's
+    ended, so what was measured belongs to both. `is_lost`: other code destroyed the recording, so the next step is to
+    be measured. `is_pending`: backward has ended, and the trace is still open.
     """
-
-    num_started = 0
 
     def __init__(
         self, device: torch.device, parameters: Sequence[torch.Tensor], budget: Budget, *, wants_trace: bool
     ) -> None:
         self.thread = threading.current_thread()
+        self.measured: StepMeasurement | None = None
+        self.step_s = 0.0
+        self.ended = self.is_pending = self.is_disturbed = self.is_lost = False
         self._started = time.perf_counter()
         self._forward_s = 0.0
         self._backward_started = 0.0
-        self._counts_gradients = budget.kind is BudgetKind.MEMORY
-        self._without_grad = [p for p in parameters if p.grad is None and p.requires_grad]
-        StepMonitor.num_started += 1
-        self._number = StepMonitor.num_started
-        self._num_others = 0
-        if wants_trace:
-            _untrace_ended_threads()
-        with tracing_lock() as is_mine:
-            # Not where another thread had the turn: it may take it again between the question and the trace.
-            may_trace = wants_trace and is_mine and can_trace(device)
-            self._trace: AllocatorTrace | None = open_trace(device) if may_trace else None
-        if self._trace is not None:
-            atexit.unregister(stop_tracing)
-            atexit.register(stop_tracing)  # a profiler left on crashes the process when it ends
-            _TRACING.append(self)
         self._on_end: Callable[[StepMonitor], None] | None = None
-        self.measured: StepMeasurement | None = None
-        self.step_s = 0.0
-        self.ended = False
-        self.is_lost = False
+        self._made_here: list[torch.Tensor] = []  # parameters whose gradients this step makes
+        if budget.kind is not BudgetKind.MEMORY:  # which counts gradients
+            self._made_here = [p for p in parameters if p.grad is None and p.requires_grad]
+        self._trace: AllocatorTrace | None = None
+        self._number = _MONITORS.add(self, device, wants_trace=wants_trace)
         self._mark("forward")
+
+    def start_trace(self, device: torch.device) -> None:
+        """Trace the allocator of `device` from here on."""
+        self._trace = open_trace(device)
 
     def _mark(self, label: str) -> None:
         if self._trace is not None:
             self._trace.mark(label)
 
     def forward_ended(self, outputs: Sequence[Any], on_end: Callable[["StepMonitor"], None]) -> None:
-        """Note the end of the forward and wait for backward; `on_end(self)` is called once backward has ended."""
+        """Note the end of the forward and wait for backward; call `on_end(self)` once backward has ended."""
         self._forward_s = time.perf_counter() - self._started
         self._on_end = on_end
         self._mark("tail")
@@ -110,27 +88,20 @@ class StepMonitor:
 
     def _backward_ended(self) -> None:
         self.step_s = self._forward_s + time.perf_counter() - self._backward_started
-        self._num_others = StepMonitor.num_started - self._number
+        self.is_disturbed = _MONITORS.num_started > self._number
         if self._trace is None:
             self._tell()
             return
         self._mark("after")
-        if not self._counts_gradients:
-            self._trace.leave_out([p.grad for p in self._without_grad if p.grad is not None])
-        self._without_grad = []
-        _PENDING.append(self)  # See Note [Stopping a trace]
-        _listen()
-
-    @property
-    def is_disturbed(self) -> bool:
-        """See the class."""
-        return self._num_others > 0
+        if self._made_here:
+            self._trace.leave_out([p.grad for p in self._made_here if p.grad is not None])
+            self._made_here = []
+        self.is_pending = True  # See Note [Stopping a trace]
+        _MONITORS.listen()
 
     def settle(self) -> None:
         """Close the trace of a step whose backward has ended, and tell `on_end`."""
-        trace, self._trace = self._trace, None
-        if self in _TRACING:
-            _TRACING.remove(self)
+        trace = self._take_trace()
         if trace is not None:
             try:
                 self.measured = _measured(trace.close())
@@ -152,95 +123,114 @@ class StepMonitor:
 
     def untrace(self) -> None:
         """Go on to follow the step, but measure nothing."""
-        trace, self._trace = self._trace, None
-        if self in _TRACING:
-            _TRACING.remove(self)
+        trace = self._take_trace()
         if trace is not None:
             trace.abandon()
 
-    def abandon(self) -> None:
-        """The step will not end (no backward, or an exception): let go of everything, measure nothing.
+    def _take_trace(self) -> AllocatorTrace | None:
+        trace, self._trace, self.is_pending = self._trace, None, False
+        _MONITORS.discard(self)
+        return trace
 
-        Harmless where the step has ended.
+    def abandon(self) -> None:
+        """Release everything and measure nothing: the step will not end (no backward, or an exception).
+
+        Harmless once the step has ended.
         """
         if self.ended:
             return
         self._on_end = None
-        if self.thread is not threading.current_thread():
-            return  # the thread that opened the trace closes it, for nobody
-        self.untrace()
-        self.ended = True
-        if self in _PENDING:
-            _PENDING.remove(self)
+        if self.thread is threading.current_thread():  # otherwise the thread that opened the trace closes it
+            self.untrace()
+            self.ended = True
 
 
-def _measured(segments: Sequence[Segment]) -> StepMeasurement:
-    parts: dict[str, Segment] = {}
-    for s in segments:
-        parts.setdefault(s.label, s)
-    tail, back = parts["tail"], parts["backward"]
-    peak = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
-    return StepMeasurement(peak, tail.start_bytes, tail.peak_bytes, back.start_bytes)
+def _measured(intervals: Sequence[Interval]) -> StepMeasurement:
+    parts = {i.label: i for i in intervals}
+    tail = parts["tail"]
+    peak_bytes = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
+    return StepMeasurement(peak_bytes, tail.start_bytes, tail.peak_bytes, parts["backward"].start_bytes)
 
 
-_PENDING: list[StepMonitor] = []
-_TRACING: list[StepMonitor] = []
-_HANDLES: list[RemovableHandle] = []
+class _StepMonitors:
+    """The monitors whose traces are open, and the optimizer hooks that wait to settle them.
 
-
-def settle_pending() -> None:
-    """Close this thread's traces of steps whose backward has ended. Called outside backward only."""
-    while _HANDLES:
-        _HANDLES.pop().remove()
-    _settle_all()
-
-
-def _settle_all() -> None:
-    for watch in _mine(_PENDING):
-        _PENDING.remove(watch)
-        watch.settle()
-
-
-def stop_tracing() -> None:
-    """Give up this thread's traces, and those of threads that have ended: there is one profiler.
-
-    Called where another target must be measured now, and when the process ends.
+    There is one object for the process: it has one profiler, and the hooks hear every optimizer. A profiler is stopped
+    by the thread that started it, so each thread settles and stops its own traces, the newest first.
     """
-    settle_pending()
-    for watch in _mine(_TRACING):
-        watch.untrace()
-    _untrace_ended_threads()
+
+    def __init__(self) -> None:
+        self.num_started = 0
+        self.tracing: list[StepMonitor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, monitor: StepMonitor, device: torch.device, *, wants_trace: bool) -> int:
+        """Return the monitor's number, and start its trace if it wants one and one can be opened."""
+        self.num_started += 1
+        number = self.num_started
+        with tracing_lock() as is_mine:
+            if wants_trace and is_mine:
+                self._untrace_ended_threads()  # stopping those later would stop this trace too
+                if can_trace(device):
+                    monitor.start_trace(device)
+                    self.tracing.append(monitor)
+                    atexit.unregister(self.stop_tracing)
+                    atexit.register(self.stop_tracing)  # a profiler left on crashes the process when it ends
+        return number
+
+    def discard(self, monitor: StepMonitor) -> None:
+        """Forget a monitor whose trace is closed."""
+        if monitor in self.tracing:
+            self.tracing.remove(monitor)
+
+    def listen(self) -> None:
+        """Hear the next optimizer step: its begin, and its end, as a closure runs forward and backward inside it."""
+        if not self._handles:
+            self._handles.append(register_optimizer_step_pre_hook(self._settle_mine))
+            self._handles.append(register_optimizer_step_post_hook(self._settle_mine))
+
+    def settle_pending(self) -> None:
+        """Close this thread's traces of steps whose backward has ended. Call it outside of backward only."""
+        self._remove_hooks()
+        self._settle_mine()
+
+    def stop_listening(self) -> None:
+        """Remove the hooks if nothing waits for an optimizer's step."""
+        if not any(m.is_pending for m in self.tracing):
+            self._remove_hooks()
+
+    def stop_tracing(self) -> None:
+        """Give up this thread's traces, and those of threads that have ended, because there is one profiler.
+
+        Called before another target is measured, and when the process ends.
+        """
+        self.settle_pending()
+        for monitor in self._mine():
+            monitor.untrace()
+        with tracing_lock() as is_mine:
+            if is_mine:
+                self._untrace_ended_threads()
+
+    def _settle_mine(self, *_: Any) -> None:
+        # The hooks stay when an optimizer calls this: it goes through them at this moment.
+        for monitor in self._mine():
+            if monitor.is_pending:
+                monitor.settle()
+
+    def _mine(self) -> list[StepMonitor]:
+        return [m for m in reversed(self.tracing) if m.thread is threading.current_thread()]
+
+    def _untrace_ended_threads(self) -> None:
+        """Stop, under the lock, the traces of threads that have ended: nobody can read them any more."""
+        for monitor in [m for m in self.tracing if not m.thread.is_alive()]:
+            monitor.untrace()
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
 
-def _untrace_ended_threads() -> None:
-    """Stop what threads left on that have ended: nobody else would, and nobody can read it any more.
-
-    Before this thread opens a trace of its own, which stopping the other would stop too.
-    """
-    with tracing_lock() as is_mine:
-        for watch in [w for w in _TRACING if is_mine and not w.thread.is_alive()]:
-            watch.untrace()
-            if watch in _PENDING:
-                _PENDING.remove(watch)
-
-
-def stop_listening() -> None:
-    """Take the hooks away if nothing waits for an optimizer's step."""
-    while _HANDLES and not _PENDING:
-        _HANDLES.pop().remove()
-
-
-def _mine(watches: Sequence[StepMonitor]) -> list[StepMonitor]:
-    """Those of this thread, the newest first: a profiler is stopped by the thread that started it."""
-    return [w for w in reversed(watches) if w.thread is threading.current_thread()]
-
-
-def _listen() -> None:
-    """Hear of the next optimizer step; with a closure, forward and backward run inside it, so its end counts too."""
-    if not _HANDLES:
-        _HANDLES.append(register_optimizer_step_pre_hook(_on_optimizer))
-        _HANDLES.append(register_optimizer_step_post_hook(_on_optimizer))
-
-
-def _on_optimizer(*_: Any) -> None:
-    _settle_all()  # the hooks stay for now: the optimizer goes through them at this moment
+_MONITORS = _StepMonitors()
+settle_pending = _MONITORS.settle_pending
+stop_listening = _MONITORS.stop_listening
+stop_tracing = _MONITORS.stop_tracing

@@ -1,15 +1,15 @@
-"""How long does a call take? On a GPU there are two answers, and which one counts is known only of a whole step.
+"""Time a call, in the seconds of the device and in those of the host.
 
-The *device* needs its time to run the kernels, the *host* its own to hand them out. In a step both go on at once, so
-the slower of the two over the whole step is what the step takes: a small block that the host alone would make slow
-costs next to nothing between large ones. Waiting for the device around each call would charge every block for launches
-that overlap, so the device is held back until the call has been handed out, and then runs it without a gap. That in
-turn makes the host slower, and a call of autograd wakes its thread (0.3 ms), which a step does once for all blocks: the
-host is timed on an idle device, and without what a call that does nothing takes.
+The *device* needs its time to run the kernels, the *host* its own to launch them. In a step both go on at once, so the
+slower of the two over the whole step is what the step takes: a small block that only the host makes slow costs next to
+nothing between large ones. Waiting for the device around each call would charge every block for launches that overlap.
+So the device is held back until the host has launched the call, and then runs it without a gap. That makes the host
+slower, and a call of autograd wakes its thread (0.3 ms), which a step does once for all blocks: so the host is timed on
+an idle device, less what a call that does nothing takes.
 
-On a CPU a call that is repeated finds its data in caches that hold a few blocks of a small model; in a step it does
-not, as everything else has passed through them since. A norm takes half the time then, and a plan would repeat norms
-that are not so cheap. So as much as a step touches, and caches hold, is brought in before each call.
+On a CPU a repeated call finds its data in caches that hold a few blocks of a small model. In a step it does not,
+because everything else has passed through the caches since. A norm would take half its time, and a plan would repeat
+norms that are not so cheap. So before each call the timer touches as many bytes as a step does, up to the caches' size.
 """
 
 import time
@@ -25,7 +25,7 @@ from tinybp_lightning.capture.torch.private import hold_cuda
 __all__ = ["Timer", "Timing"]
 
 _HOLD_CYCLES = 20_000_000
-"""About 10 ms at 2 GHz: longer than the host takes to hand out a block."""
+"""About 10 ms at 2 GHz: longer than the host takes to launch a block."""
 _REPEATS = 3
 _IDLE_REPEATS = 5
 _CACHE_BYTES = 64 * 2**20
@@ -39,8 +39,12 @@ class Timing:
     device_s: float
     host_s: float
 
+    def plus(self, other: "Timing", *, share: float = 1.0) -> "Timing":
+        """Return the sum with a share of `other`."""
+        return Timing(self.device_s + share * other.device_s, self.host_s + share * other.host_s)
+
     def without_host(self, host_s: float) -> "Timing":
-        """Return it with so much less of the host, at least nothing."""
+        """Return the timing with `host_s` less on the host, but at least nothing."""
         return Timing(self.device_s, max(0.0, self.host_s - host_s))
 
     def at_most(self, other: "Timing") -> "Timing":
@@ -51,7 +55,8 @@ class Timing:
 class Timer:
     """Times calls whose work is on `device`.
 
-    **Arguments:** `step_bytes`: what a whole step touches. But for CUDA, as much host memory is held, at most 64 MiB.
+    **Arguments:** `step_bytes`: what a whole step touches. Except for CUDA, the timer holds as much host memory, at
+    most 64 MiB.
     """
 
     def __init__(self, device: torch.device, *, step_bytes: int) -> None:
@@ -71,23 +76,23 @@ class Timer:
     def time(self, call: Callable[[], Any], *, is_held: bool = True) -> Timing:
         """Run `call` once and return what it took.
 
-        **Arguments:** `is_held`: whether a GPU waits until the call has been handed out, for the seconds of the device;
-        those of the host are less where it does not.
+        **Arguments:** `is_held`: whether a GPU waits until the call is launched, which gives its device seconds; the
+        host seconds are less without it.
         """
         if self.device.type == "cuda":
             return self._time_cuda(call, is_held=is_held)
-        self._cold.bitwise_not_()  # reads and writes it all, and allocates nothing that a trace would see
+        self._cold.bitwise_not_()  # reads and writes all of it, and allocates nothing that a trace would see
         started = time.perf_counter()
         call()
         seconds = time.perf_counter() - started
         return Timing(seconds, seconds)
 
     def time_repeatable(self, call: Callable[[], Any]) -> Timing:
-        """Run `call` as often as it takes to tell on a machine that others use too; return the least that it took."""
-        spent = self.time(call)
+        """Run `call` several times, because others use the machine too, and return the least that it took."""
+        timing = self.time(call)
         for number in range(1, _REPEATS):
-            spent = spent.at_most(self.time(call, is_held=number % 2 == 0))
-        return spent
+            timing = timing.at_most(self.time(call, is_held=number % 2 == 0))
+        return timing
 
     def _time_cuda(self, call: Callable[[], Any], *, is_held: bool) -> Timing:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

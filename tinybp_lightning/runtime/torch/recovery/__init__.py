@@ -1,0 +1,1 @@
+"""Run a step again, with nothing lost, when it has run out of device memory."""

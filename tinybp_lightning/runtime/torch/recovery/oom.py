@@ -1,20 +1,20 @@
-"""What happens when a step runs out of device memory? It is run again, under a tighter plan, with nothing lost.
+"""Run a step that has run out of device memory again, under a tighter plan, with nothing lost.
 
 Only a step whose bounds are known can be run again: `run_step` here, and Lightning's automatic optimization
-(`integrations`). A synchronised backward cannot: the other ranks wait inside a collective for gradients of the first
-run. There, and where the user says `on_oom="raise"`, the error passes, with our numbers as a note.
+(`integrations`). A synchronised backward cannot, because the other ranks wait inside a collective for gradients of the
+first run. There, and where the user says `on_oom="raise"`, the error passes with our numbers as a note.
 
 Note [Letting go]
     An exception's traceback holds the frames that it passed, and these hold the failed step's graph. So the error is
     kept without its frames' contents, and the second run begins outside of the `except` block. The autograd engine
-    holds it too: a backward that fails leaves the nodes it did not reach in its thread's queue, and only takes them out
-    when it comes to them. The queue is in the order of creation, newest first, so a backward through a node that is
-    older than the step takes them all out (torch 2.13, `engine.cpp`: `CompareNodeTaskTime`, `thread_main`).
+    holds the graph too: a backward that fails leaves the nodes it did not reach in its thread's queue, and removes them
+    only when it comes to them. The queue is in the order of creation, newest first, so a backward through a node that
+    is older than the step removes them all (torch 2.13, `engine.cpp`: `CompareNodeTaskTime`, `thread_main`).
 
 Note [How much tighter]
-    Little at first, as a smaller plan costs time in every later step; more each time the same step fails again, and
-    then the smallest. A step that fails under the smallest plan at once is run again as it is, once: the allocator has
-    whole segments to give back now. The first error is the one that is raised in the end.
+    A little at first, because a smaller plan costs time in every later step; more each time the same step fails again;
+    then the smallest plan. A step that fails under the smallest plan at once is run again as it is, once, because the
+    allocator can give back whole segments now. The first error is the one that is raised in the end.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ _SHARES = (0.05, 0.15, 0.35, 1.0)
 
 
 class OomRetry:
-    """Runs the steps of one model, and runs a step again that was out of memory.
+    """Runs the steps of one model, and runs a step again if it was out of memory.
 
     **Arguments:** `step_snapshot`: of the model; `targets`: returns what trains under a plan in it; `keep`: called as
-    a step begins, notes what else the step changes, and returns a function that puts it back.
+    a step begins, notes what else the step changes, and returns a function that restores it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OomRetry:
         self._step_snapshot = step_snapshot
         self._targets = targets
         self._keep = keep
-        self._put_back: Callable[[], None] | None = None
+        self._restore: Callable[[], None] | None = None
         self._error: torch.OutOfMemoryError | None = None
         self._num_failures = 0
         with torch.enable_grad():
@@ -68,18 +68,18 @@ class OomRetry:
             self._older_than_any_step = self._leaf * 1
 
     def begin(self, inputs: Sequence[Any]) -> None:
-        """A step begins that will read `inputs`, in every run of it."""
+        """Begin a step that will read `inputs` in every run of it."""
         self._error, self._num_failures = None, 0
         self._step_snapshot.begin(inputs)
-        self._put_back = None if self._keep is None else self._keep()
+        self._restore = None if self._keep is None else self._keep()
 
     def backward_begins(self) -> None:
-        """The forward has ended, and nothing has been added to a gradient yet. Called in every run."""
+        """Note, in every run, that the forward has ended and that no gradient has changed yet."""
         self._step_snapshot.backward_begins()
 
     def end(self) -> None:
-        """The step has ended well."""
-        self._error, self._put_back = None, None
+        """End a step that went well."""
+        self._error, self._restore = None, None
         self._step_snapshot.end()
 
     def run(self, first: Callable[[], T], again: Callable[[], T], let_go: Callable[[], None] | None = None) -> T:
@@ -103,35 +103,35 @@ class OomRetry:
                 self._prepare()
                 attempt = again
         except BaseException:
-            self._error, self._put_back = None, None
+            self._error, self._restore = None, None
             self._step_snapshot.abandon()
             raise
 
     def _prepare(self) -> None:
-        """Make room and rewind, or raise."""
-        assert self._error is not None, "there is no failure to answer"
+        """Free memory, tighten the plans and rewind the step, or raise the first error."""
+        assert self._error is not None, "no step has failed"
         self._num_failures += 1
         torch.autograd.grad(self._older_than_any_step, self._leaf, retain_graph=True)  # See Note [Letting go]
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         reason = self._step_snapshot.obstacle()
-        if reason is None and not self._make_room():
+        if reason is None and not self._tighten():
             reason = f"it was run {self._num_failures} times, the last time under the smallest plan"
         if reason is not None:
             self._error.add_note(_note(self._targets(), f"the step cannot be saved: {reason}."))
             raise self._error
         self._step_snapshot.rewind()
-        if self._put_back is not None:
-            self._put_back()
+        if self._restore is not None:
+            self._restore()
 
-    def _make_room(self) -> bool:
+    def _tighten(self) -> bool:
+        """Tighten the targets' plans; return whether another run may fit. See Note [How much tighter]."""
         share = _SHARES[min(self._num_failures, len(_SHARES)) - 1]
-        found = self._targets()
-        before = [t.flown for t in found]
-        changed = [(t, old) for t, old in zip(found, before, strict=True) if t.tighten(share)]
+        before = [(t, t.active_plan) for t in self._targets()]
+        changed = [(t, old) for t, old in before if t.tighten(share)]
         for t, old in changed:
-            new = t.flown
+            new = t.active_plan
             if old is not None and new is not None:
                 warnings.warn(
                     f"`{t.name}` ran out of device memory. The step is run again, with nothing lost, under a plan of "
@@ -156,17 +156,17 @@ def run_step(
     side effects of both functions happen once for each run.
 
     **Returns:** the loss, detached. Gradients, buffers and random generators are as after one uninterrupted step, bit
-    for bit, also where gradients were there before.
+    for bit, even if there were gradients before.
 
-    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, `compute_loss` or `backward` is no function, or
-    `compute_loss` returns no loss; `UnsupportedModuleError` if `model` is no module;
-    `torch.OutOfMemoryError` when the smallest plan fails too, or the step cannot be run again (the note says why).
+    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, `compute_loss` or `backward` is not a function,
+    or `compute_loss` does not return a loss; `UnsupportedModuleError` if `model` is not a module;
+    `torch.OutOfMemoryError` if the smallest plan fails too, or the step cannot be run again (the note says why).
     """
     dispatcher = _dispatcher_in(model)
     for name, function in (("compute_loss", compute_loss), ("backward", backward)):
         if not callable(function) or isinstance(function, type):
             raise ConfigError(
-                f"`{name}={function!r}` is no function: pass one that takes "
+                f"`{name}={function!r}` is not a function: pass one that takes "
                 f"{'the inputs and returns the loss' if name == 'compute_loss' else 'the loss and runs its backward'}."
             )
 
@@ -174,8 +174,8 @@ def run_step(
         loss = compute_loss(*inputs)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise ConfigError(
-                f"`compute_loss` returned `{type(loss).__name__}`: expected the loss, a tensor that requires grad; "
-                "`run_step` calls its backward."
+                f"`compute_loss` returned `{type(loss).__name__}`, but `run_step` calls its backward: return the loss, "
+                "a tensor that requires grad."
             )
         begins()
         backward(loss)
@@ -187,14 +187,14 @@ def run_step(
             return attempt(inputs, lambda: None)
     if dispatcher.step_snapshot is None or dispatcher.step_snapshot.root is not model:
         dispatcher.step_snapshot = StepSnapshot(model)
-    rescue = OomRetry(dispatcher.step_snapshot, lambda: targets(model))
+    retry = OomRetry(dispatcher.step_snapshot, lambda: targets(model))
     untouched = fresh_containers(inputs)
-    rescue.begin(inputs)
-    loss = rescue.run(
-        lambda: attempt(inputs, rescue.backward_begins),
-        lambda: attempt(fresh_containers(untouched), rescue.backward_begins),
+    retry.begin(inputs)
+    loss = retry.run(
+        lambda: attempt(inputs, retry.backward_begins),
+        lambda: attempt(fresh_containers(untouched), retry.backward_begins),
     )
-    rescue.end()
+    retry.end()
     return loss
 
 
@@ -223,7 +223,7 @@ def explaining(targets: Callable[[], Sequence[Target]], reason: str) -> Generato
 
 
 def fresh_containers(inputs: Any) -> Any:
-    """Return the same values in new containers: a step that pops a key from its batch can be run again."""
+    """Return the same values in new containers, so that a step that pops a key from its batch can be run again."""
 
     def renew(leaf: Any) -> Any:
         mapping: Any = leaf  # a library's own kind of dictionary is a leaf to pytree
@@ -234,17 +234,17 @@ def fresh_containers(inputs: Any) -> Any:
 
 def _dispatcher_in(model: nn.Module) -> Dispatcher:
     refuse_other_than_module(model)
-    found = [d for m in model.modules() if (d := dispatcher_of(m)) is not None]
-    if not found:
-        raise ConfigError(
-            f"`{type(model).__name__}` is not under height-compressed backpropagation, and no part of it is: "
-            "call `tbp.hcb(model, ...)` first."
-        )
-    return found[0]
+    for m in model.modules():
+        if (dispatcher := dispatcher_of(m)) is not None:
+            return dispatcher
+    raise ConfigError(
+        f"`{type(model).__name__}` is not under height-compressed backpropagation, and no part of it is: "
+        "call `tbp.hcb(model, ...)` first."
+    )
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Empty the frames that `error`, and what it came from, has passed. See Note [Letting go]."""
+    """Empty the frames that `error`, and what caused it, has passed. See Note [Letting go]."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
@@ -258,12 +258,12 @@ def _clear_frames(error: BaseException) -> None:
 def _note(found: Sequence[Target], reason: str) -> str:
     lines = [f"tinybp_lightning: {reason}"]
     for target in found:
-        plan = target.flown
+        plan = target.active_plan
         if plan is None:
             lines.append(f"`{target.name}` has no plan yet: memory ran out while its blocks were run or measured.")
         else:
             lines.append(
-                f"`{target.name}` flew the plan `{plan.reason}`: {format_bytes(plan.predicted_peak_bytes)} above what "
+                f"`{target.name}` ran the plan `{plan.reason}`: {format_bytes(plan.predicted_peak_bytes)} above what "
                 f"was there when the step began, of {format_bytes(plan.budget_bytes)} (plain training: "
                 f"{format_bytes(plan.plain_peak_bytes)}; smallest plan: {format_bytes(target.smallest_bytes)})."
             )

@@ -1,25 +1,25 @@
-"""What must be put back before a step is run a second time, and can it be? One `StepSnapshot` per model.
+"""Note what a step changes, and restore it before the step is run a second time.
 
-A step leaves traces in the random generators, in buffers, and, once backward has begun, in gradients. They are noted
-while the step runs, cheaply: of what did not change in the first steps, nothing is copied in the later ones.
+A step changes the random generators, buffers, and gradients once backward has begun. The snapshot is cheap: what did
+not change in the first steps is not copied in the later ones.
 
 Note [Finished gradients]
     Within one backward a parameter's `AccumulateGrad` runs once, with everything that belongs to it. So a backward that
-    fails half-way leaves two kinds of gradients beside the older ones: those that are finished, and those it did not
-    reach. A finished one is the value that an uninterrupted step would leave: it is set aside, and put back when the
-    second run brings its gradient again. That needs no copy of the older gradients and no sum in another order, and it
-    is the same bits in any micro-batch. Where there was no older gradient, the parameter starts again from none.
+    fails half-way leaves some gradients finished, and has not reached the others. A finished one has the value that an
+    uninterrupted step would leave: it is set aside, and restored when the second run makes that gradient again. That
+    needs no copy of the older gradients and no sum in another order, and it gives the same bits in any micro-batch. A
+    parameter without an older gradient starts again from none.
 
 Note [Buffers that change]
-    Buffers are copied (to the host) and compared in the first steps. Later, those that were seen to change are copied
-    where they are, and the others only watched by their version: a copy of an averaged model, say, is not doubled.
-    Norms change their statistics without raising the version, so those always count as changing.
+    In the first steps buffers are copied to the host and compared. Later those that have changed are copied where they
+    are, and the others only watched by their version: the copy that an averaged model keeps, say, is not doubled. Norms
+    change their statistics without raising the version, so those always count as changing.
 """
 
 import random
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from tinybp_lightning.capture.torch.private import accumulation_hooks, buffers_of
-from tinybp_lightning.runtime.torch.replay.ambient import RandomState, random_state_now, set_random_state
+from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
 
 __all__ = ["StepSnapshot"]
 
@@ -37,17 +37,8 @@ _LEARNING_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class _Generators:
-    """Every generator a training step may draw from."""
-
-    torch: RandomState
-    python: Any
-    numpy: Any
-
-
-@dataclass(frozen=True, slots=True)
 class _Buffer:
-    """A buffer as it was when the step began, and a copy of it if it may change."""
+    """A buffer as it was when the step began, with a copy if it may change."""
 
     owner: nn.Module
     name: str
@@ -57,12 +48,12 @@ class _Buffer:
 
     @property
     def was_replaced(self) -> bool:
-        """Whether the module holds another tensor now."""
+        """Whether the module now holds another tensor."""
         return buffers_of(self.owner).get(self.name) is not self.tensor
 
     @property
     def was_written(self) -> bool:
-        """Whether the tensor's content has changed: by its version, or by its copy if there is one."""
+        """Whether the tensor's content has changed, by its version or by its copy."""
         if _version(self.tensor) != self.version:
             return True
         if self.tensor is None or self.copy is None:
@@ -72,29 +63,25 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True)
 class _Gradient:
-    """A parameter's gradient before something that may change it; not held, as the step may do without it."""
+    """A parameter's gradient before something that may change it. A weak reference: the step may release it."""
 
     tensor: "weakref.ref[torch.Tensor] | None"
     version: int
 
     @classmethod
     def of(cls, p: nn.Parameter) -> "_Gradient":
-        gradient = p.grad
-        return _NO_GRADIENT if gradient is None else cls(weakref.ref(gradient), _version(gradient))
+        return cls(None if p.grad is None else weakref.ref(p.grad), _version(p.grad))
 
     def is_of(self, p: nn.Parameter) -> bool:
-        """Whether `p` has the same gradient, unchanged."""
+        """Return whether `p` has the same gradient, unchanged."""
         tensor = None if self.tensor is None else self.tensor()
         return p.grad is tensor and _version(p.grad) == self.version
-
-
-_NO_GRADIENT = _Gradient(None, -1)
 
 
 class StepSnapshot:
     """Notes what a step of `root` changes: `begin`, `backward_begins`, then `end`.
 
-    After a failure `obstacle` says whether the step can be run again, `rewind` prepares that, and `abandon` gives up.
+    After a failure `obstacle` tells whether the step can be run again, `rewind` prepares that, and `abandon` gives up.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -103,16 +90,16 @@ class StepSnapshot:
         self._changing: set[tuple[int, str]] = set()
         self._finished: dict[int, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._enumerate()
-        self._let_go()
+        self._list_parts()
+        self._release()
 
-    def _enumerate(self) -> None:
+    def _list_parts(self) -> None:
         self._modules = list(self.root.modules())
         self._parameters = list(self.root.named_parameters())
         self._devices = sorted({p.device for _, p in self._parameters}, key=str)
 
-    def _let_go(self) -> None:
-        self._generators: _Generators | None = None
+    def _release(self) -> None:
+        self._restore_generators: Callable[[], None] | None = None
         self._buffers: list[_Buffer] = []
         self._inputs: list[tuple[torch.Tensor, int]] = []
         self._draws = False
@@ -129,9 +116,9 @@ class StepSnapshot:
     # ---- while the step runs -----------------------------------------------------------------------------------
 
     def begin(self, inputs: Sequence[Any]) -> None:
-        """Note everything before the forward; `inputs` are what a second run will be given again."""
-        self._let_go()
-        self._generators = _generators_now(self._devices)
+        """Note everything before the forward; a second run will get `inputs` again."""
+        self._release()
+        self._restore_generators = _note_generators(self._devices)
         self._inputs = [(t, _version(t)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         self._draws = any(isinstance(x, Iterator) for x in tree_leaves(inputs))
         self._versions = [p._version for _, p in self._parameters]
@@ -156,7 +143,7 @@ class StepSnapshot:
                 self._gradients[index] = _Gradient.of(p)
 
     def end(self) -> None:
-        """The step has ended well: learn which buffers change, and let go of everything."""
+        """End a step that went well: learn which buffers change, and release everything."""
         learning = self._num_steps < _LEARNING_STEPS
         for b in self._buffers:
             if _version(b.tensor) != b.version or (learning and b.was_written):
@@ -165,18 +152,18 @@ class StepSnapshot:
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of everything; the finished gradients are where an uninterrupted step would have left them."""
+        """Release everything; each finished gradient goes where an uninterrupted step would have left it."""
         for index, finished in self._finished.items():
             self._parameters[index][1].grad = finished
-        self._let_go()
+        self._release()
 
     # ---- after a failure ---------------------------------------------------------------------------------------
 
     def obstacle(self) -> str | None:
-        """Return why the step cannot be run again as it was, or `None` if it can."""
+        """Return why the step cannot be run again, or `None` if it can."""
         now = [*self.root.modules(), *self.root.parameters()]
-        if _ids(now) != _ids([*self._modules, *(p for _, p in self._parameters)]):
-            self._enumerate()
+        if list(map(id, now)) != list(map(id, [*self._modules, *(p for _, p in self._parameters)])):
+            self._list_parts()
             return "a part of the model was added or taken away during the step"
         if self._draws:
             return "the step draws its batch itself, and would draw the next one"
@@ -186,18 +173,18 @@ class StepSnapshot:
             if p._version != version:
                 return f"parameter `{name}` was changed before the step had ended"
             if self._is_backward:
-                # They may have run or not, and what they changed is not ours to know.
-                if any(not isinstance(hook, _PutBack) for hook in accumulation_hooks(p)):
+                # A hook may have run, and we cannot know what it changed.
+                if any(not isinstance(hook, _Restore) for hook in accumulation_hooks(p)):
                     return f"parameter `{name}` has a hook that runs after its gradient's accumulation"
-            elif p.grad is not None and not before.is_of(p):  # set to none, it is none for the second run as well
+            elif p.grad is not None and not before.is_of(p):  # a gradient set to none is none for the second run too
                 return f"the gradient of `{name}` was changed in the forward"
         lost = [b.name for b in self._buffers if b.copy is None and b.was_written]
         return f"buffer `{lost[0]}` changed for the first time, and there is no copy of it" if lost else None
 
     def rewind(self) -> None:
-        """Put generators, buffers and gradients back, so that the step can be run again."""
-        assert self._generators is not None, "no step has begun"
-        _set_generators(self._generators)
+        """Restore generators, buffers and gradients, so that the step can be run again."""
+        assert self._restore_generators is not None, "no step has begun"
+        self._restore_generators()
         with torch.no_grad():
             for b in self._buffers:
                 if b.tensor is not None and b.copy is not None and b.was_written:
@@ -219,12 +206,12 @@ class StepSnapshot:
             p.grad = None
             if index in self._finished:
                 parameter: Any = p  # the method is not annotated in full
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_PutBack(self._finished[index])))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_Restore(self._finished[index])))
 
 
 @dataclass(frozen=True, slots=True)
-class _PutBack:
-    """A hook that puts a finished gradient in place of the one that a second run has just made."""
+class _Restore:
+    """A hook that replaces the gradient that a second run has just made by the finished one."""
 
     finished: torch.Tensor
 
@@ -236,19 +223,15 @@ def _version(t: torch.Tensor | None) -> int:
     return -1 if t is None or t.is_inference() else t._version
 
 
-def _ids(objects: Sequence[object]) -> list[int]:
-    return [id(x) for x in objects]
+def _note_generators(devices: Sequence[torch.device]) -> Callable[[], None]:
+    """Note the state of every generator that a step may draw from, and return what restores them."""
+    numpy: Any = sys.modules.get("numpy")  # a program that has not imported it does not draw from it
+    state, python_state, numpy_state = random_state_now(devices), random.getstate(), numpy and numpy.random.get_state()
 
+    def restore() -> None:
+        set_random_state(state)
+        random.setstate(python_state)
+        if numpy_state is not None:
+            numpy.random.set_state(numpy_state)
 
-def _generators_now(devices: Sequence[torch.device]) -> _Generators:
-    # A program that has not imported numpy draws nothing from it.
-    numpy: Any = sys.modules.get("numpy")
-    return _Generators(random_state_now(devices), random.getstate(), numpy and numpy.random.get_state())
-
-
-def _set_generators(state: _Generators) -> None:
-    set_random_state(state.torch)
-    random.setstate(state.python)
-    if state.numpy is not None:
-        numpy: Any = sys.modules["numpy"]
-        numpy.random.set_state(state.numpy)
+    return restore

@@ -1,0 +1,1 @@
+"""Replay dropped blocks during backward, so that autograd finds what they saved."""

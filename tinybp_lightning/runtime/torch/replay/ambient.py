@@ -1,7 +1,7 @@
-"""What surrounds a block's first run that its replay must see again: autocast, random state.
+"""Capture what surrounds a block's first run, autocast and random state, and restore it around a replay.
 
-The states are data: captured once when the step begins (autocast) or before a random block (generators), and put
-back around a replay. A replay never draws new random numbers; the generators end where they were.
+Autocast is captured when the step begins, the generators before each random block. A replay never draws new random
+numbers: the generators end where they were.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _REGION_DEVICE_TYPES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Autocast:
-    """One device type's autocast setting."""
+    """The autocast setting of one device type."""
 
     device_type: str
     enabled: bool
@@ -60,11 +60,11 @@ def autocast_as(settings: Sequence[Autocast]) -> Generator[None]:
 
 @contextlib.contextmanager
 def closing_regions() -> Generator[None]:
-    """Leave every autocast and `no_grad` region that the body entered and an exception kept it from leaving.
+    """Leave every autocast and `no_grad` region that the body entered and that an exception kept it from leaving.
 
-    A traced block enters and leaves a region by two plain calls, and a replay that stops early never gets to the
-    second. The cache of cast weights is emptied when the outermost region is left; were one never left, later steps
-    would run on the weights of this one.
+    A traced block enters and leaves a region by two plain calls, and a replay that stops early never reaches the
+    second. Autocast empties its cache of cast weights when the outermost region is left: with a region left open, later
+    steps would use this step's weights.
     """
     nesting = _autocast_nesting()
     settings = autocast_now(_REGION_DEVICE_TYPES)
@@ -85,32 +85,31 @@ def closing_regions() -> Generator[None]:
 
 
 def _autocast_nesting() -> int:
-    # In one line: an interrupt between two would leave the region open that is only here to be counted.
+    # In one line: an interrupt between two lines would leave the region open that is entered only to be counted.
     return (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
 
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """The CPU generator's state, and those of the CUDA devices in use, in order."""
+    """The state of the CPU's generator, and of the CUDA devices in use, by device index."""
 
     cpu: torch.Tensor
     cuda: tuple[tuple[int, torch.Tensor], ...]
 
     def same_as(self, other: "RandomState") -> bool:
-        """Whether both hold the same states, bit for bit."""
-        if len(self.cuda) != len(other.cuda) or not torch.equal(self.cpu, other.cpu):
-            return False
-        return all(torch.equal(a[1], b[1]) for a, b in zip(self.cuda, other.cuda, strict=True))
+        """Return whether both hold the same states, bit for bit."""
+        mine, theirs = ([state.cpu, *(t for _, t in state.cuda)] for state in (self, other))
+        return len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def random_state_now(devices: Sequence[torch.device]) -> RandomState:
-    """Return the generators' states for the CPU and the CUDA devices among `devices`."""
+    """Return the states of the generators of the CPU and of the CUDA devices among `devices`."""
     indices = sorted({d.index for d in devices if d.type == "cuda"})
     return RandomState(torch.get_rng_state(), tuple((i, torch.cuda.get_rng_state(i)) for i in indices))
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put the generators back to `state`."""
+    """Restore the generators to `state`."""
     torch.set_rng_state(state.cpu)
     for index, value in state.cuda:
         torch.cuda.set_rng_state(value, index)

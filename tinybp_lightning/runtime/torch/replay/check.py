@@ -1,12 +1,11 @@
-"""Did a replay save the same bits as the forward? Checked mode compares a hash of every saved tensor.
+"""Check that a replay saves the same bits as the forward, by a hash of every saved tensor.
 
-A hash is one integer, made on the tensor's device: its bytes as integers, each times an odd weight of its own, summed
-with wraparound. One element that differs always changes the sum, because an odd weight has an inverse modulo 2^64;
-more of them do but for one case in 2^64 or so. All hashes of a block are compared at once after its replay, so a
-device waits once for each replayed block.
+`HCBConfig(check=True)` or `HCB_CHECK=1` asks for this checked mode; otherwise none of this module runs in a step.
 
-`HCBConfig(check=True)` or `HCB_CHECK=1` asks for it. The engine picks this book when a forward begins; off, none of
-this runs.
+A hash is one integer, made on the tensor's device: the bytes as integers, each times an odd weight of its own, summed
+with wraparound. One element that differs always changes the sum, because an odd weight has an inverse modulo 2^64.
+Several elements that differ leave it unchanged in about one of 2^64 cases. After a replay all hashes of the block are
+compared at once, so a device waits once for each replayed block.
 """
 
 import os
@@ -24,26 +23,26 @@ __all__ = ["CheckedSavedTensors", "fingerprint", "is_checking"]
 _VARIABLE = "HCB_CHECK"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64: odd, with bits all over
-# The integers that are alive at once are a small share of the tensor, so that checked steps keep their budgets.
+# Only a small share of the tensor is alive as integers at once, so that checked steps stay within their budgets.
 _MIN_CHUNK, _MAX_CHUNKS = 256, 64
 
 
 def is_checking(*, asked: bool) -> bool:
-    """Return whether checked mode was `asked` for in code, or `HCB_CHECK` asks for it now.
+    """Return whether code `asked` for checked mode, or `HCB_CHECK` asks for it now.
 
-    **Raises:** `ConfigError` if the variable says neither 0 nor 1.
+    **Raises:** `ConfigError` if the variable is neither 0 nor 1.
     """
     value = os.environ.get(_VARIABLE, "0")
     if value not in ("", "0", "1"):
-        raise ConfigError(f"`{_VARIABLE}={value}` is unknown: expected 1 (compare every replayed tensor) or 0.")
+        raise ConfigError(f"`{_VARIABLE}={value}` is unknown: set it to 1 (compare every replayed tensor) or 0.")
     return asked or value == "1"
 
 
 def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
-    """Return a hash of a tensor's values, bit for bit, on its device; `None` where it has none to be compared.
+    """Return a hash of a tensor's values, bit for bit, on its device; `None` if the values cannot be compared.
 
-    That is what cannot be read as bytes, and flat `uint8`: a recurrent kernel's workspace, part of which is padding
-    that nobody writes.
+    Those are tensors that cannot be read as bytes, and flat `uint8` ones: the workspace of a recurrent kernel, part of
+    which is padding that nobody writes.
     """
     if not has_storage(t) or t.device.type == "meta" or (t.dtype is torch.uint8 and t.dim() == 1):
         return None
@@ -51,9 +50,10 @@ def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
         integers = _as_integers(t.detach())
         size = max(_MIN_CHUNK, integers.numel() // _MAX_CHUNKS)
         total = torch.zeros((), dtype=torch.int64, device=t.device)
+        weights = _weights(min(size, integers.numel()), t.device)
         for start in range(0, integers.numel(), size):
             chunk = integers[start : start + size].long()
-            total = total * _GOLDEN + (chunk * _weights(chunk.numel(), t.device)).sum()
+            total = total * _GOLDEN + (chunk * weights[: chunk.numel()]).sum()
         return total
 
 
@@ -64,13 +64,13 @@ def _as_integers(t: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(count: int, device: torch.device) -> torch.Tensor:
-    """Odd numbers without a pattern that small changes of neighbours could cancel in."""
+    """Return odd numbers without a pattern in which small changes of neighbours could cancel."""
     mixed = torch.arange(1, count + 1, device=device) * _GOLDEN
     return (mixed ^ (mixed >> 29)) * _GOLDEN | 1
 
 
 class CheckedSavedTensors(SavedTensors):
-    """A slot book that remembers a hash of every saved tensor, and the op that saved it."""
+    """Saved tensors with a hash of each, and the op that saved it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +79,7 @@ class CheckedSavedTensors(SavedTensors):
         self._replayed: dict[int, torch.Tensor] = {}
 
     def pack(self, t: torch.Tensor) -> Slot | Reference:
-        """First sweep: take a saved tensor and its hash."""
+        """Take a saved tensor and its hash."""
         packed = super().pack(t)
         is_final = isinstance(packed, Slot) and not fills_after_saving()
         self._saved.append(fingerprint(t) if is_final else None)
@@ -87,7 +87,7 @@ class CheckedSavedTensors(SavedTensors):
         return packed
 
     def check_values(self) -> None:
-        """Raise `ReplayError`, naming the first op, if the replay saved other values than the forward."""
+        """Raise `ReplayError`, which names the first op, if the replay saved other values than the forward."""
         pairs = [(p, s, r) for p, r in sorted(self._replayed.items()) if (s := self._saved[p]) is not None]
         self._replayed = {}
         different: list[int] = []
@@ -97,10 +97,10 @@ class CheckedSavedTensors(SavedTensors):
             different += [here[int(k)][0] for k in unequal.nonzero()]
         if different:
             first = min(different)
-            form = self._forms[first]
+            shape, dtype, _ = self._forms[first]
             raise ReplayError(
                 f"the replay of block `{self._name}` saved other values than the forward: {len(different)} of "
-                f"{len(pairs)} tensors differ, the first is number {first}, {tuple(form.shape)} {form.dtype}, saved by "
+                f"{len(pairs)} tensors differ, the first is number {first}, {tuple(shape)} {dtype}, saved by "
                 f"{self._ops[first] or 'compiled code'}. {ADVICE}"
             )
 

@@ -34,7 +34,7 @@ from tinybp_lightning.runtime.torch.replay.ambient import closing_regions
 from tinybp_lightning.runtime.torch.replay.blocks import has_storage
 from tinybp_lightning.runtime.torch.replay.source_op import fills_after_saving, running_op
 
-__all__ = ["ADVICE", "Reference", "SavedTensors", "Slot", "StopOp", "StopReplay", "forget", "never_unpacked"]
+__all__ = ["ADVICE", "Reference", "SavedTensors", "Slot", "discarding", "never_unpacked"]
 
 ADVICE = (
     "The block does not do the same thing twice: one of its ops is not deterministic "
@@ -43,9 +43,9 @@ ADVICE = (
 )
 
 
-def forget(_: torch.Tensor) -> Any:
-    """Pack hook that throws a saved tensor away, for a graph that never runs backward."""
-    return None
+def discarding() -> contextlib.AbstractContextManager[Any]:
+    """Throw away what the body saves: its graph never runs backward."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, never_unpacked)
 
 
 def never_unpacked(_: Any) -> torch.Tensor:
@@ -53,34 +53,26 @@ def never_unpacked(_: Any) -> torch.Tensor:
     raise AssertionError("a replayed graph never runs backward")
 
 
-class StopReplay(Exception):  # noqa: N818 - control flow, never an error
+class _StopReplay(Exception):  # noqa: N818 - control flow, never an error
     """The replay has filled the block's last saved tensor, and nobody reads its outputs."""
 
 
-class StopOp(Exception):  # noqa: N818 - control flow, never an error
+class _StopOp(Exception):  # noqa: N818 - control flow, never an error
     """The replay has filled the last saved tensor of a skippable op, and nobody reads its result."""
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Slot:
     """What autograd holds in place of one saved tensor: `value` is filled just before autograd needs it."""
 
-    __slots__ = ("__weakref__", "block", "position", "value", "version")
-
-    def __init__(self, block: int, position: int) -> None:
-        self.block = block
-        self.position = position
-        self.value: torch.Tensor | None = None
-        self.version = 0
+    block: int
+    position: int
+    value: torch.Tensor | None = None
+    version: int = 0
 
     def fill(self, value: torch.Tensor) -> None:
         """Put in a tensor that shares its version counter with the one that the replay goes on with."""
         self.value, self.version = value, value._version
-
-    def take(self, reader: str) -> torch.Tensor:
-        """Return the tensor and release it. Raises as `read` does."""
-        value = self.read(reader)
-        self.value = None
-        return value
 
     def read(self, reader: str) -> torch.Tensor:
         """Return the tensor. Raises `ReplayError` if the slot is empty, or the tensor changed since it was filled."""
@@ -118,7 +110,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """How a slot's tensor views its source: `offset_bytes` is counted from the source's first element."""
+    """How a slot's tensor views its source, from whose first element `offset_bytes` is counted."""
 
     slot: "weakref.ref[Slot]"
     dtype: torch.dtype
@@ -155,15 +147,6 @@ class _Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """What a replay must save again at the same position."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
 class _Positions:
     """What one op saved: positions from `start` to `stop`. Those that a replay must fill end at `needed`."""
 
@@ -177,7 +160,7 @@ class SavedTensors:
 
     **Arguments:** `block`, `name`: the block's number, and its name in messages; `outer_storages`: those of the
     non-boundary inputs; `state`: the leaves that the block starts from; `is_out_of_place`: whether its ops are known
-    not to change any activation, see Note [Saved again].
+    not to change any activation, see Note [Saved again]; `holds`: fill the slots at once, until `release` is called.
     """
 
     def __init__(
@@ -188,12 +171,14 @@ class SavedTensors:
         *,
         name: str | None = None,
         is_out_of_place: bool = False,
+        holds: bool = False,
     ) -> None:
         self._block = block
         self._name = str(block) if name is None else name
         self._outer_storages = outer_storages
         self._is_out_of_place = is_out_of_place
-        self._forms: list[_Form] = []
+        self._holds = holds
+        self._forms: list[tuple[torch.Size, torch.dtype, torch.device]] = []  # for a replay to match
         self._slots: list[weakref.ref[Slot] | None] = []
         self._views_of_leaf: dict[int, list[_View]] = {}
         self._views_of_saved: dict[int, list[_View]] = {}  # by the position of the source
@@ -215,12 +200,14 @@ class SavedTensors:
     def pack(self, t: torch.Tensor) -> Slot | Reference:
         """Take a saved tensor, and return what autograd holds instead."""
         position = len(self._slots)
-        self._forms.append(_Form(t.shape, t.dtype, t.device))
+        self._forms.append((t.shape, t.dtype, t.device))
         key = storage_key(t) if has_storage(t) else None
         if key is not None and key in self._outer_storages:
             self._slots.append(None)
             return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
         slot = Slot(self._block, position)
+        if self._holds:
+            slot.fill(t.detach())
         self._slots.append(weakref.ref(slot))
         for source in () if key is None else (self._leaves.get(key), self._saved_first.get(key)):
             if source is not None and source.version == t._version:
@@ -248,6 +235,13 @@ class SavedTensors:
         """End the first run: release the leaves."""
         self._leaves.clear()
 
+    def release(self) -> None:
+        """Empty the slots, which were filled at once."""
+        for reference in self._slots:
+            slot = None if reference is None else reference()
+            if slot is not None:
+                slot.value = None
+
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
         """Return the bytes of the storages that the block saved and that its `outputs` do not keep alive."""
         kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
@@ -261,11 +255,14 @@ class SavedTensors:
             self._fill_each(views, state[leaf])
 
     @contextlib.contextmanager
-    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], torch.Tensor | None]]:
-        """Yield the pack hook of a replay, which fills the slots that are still alive, in order."""
-        self._filled = 0
+    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], None]]:
+        """Fill the slots that are still alive with what the body, a replay, saves; yield the pack hook.
 
-        def pack(t: torch.Tensor) -> torch.Tensor | None:
+        With `stops_early` the body is left at the last saved tensor that a slot waits for.
+        """
+        self._filled, self._is_stopped = 0, False
+
+        def pack(t: torch.Tensor) -> None:
             position = self._filled
             self._filled += 1
             self._check_form(position, t)
@@ -276,12 +273,15 @@ class SavedTensors:
                 slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
             self._fill_each(self._views_of_saved.get(position, ()), t)
             if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
-                raise StopReplay if self._filled == self.num_replayed else StopOp
-            return None
+                raise _StopReplay if self._filled == self.num_replayed else _StopOp
 
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked)
         skipping = filtered_by(self._run_skippable) if stops_early else contextlib.nullcontext()
-        with closing_regions(), skipping:
-            yield pack
+        try:
+            with closing_regions(), skipping, hooks:
+                yield pack
+        except _StopReplay:
+            self._is_stopped = True
 
     def note_value(self, position: int, t: torch.Tensor) -> None:
         """Hear which tensor a replay gave `position`; only `CheckedSavedTensors` listens."""
@@ -290,12 +290,9 @@ class SavedTensors:
         """End a replay; only `CheckedSavedTensors` has something to compare."""
 
     def check_complete(self) -> None:
-        """Raise `ReplayError` if the replay saved fewer tensors than the first run."""
-        if self._filled != len(self._slots):
-            raise ReplayError(
-                f"block `{self._name}` saved {len(self._slots)} tensors in the forward and {self._filled} in its "
-                f"replay. {ADVICE}"
-            )
+        """Raise `ReplayError` if the replay ran to its end and saved fewer tensors than the first run."""
+        if not self._is_stopped and self._filled != len(self._slots):
+            raise self._error(f"saved {self._filled} tensors, the forward {len(self._slots)}")
 
     def _fill_each(self, views: Sequence[_View], source: torch.Tensor) -> None:
         for view in views:
@@ -316,7 +313,7 @@ class SavedTensors:
             try:
                 with closing_regions():  # the op cannot leave what it entered if it is stopped
                     result = run()
-            except StopOp:
+            except _StopOp:
                 pass
             else:
                 self._check_num_filled(saved.stop)
@@ -329,24 +326,26 @@ class SavedTensors:
     def _check_num_filled(self, expected: int) -> None:
         """Raise `ReplayError` unless the replay has saved as many tensors as the first run had at this op."""
         if self._filled != expected:
-            raise ReplayError(
-                f"the replay of block `{self._name}` has saved {self._filled} tensors where it had saved {expected} in "
-                f"the forward: before {_place()}. {ADVICE}"
+            raise self._error(
+                f"has saved {self._filled} tensors where it had saved {expected} in the forward: before {_place()}"
             )
 
     def _check_form(self, position: int, t: torch.Tensor) -> None:
         """Raise `ReplayError` if the first run saved something else than `t` at `position`."""
         if position >= len(self._forms):
-            raise ReplayError(
-                f"the replay of block `{self._name}` saved more than its {len(self._forms)} tensors: "
-                f"{_place()} saved another. {ADVICE}"
+            raise self._error(f"saved more than its {len(self._forms)} tensors: {_place()} saved another")
+        form, expected = (t.shape, t.dtype, t.device), self._forms[position]
+        if form != expected:
+            raise self._error(
+                f"saved {_words(*form)} at position {position}, expected {_words(*expected)}: {_place()} saved it"
             )
-        form = self._forms[position]
-        if (t.shape, t.dtype, t.device) != (form.shape, form.dtype, form.device):
-            raise ReplayError(
-                f"the replay of block `{self._name}` saved {tuple(t.shape)} {t.dtype} on {t.device} at position "
-                f"{position}, expected {tuple(form.shape)} {form.dtype} on {form.device}: {_place()} saved it. {ADVICE}"
-            )
+
+    def _error(self, what: str) -> ReplayError:
+        return ReplayError(f"the replay of block `{self._name}` {what}. {ADVICE}")
+
+
+def _words(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{tuple(shape)} {dtype} on {device}"
 
 
 def _offset_bytes(t: torch.Tensor) -> int:

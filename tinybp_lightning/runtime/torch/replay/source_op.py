@@ -1,12 +1,12 @@
-"""Which of the user's ops runs now? Read off the Python frames: nothing is written down in advance.
+"""Find out from the Python frames which of the user's ops is saving a tensor.
 
 A pack hook is called inside the op that saves. The frame above it is either the generated code of a traced block, whose
 lines are the ops of its graph, or the `forward` of a submodule.
 
 Note [Filled after saving]
-    `rrelu` in training saves its noise *before* its kernel draws it, and without raising a version: what a hook is
-    given is memory that nobody has written yet. It is the only op whose formula does so (of all schemas in torch 2.13,
-    the only one that writes to an argument that its backward reads). A replay that stopped there would hand garbage to
+    In training `rrelu` saves its noise *before* its kernel draws it, and does not raise a version: the pack hook is
+    given memory that nobody has written yet. It is the only op whose formula does so (among all schemas in torch 2.13,
+    only this one writes to an argument that its backward reads). A replay that stopped there would hand garbage to
     backward.
 """
 
@@ -24,12 +24,12 @@ __all__ = ["fills_after_saving", "running_op"]
 
 _OURS = "tinybp_lightning.runtime.torch."
 _BETWEEN = ("tinybp_lightning.runtime.torch.replay.saved_tensors", "tinybp_lightning.capture.torch.op_filter")
-"""Whose frames may stand between an op and the code of its block: an op that may be left out is run by these."""
+"""The modules whose frames may stand between an op and the code of its block: they run the skippable ops."""
 _FILLS_AFTER_SAVING = frozenset({"rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_"})
 
 
 def running_op() -> str:
-    """Return words for the op that saves a tensor now ("op `gelu` of `layers.0.mlp`"); empty in compiled code."""
+    """Describe the op that is saving a tensor ("op `gelu` of `layers.0.mlp`"); return "" in compiled code."""
     modules: list[nn.Module] = []  # innermost first
     for frame in _frames_of_the_block():
         owner = frame.f_locals.get("self")
@@ -45,27 +45,27 @@ def running_op() -> str:
 
 
 def fills_after_saving() -> bool:
-    """Return whether the op that saves a tensor now may fill it later. See Note [Filled after saving]."""
+    """Return whether the op that is saving a tensor may fill it later. See Note [Filled after saving]."""
     codes = (frame.f_code for frame in _frames_of_the_block())
     return any(c.co_name in _FILLS_AFTER_SAVING or not _FILLS_AFTER_SAVING.isdisjoint(c.co_names) for c in codes)
 
 
 def _frames_of_the_block() -> Iterator[FrameType]:
-    """The frames between the pack hook and whoever runs the block, innermost first."""
-    frame = inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith(_OURS):
-        frame = frame.f_back
+    """Yield the frames between the pack hook and the engine, innermost first."""
+    frame, is_below = inspect.currentframe(), True  # below the op: the hook itself
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
-        if name not in _BETWEEN:
-            if name.startswith(_OURS):
-                return
+        is_ours = name.startswith(_OURS)
+        is_below = is_below and is_ours
+        if is_ours and not is_below and name not in _BETWEEN:
+            return
+        if not is_ours and name not in _BETWEEN:
             yield frame
         frame = frame.f_back
 
 
 def _traced_op(module: fx.GraphModule, line: int) -> str:
-    """The op on a line of the generated code: each line assigns to the name of one node."""
+    """Return the op on a line of the generated code, which assigns to the name of one node."""
     lines = module.code.splitlines()
     name = lines[line - 1].strip().partition(" ")[0].rstrip(":") if line <= len(lines) else ""
     node = next((n for n in module.graph.nodes if n.name == name), None)

@@ -20,15 +20,17 @@ from dataclasses import replace
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId
-from tinybp_lightning.schedule.planner.groups import small_bytes, without_small
 
-__all__ = ["slim", "slim_spans"]
+__all__ = ["coarse_spans", "coarsen"]
+
+_SMALL = 64
+"""What is smaller than such a part of the neediest block hardly weighs in."""
 
 
-def slim(chain: Chain) -> Chain:
+def coarsen(chain: Chain) -> Chain:
     """Return the slim chain of `chain`; a lower bound on the seconds of its schedules is one for `chain`."""
-    light = without_small(chain)
-    spans = slim_spans(chain)
+    light = _without_small(chain)
+    spans = coarse_spans(chain)
     inner = {s for boundary in light.boundaries for s in boundary.storages}
     inner -= {s for place in [0, *(end for _, end in spans)] for s in light.boundaries[place].storages}
     return replace(
@@ -38,9 +40,9 @@ def slim(chain: Chain) -> Chain:
     )
 
 
-def slim_spans(chain: Chain) -> list[tuple[int, int]]:
+def coarse_spans(chain: Chain) -> list[tuple[int, int]]:
     """Return which blocks of `chain`, `first` to `end` (exclusive), each block of its slim chain stands for."""
-    light, least_bytes = without_small(chain), small_bytes(chain)
+    light, least_bytes = _without_small(chain), _small_bytes(chain)
     starts = [b for b in range(len(light.blocks)) if not _follows(light, b, least_bytes)]
     return list(zip(starts, [*starts[1:], len(light.blocks)], strict=True))
 
@@ -84,4 +86,28 @@ def _option(chain: Chain, option: SavedSet, inner: set[StorageId], more_bytes: i
         saved_bytes=option.saved_bytes + sum(chain.storage_bytes[s] for s in private),
         backward_s=option.backward_s + more_s,
         backward_peak_bytes=option.backward_peak_bytes + more_bytes,
+    )
+
+
+def _without_small(chain: Chain) -> Chain:
+    """Return `chain` with the storages that hardly weigh in weighing nothing, which leaves its layers more alike."""
+    least_bytes = _small_bytes(chain)
+    sizes = tuple(size if size >= least_bytes else 0 for size in chain.storage_bytes)
+    boundaries = tuple(
+        Boundary(tuple(s for s in boundary.storages if sizes[s]), boundary.gradient_bytes)
+        for boundary in chain.boundaries
+    )
+    return Chain(sizes, chain.blocks, boundaries, chain.tail_peak_bytes, chain.tail_live_bytes, chain.workspace_bytes)
+
+
+def _small_bytes(chain: Chain) -> int:
+    """Return the bytes below which something hardly weighs in."""
+    return max(_need_bytes(chain, b, block) for b, block in enumerate(chain.blocks)) // _SMALL
+
+
+def _need_bytes(chain: Chain, b: int, block: Block) -> int:
+    standing_bytes = chain.boundaries[b + 1].gradient_bytes + block.parameter_gradient_bytes
+    return standing_bytes + min(
+        option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages) + option.backward_peak_bytes
+        for option in block.options
     )

@@ -1,16 +1,19 @@
-"""What does the user see while the first step is planned? A bar on a terminal, nothing elsewhere."""
+"""What the user sees while training is planned: a progress bar on a terminal, and each warning once."""
 
 import contextlib
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Hashable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-__all__ = ["PlanningProgress", "planning_progress"]
+from tinybp_lightning.errors import HCBWarning
+
+__all__ = ["PlanningProgress", "WarnOnce", "planning_progress"]
 
 
 class PlanningProgress:
-    """Stages of planning: `tracing`, `measuring` block by block, `planning`."""
+    """Shows the stages of planning: `tracing`, `compiling`, `measuring` block by block, `planning`."""
 
     def __init__(self, bar: Progress, task: TaskID, target: str) -> None:
         self._bar = bar
@@ -22,7 +25,7 @@ class PlanningProgress:
         self._bar.reset(self._task, total=total, description=f"hcb: {name} {self._target}")
 
     def advance(self, done: int, total: int) -> None:
-        """`done` of `total` parts are ready."""
+        """Show that `done` of `total` parts are ready."""
         self._bar.update(self._task, completed=done, total=total)
 
 
@@ -33,3 +36,16 @@ def planning_progress(target: str) -> Generator[PlanningProgress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield PlanningProgress(bar, bar.add_task(f"hcb: {target}", total=None), target)
+
+
+class WarnOnce:
+    """Gives the warnings of one target, each once."""
+
+    def __init__(self) -> None:
+        self._given: set[Hashable] = set()
+
+    def __call__(self, key: Hashable, message: str) -> None:
+        """Warn the user, unless a warning with this `key` was given before."""
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(message, HCBWarning, stacklevel=3)

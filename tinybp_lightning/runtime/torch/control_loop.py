@@ -1,0 +1,192 @@
+"""Carry out what the controller decides for one chain: read the limit, follow steps, tell observers, note plans."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+import torch
+
+from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
+from tinybp_lightning.runtime.torch.cache.memory import PlanCache
+from tinybp_lightning.runtime.torch.controller import (
+    NotePlan,
+    Observation,
+    OptimizerStateSeen,
+    OptionsMeasured,
+    OutOfMemory,
+    Phase,
+    RunPlan,
+    StepMeasured,
+    StepUnmeasured,
+    Task,
+    calibrate,
+    start,
+    start_from_cache,
+    unmeasured_options,
+)
+from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
+from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor
+from tinybp_lightning.runtime.torch.messages import WarnOnce
+from tinybp_lightning.runtime.torch.replay.engine import RunStats
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
+from tinybp_lightning.schedule.measured import MeasuredPlan
+from tinybp_lightning.schedule.planner.planner import Planner
+
+__all__ = ["ControlLoop", "TargetContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetContext:
+    """What all graphs and module steps of one target share."""
+
+    name: str
+    config: HCBConfig
+    observers: tuple[Observer, ...]
+    memory: TargetMemory
+    plans: PlanCache
+    warn: WarnOnce = field(default_factory=WarnOnce)
+
+
+class ControlLoop:
+    """Runs the steps of one chain under the controller's plans.
+
+    **Arguments:** `found`: the chain as it was measured, or a cached plan with its chain; `cached_from`: where that
+    plan is from, for reports. `note_plan`: called with a plan worth caching, and whether it was measured to fit.
+
+    **Raises:** `BudgetTooSmallError` where no plan fits.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        found: Chain | MeasuredPlan,
+        *,
+        headroom: Headroom,
+        device: torch.device,
+        observers: Sequence[Observer],
+        cached_from: str = "cached",
+        note_plan: Callable[[MeasuredPlan, bool], None] | None = None,
+    ) -> None:
+        self._headroom = headroom
+        self._device = device
+        self._observers = observers
+        self._note_plan = note_plan
+        self._num_steps = 0
+        self._planner_of = _LastPlanners()
+        if isinstance(found, MeasuredPlan):
+            self._state = start_from_cache(task, found, cached_from, headroom.read(), self._planner_of)
+        else:
+            self._state = start(task, found, headroom.read(), self._planner_of)
+        headroom.share(self._state.limit)
+
+    @property
+    def program(self) -> ReplayProgram:
+        """What the next step replays."""
+        return self._state.active.program
+
+    @property
+    def report(self) -> PlanReport:
+        """The plan in force."""
+        return self._state.active.report
+
+    @property
+    def chain(self) -> Chain:
+        """The chain with everything learned so far."""
+        return self._state.chain
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The peak of the smallest plan, as far as is known now."""
+        return self._planner_of(self._state.chain).smallest_bytes
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether there is still something to learn from the next step."""
+        return self._state.phase is not Phase.STEADY
+
+    @property
+    def unmeasured(self) -> frozenset[tuple[int, int]]:
+        """The options (block and number) to be measured before the next step."""
+        return unmeasured_options(self._state)
+
+    def learn_options(self, measured: Chain) -> None:
+        """Plan again with the options that were measured since: `measured` is the same chain with fewer estimates.
+
+        **Raises:** `BudgetTooSmallError` where no plan fits and all options are measured.
+        """
+        self._observe(OptionsMeasured(measured))
+
+    def refresh(self) -> None:
+        """Plan again if the optimizer's state has been seen since."""
+        if self._headroom.optimizer_bytes != self._state.active.optimizer_bytes:
+            self._observe(OptimizerStateSeen())
+
+    def tighten(self, share: float) -> bool:
+        """Run a plan whose peak is lower by `share` (1.0: the smallest), and none that needs more from now on.
+
+        **Returns:** whether there was one; if not, the plan in force stays.
+        """
+        return self._observe(OutOfMemory(share))
+
+    def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
+        """Start to follow a step."""
+        self.refresh()
+        return StepMonitor(self._device, parameters, self._state.task.budget, wants_trace=self.is_measuring)
+
+    def end_step(self, monitor: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
+        """Learn from a step that has ended, and tell the observers about it and about a new plan.
+
+        **Arguments:** `is_whole`: whether the step ran all blocks.
+        """
+        self._num_steps += 1
+        ran, measured = self.report, monitor.measured
+        profile = StepProfile(
+            target=self._state.task.target,
+            step=self._num_steps,
+            predicted_peak_bytes=ran.predicted_peak_bytes,
+            measured_peak_bytes=None if measured is None else measured.peak_bytes,
+            replayed_blocks=stats.replayed_blocks,
+            advanced_blocks=stats.advanced_blocks,
+            out_of_order_blocks=stats.out_of_order_blocks,
+            replay_s=stats.replay_s,
+            step_s=monitor.step_s,
+            plan_summary=ran.summary,
+        )
+        if measured is not None and not monitor.is_disturbed:
+            self._observe(StepMeasured(measured, is_whole))
+        elif self.is_measuring and not monitor.is_lost:  # if its trace was lost, the next step is measured instead
+            self._observe(StepUnmeasured())
+        for observer in self._observers:
+            observer.on_replay(profile)
+        return profile
+
+    def _observe(self, seen: Observation) -> bool:
+        """Let the controller decide, and act on it; return whether another plan is in force."""
+        state = replace(self._state, limit=self._headroom.read())
+        self._state, decisions = calibrate(state, seen, self._planner_of)
+        self._headroom.share(self._state.limit)
+        for decision in decisions:
+            match decision:
+                case RunPlan(plan=plan):
+                    for observer in self._observers:
+                        observer.on_plan(plan.report)
+                case NotePlan(plan=plan, is_measured=is_measured):
+                    if self._note_plan is not None:
+                        self._note_plan(plan, is_measured)
+                case _:
+                    assert_never(decision)
+        return any(isinstance(decision, RunPlan) for decision in decisions)
+
+
+class _LastPlanners:
+    """The planners of the last two chains (all options, and the measured ones): their tables serve every budget."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Chain, Planner]] = []
+
+    def __call__(self, chain: Chain) -> Planner:
+        found = next((pair for pair in self._known if pair[0] == chain), None) or (chain, Planner(chain))
+        self._known = [found, *(pair for pair in self._known if pair is not found)][:2]
+        return found[1]
