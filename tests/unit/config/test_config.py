@@ -165,6 +165,6 @@ def test_plan_caches(plan_cache: bool | str) -> None:
         (" ", "does not name a folder"),
     ],
 )
-def test_plan_caches_that_are_none(plan_cache: Any, reason: str) -> None:
+def test_a_plan_cache_of_another_kind_is_named(plan_cache: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"`plan_cache=.*{reason}"):
         HCBConfig(plan_cache=plan_cache)

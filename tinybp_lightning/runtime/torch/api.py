@@ -6,7 +6,7 @@ outermost modules that are called in training become the targets, with a plan ea
 
 import warnings
 from collections.abc import Sequence
-from typing import Never, TypeVar
+from typing import Any, Never, TypeVar, cast
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -54,11 +54,10 @@ class Session:
             if id(other.module) in below:
                 other.remove()
         self._dispatchers = [d for d in self._dispatchers if id(d.module) not in below]
-        for module in dispatcher.module.modules():
-            inner = dispatcher_of(module)
-            if inner is not None and inner is not dispatcher:
+        for inner in _dispatchers_in(dispatcher.module):
+            if inner is not dispatcher:
                 warnings.warn(
-                    f"`hcb` was called on `{type(module).__name__}`, which is part of "
+                    f"`hcb` was called on `{type(inner.module).__name__}`, which is part of "
                     f"`{type(dispatcher.module).__name__}`: one plan covers both, under the outer module's budget.",
                     HCBWarning,
                     stacklevel=2,
@@ -109,9 +108,7 @@ def attach(
             raise UnsupportedModuleError(
                 f"`{type(root).__name__}` has no forward of its own, so nothing calls it: pass the module that has one."
             )
-    for module in root.modules():
-        if (old := dispatcher_of(module)) is not None:
-            old.remove()
+    restore(root)
     _warn_of_compiled_parts(root)
     _take_over_checkpointing(root)
     return Session(root, config or HCBConfig(), observers, discover=discover)
@@ -148,18 +145,19 @@ def hcb(
 
 def restore(module: M) -> M:
     """Undo `hcb` on `module` and on all modules below it. Returns the same object, as it was before."""
-    refuse_other_than_module(module)
-    for part in module.modules():
-        if (dispatcher := dispatcher_of(part)) is not None:
-            dispatcher.remove()
+    for dispatcher in _dispatchers_in(module):
+        dispatcher.remove()
     return module
 
 
 def targets(module: nn.Module) -> tuple[Target, ...]:
     """Return the targets at or below `module` that have been called in training."""
+    return tuple(d.target for d in _dispatchers_in(module) if d.target is not None)
+
+
+def _dispatchers_in(module: nn.Module) -> list[Dispatcher]:
     refuse_other_than_module(module)
-    found = [dispatcher_of(part) for part in module.modules()]
-    return tuple(d.target for d in found if d is not None and d.target is not None)
+    return [found for part in module.modules() if (found := dispatcher_of(part)) is not None]
 
 
 def _refuse_untrainable(root: nn.Module) -> None:
@@ -194,15 +192,13 @@ def _warn_of_compiled_parts(root: nn.Module) -> None:
 
 def _take_over_checkpointing(root: nn.Module) -> None:
     """Switch off the model's own checkpointing: two schemes at once would replay everything twice."""
-    if not any(getattr(m, "gradient_checkpointing", False) is True for m in root.modules()):
-        return
-    for module in root.modules():
-        if (disable := getattr(module, "gradient_checkpointing_disable", None)) is not None:
-            warnings.warn(
-                f"`{type(module).__name__}` had gradient checkpointing enabled. It is now disabled: the plan decides "
-                "what to recompute.",
-                HCBWarning,
-                stacklevel=3,
-            )
-            disable()
-            return
+    is_enabled = any(getattr(m, "gradient_checkpointing", False) is True for m in root.modules())
+    owner = next((m for m in root.modules() if hasattr(m, "gradient_checkpointing_disable")), None)
+    if is_enabled and owner is not None:
+        warnings.warn(
+            f"`{type(owner).__name__}` had gradient checkpointing enabled. It is now disabled: the plan decides what "
+            "to recompute.",
+            HCBWarning,
+            stacklevel=3,
+        )
+        cast(Any, owner).gradient_checkpointing_disable()
