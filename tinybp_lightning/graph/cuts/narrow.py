@@ -147,7 +147,7 @@ def _check_cuts(profile: FrontierProfile, cuts: Sequence[int], num_nodes: int) -
 
 
 def _crossing_values(value_lives: Sequence[Life], positions: Sequence[int]) -> list[tuple[ValueId, ...]]:
-    """Return the values that cross each of the increasing `positions`, as `values_at` does, in one pass."""
+    """Return the values that cross each of the increasing `positions`, in id order."""
     crossing: list[list[ValueId]] = [[] for _ in positions]
     for value_id, life in enumerate(value_lives):
         for index in range(bisect_left(positions, life.made), bisect_left(positions, life.last_use)):
@@ -174,7 +174,7 @@ def _merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
     limit_bytes = _LIGHT_SHARE * median(total[q + 1] - total[p + 1] for p, q in pairwise([-1, *cuts, last]))
     kept = [-1]
     for position in [*cuts, last]:
-        # Giving up the cut before makes the block longer: look again until it is no longer light.
+        # Without the cut before it the block is longer: repeat until it is not light.
         while total[position + 1] - total[kept[-1] + 1] < limit_bytes:
             is_first = len(kept) == 1
             if is_first or (position != last and profile.cost(kept[-1]) < profile.cost(position)):
