@@ -86,9 +86,6 @@ def kept_paths(root: nn.Module) -> tuple[str, ...]:
     )
 
 
-# ---- pinned blocks -------------------------------------------------------------------------------------------------
-
-
 def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: Collection[str]) -> frozenset[int]:
     """Return the blocks that have an op of a module at one of `paths`.
 

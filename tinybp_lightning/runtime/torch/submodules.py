@@ -46,8 +46,6 @@ _REPLAYED = ReplayProgram(
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
-# ---- which submodules are blocks -----------------------------------------------------------------------------------
-
 
 def has_sharded_units(module: nn.Module) -> bool:
     """Return whether some part of `module` is an FSDP unit: those break the graph, and always are boundaries."""
@@ -98,9 +96,6 @@ def _is_repeated(container: nn.Module) -> bool:
         return False
     kinds = [type(part) for part in container.children() if next(part.children(), None) is not None]
     return len(kinds) > len(set(kinds))
-
-
-# ---- one call ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +174,6 @@ class _ModuleBlock:
         """What is kept so that a replay starts as the first run did: buffers, and a generator's state."""
         random = torch.get_rng_state().nbytes if self.is_random else 0
         return random + sum(t.nbytes for t in self._snapshots.values())
-
-
-# ---- a step --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -282,8 +274,6 @@ class ModuleSteps:
             observers=context.observers,
         )
         self._largest = largest
-
-    # ---- the calls of units --------------------------------------------------------------------------------------
 
     def intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""

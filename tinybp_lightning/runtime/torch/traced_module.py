@@ -145,8 +145,6 @@ class TracedModule:
         has_gradients = any(t.grad is not None for t in tensors if t.requires_grad and t.is_leaf)
         return _Forward(values, device, devices, _Situation(autocast_now(device_type_of(devices)), has_gradients))
 
-    # ---- running -------------------------------------------------------------------------------------------------
-
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: blocks can only be measured by a profiler of our own, and the user's is running."""
         self._context.warn(
@@ -186,8 +184,6 @@ class TracedModule:
 
         monitor.forward_ended(outputs, ended)
         return fill_template(program.template, outputs)
-
-    # ---- planning ------------------------------------------------------------------------------------------------
 
     def _plan(self, forward: _Forward, *, may_trace: bool) -> _Planned | None:
         """Start the control loop of a situation; return `None` if nothing is known and nothing can be measured now.
@@ -305,8 +301,6 @@ class TracedModule:
                 if unmeasured:
                     control.learn_options(self._measure(planned, forward, progress))
         return planned
-
-    # ---- the plan cache ------------------------------------------------------------------------------------------
 
     def _cache_entry(self, pieces: _Pieces, forward: _Forward) -> CacheEntry | None:
         """Return what the cache knows of the program in this situation; `None` for one that is not cached."""

@@ -2,12 +2,11 @@
 
 Note [Larger shapes]
     A schedule is legal for any sizes, and the same blocks on smaller tensors need no more memory. So a plan that was
-    measured to fit for some shape also fits for a smaller one. It needs neither measuring nor planning, and costs time
-    only because it recomputes as much as the larger shape needs. Therefore the shapes must be near (`_NEAR`), the cuts
-    the same, and the headroom that of the larger shape. The first step is traced, because kernels chosen by size may
-    use more scratch memory. Such a plan is not written to disk, where every chain belongs to its own program. If
-    lengths come in any order, about one plan is made for each power of `1 / _NEAR` between the shortest and the
-    longest.
+    measured to fit for some shape fits for a smaller one too, without measuring or planning; but it recomputes as much
+    as the larger shape needs. Therefore the shapes must be near (`_NEAR`), the cuts the same, and the headroom that of
+    the larger shape. The first step is traced, because kernels chosen by size may use more scratch memory. Such a plan
+    is not written to disk, where every chain belongs to its own program. If lengths come in any order, about one plan
+    is made for each power of `1 / _NEAR` between the shortest and the longest.
 """
 
 import json
@@ -43,9 +42,9 @@ class Origin(Enum):
 class CacheEntry:
     """One program in one situation: the key of its plan, and the plan if one is `known`.
 
-    `layout` names all programs that differ from this one only in sizes; `sizes_bytes` are those of its storages, and
-    `own_bytes` the sum of those that the forward makes. `is_on_disk`: `known` is on disk too; `is_measured`: a traced
-    step has shown that it fits.
+    `layout`: equal for programs that differ only in sizes; `sizes_bytes`: of its storages; `own_bytes`: the sum of
+    those that the forward makes; `is_on_disk`: `known` is there too; `is_measured`: a traced step has shown that it
+    fits.
     """
 
     key: Mapping[str, str]
@@ -56,11 +55,6 @@ class CacheEntry:
     known: MeasuredPlan | None
     is_on_disk: bool
     is_measured: bool = False
-
-    @property
-    def name(self) -> str:
-        """The key as one string."""
-        return _name(self.key)
 
     def serves(self, smaller: "CacheEntry") -> bool:
         """Return whether the plan fits `smaller`, none of whose storages may be larger, nor their sum much smaller."""
@@ -116,13 +110,14 @@ class PlanCache:
         """
         if entry.origin is Origin.LARGER:
             return
-        last = self._entries.get(entry.name, entry)
+        name = _name(entry.key)
+        last = self._entries.get(name, entry)
         is_on_disk = last.is_on_disk and known == last.known
         if is_measured and not is_on_disk and self._disk is not None:
             self._disk.put(entry.key, known)
             is_on_disk = True
-        self._entries[entry.name] = replace(entry, known=known, is_on_disk=is_on_disk, is_measured=is_measured)
-        self._entries.move_to_end(entry.name)
+        self._entries[name] = replace(entry, known=known, is_on_disk=is_on_disk, is_measured=is_measured)
+        self._entries.move_to_end(name)
         if len(self._entries) > _MAX_ENTRIES:
             self._entries.popitem(last=False)
 

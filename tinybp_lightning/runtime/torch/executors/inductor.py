@@ -118,9 +118,6 @@ class InductorExecutor(Executor):
         return piece.calls
 
 
-# ---- compiling -----------------------------------------------------------------------------------------------------
-
-
 class _FurtherOption:
     """An option of all equal pieces. It has a forecast from the beginning, and can be called once it is compiled."""
 
@@ -231,9 +228,6 @@ def _boxed(compiled: Callable[..., Any]) -> Call:
         return compiled(*taken)
 
     return call
-
-
-# ---- forecasts -----------------------------------------------------------------------------------------------------
 
 
 def _forecasts(

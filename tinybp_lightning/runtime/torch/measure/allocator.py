@@ -63,9 +63,6 @@ class Interval:
     end_bytes: int
 
 
-# ---- one thread at a time --------------------------------------------------------------------------------------------
-
-
 class _TracingLock:
     """A lock that one thread holds any number of times, and that is free again once its thread has ended."""
 
@@ -95,8 +92,7 @@ class _TracingLock:
 
 
 _LOCK = _TracingLock()
-"""The process has one profiler, and an allocator has one history: a thread that does not get the lock trains without
-measuring."""
+"""The process has one profiler, so one thread measures at a time; the others train without measuring."""
 
 
 @contextlib.contextmanager
@@ -123,9 +119,6 @@ def open_trace(device: torch.device) -> "AllocatorTrace":
     with contextlib.ExitStack() as undo:  # runs in reverse, even where one call raises: first stop, then release
         undo.callback(_LOCK.release, threading.current_thread())
         return _CudaTrace(device, undo) if device.type == "cuda" else _CpuTrace(undo)
-
-
-# ---- traces ----------------------------------------------------------------------------------------------------------
 
 
 class AllocatorTrace(ABC):
@@ -202,10 +195,8 @@ class _CpuTrace(AllocatorTrace):
         self._results = profiler._disable_profiler()
 
     def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Count as freed only what the trace saw allocated.
-
-        For anything else the profiler knows no size, or the size of an earlier tensor at the same address.
-        """
+        # Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
+        # earlier tensor at the same address.
         self.abandon()  # the profiler hands its events out when it stops
         events: list[tuple[int, int]] = []
         marks: list[int] = []
@@ -259,7 +250,6 @@ class _CudaTrace(AllocatorTrace):
         super().abandon()
 
     def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Skip the events before the first mark."""
         raw = cuda_history(self._device)
         # Marks are alive to the end, so the newest allocation at a mark's address is the mark itself.
         addresses = {t.data_ptr() for t in self._marks}
@@ -275,9 +265,6 @@ class _CudaTrace(AllocatorTrace):
         if len(marks) != len(self._labels):
             raise LostTraceError(f"the allocator's history has {len(marks)} of {len(self._labels)} marks")
         return events, marks
-
-
-# ---- from events to intervals ----------------------------------------------------------------------------------------
 
 
 def local_part(t: torch.Tensor) -> torch.Tensor:

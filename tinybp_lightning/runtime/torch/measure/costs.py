@@ -120,9 +120,6 @@ class _Walk:
         return profiles, wants
 
 
-# ---- gradients that blocks get ---------------------------------------------------------------------------------------
-
-
 def _seeds(program: Program) -> _Seeds:
     """Return which of each piece's values get gradients: those that later pieces read, and where backward starts."""
     wanted = set(program.differentiated)
@@ -153,9 +150,6 @@ def _with_layouts(program: Program, seeds: _Seeds, profiles: _Profiles) -> _Seed
         seen = [(seed, found.get(made[seed.index], [])) for seed in mine]
         with_layouts.append(tuple(replace(seed, layout=each[0]) if len(each) == 1 else seed for seed, each in seen))
     return with_layouts
-
-
-# ---- options that cannot run yet -------------------------------------------------------------------------------------
 
 
 def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor: Executor) -> tuple[BlockProfile, ...]:
@@ -201,9 +195,6 @@ def _estimated(first: BlockProfile, forecast: Forecast, piece: Piece) -> BlockPr
     )
     backward = first.backward.plus(first.forward, share=forecast.repeated_share)
     return replace(first, sizes=sizes, backward=backward, is_estimated=True)
-
-
-# ---- from profiles to costs ------------------------------------------------------------------------------------------
 
 
 def _timed(profiles: _Profiles) -> list[tuple[BlockCosts, ...]]:

@@ -1,15 +1,13 @@
 """Time a call, in the seconds of the device and in those of the host.
 
-The *device* needs its time to run the kernels, the *host* its own to launch them. In a step both go on at once, so the
-slower of the two over the whole step is what the step takes: a small block that only the host makes slow costs next to
-nothing between large ones. Waiting for the device around each call would charge every block for launches that overlap.
-So the device is held back until the host has launched the call, and then runs it without a gap. That makes the host
-slower, and a call of autograd wakes its thread (0.3 ms), which a step does once for all blocks: so the host is timed on
-an idle device, less what a call that does nothing takes.
+The *device* runs the kernels while the *host* launches the next ones, so a step takes as long as the slower of the two
+over the whole step: a small block that only the host makes slow costs next to nothing between large ones. The device is
+held back until the host has launched the call, and then runs it without a gap, because waiting for it around each call
+would charge every block for launches that overlap. That makes the host slower, and a call of autograd wakes its thread
+(0.3 ms), which a step does once for all blocks: so the host is timed on an idle device, less an empty call's time.
 
-On a CPU a repeated call finds its data in caches that hold a few blocks of a small model. In a step it does not,
-because everything else has passed through the caches since. A norm would take half its time, and a plan would repeat
-norms that are not so cheap. So before each call the timer touches as many bytes as a step does, up to the caches' size.
+On a CPU a repeated call finds its data in caches, which in a step everything else has passed through since: a norm
+would take half its time. So before each call the timer touches as many bytes as a step does, up to the caches' size.
 """
 
 import time
@@ -53,11 +51,7 @@ class Timing:
 
 
 class Timer:
-    """Times calls whose work is on `device`.
-
-    **Arguments:** `step_bytes`: what a whole step touches. Except for CUDA, the timer holds as much host memory, at
-    most 64 MiB.
-    """
+    """Times calls whose work is on `device`; except for CUDA it holds `step_bytes` of host memory, at most 64 MiB."""
 
     def __init__(self, device: torch.device, *, step_bytes: int) -> None:
         self.device = device

@@ -74,7 +74,7 @@ class OomRetry:
         self._restore = None if self._keep is None else self._keep()
 
     def backward_begins(self) -> None:
-        """Note, in every run, that the forward has ended and that no gradient has changed yet."""
+        """Note, in every run, that the forward has ended and no gradient has changed yet."""
         self._step_snapshot.backward_begins()
 
     def end(self) -> None:

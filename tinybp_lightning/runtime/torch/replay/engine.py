@@ -228,8 +228,8 @@ class Run:
                     self._stored.pop(boundary, None)
                 case Backward() | Offload() | Reload():
                     raise AssertionError(f"`replay_program_of` left {step.action} among the steps")
-                case _ as never:
-                    assert_never(never)
+                case _:
+                    assert_never(step.action)
         self._cursor = None
 
     def _forward(self, block: BlockId) -> None:

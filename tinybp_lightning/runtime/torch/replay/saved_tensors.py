@@ -54,11 +54,11 @@ def never_unpacked(_: Any) -> torch.Tensor:
 
 
 class _StopReplay(Exception):  # noqa: N818 - control flow, never an error
-    """The replay has filled the block's last saved tensor, and nobody reads its outputs."""
+    """The replay has filled the block's last saved tensor; its outputs are not read."""
 
 
 class _StopOp(Exception):  # noqa: N818 - control flow, never an error
-    """The replay has filled the last saved tensor of a skippable op, and nobody reads its result."""
+    """The replay has filled the last saved tensor of a skippable op; its result is not read."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -324,14 +324,12 @@ class SavedTensors:
         return None
 
     def _check_num_filled(self, expected: int) -> None:
-        """Raise `ReplayError` unless the replay has saved as many tensors as the first run had at this op."""
         if self._filled != expected:
             raise self._error(
                 f"has saved {self._filled} tensors where it had saved {expected} in the forward: before {_place()}"
             )
 
     def _check_form(self, position: int, t: torch.Tensor) -> None:
-        """Raise `ReplayError` if the first run saved something else than `t` at `position`."""
         if position >= len(self._forms):
             raise self._error(f"saved more than its {len(self._forms)} tensors: {_place()} saved another")
         form, expected = (t.shape, t.dtype, t.device), self._forms[position]
