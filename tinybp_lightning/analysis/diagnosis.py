@@ -1,25 +1,35 @@
-"""Can this graph be height-compressed: is it long and skinny, and what is in the way?
+"""Can this graph be height-compressed: is it long and skinny, and what are the obstacles?
 
-Height compression trades the *sum* of all activations for frontiers: a plan holds a few boundaries and one block's
-working set. It pays where the widest frontier is a small share of what plain training keeps, and where narrow cuts are
-many. What is in the way is named: the widest point and the op that makes it, and storages that cross many layers, which
-every boundary between has to hold. Terms as in `docs/theory.md`.
+Height compression trades the *sum* of all activations for frontiers: a plan holds a few boundaries and the working set
+of one block. It pays where the widest frontier is a small share of what plain training keeps and there are many narrow
+cuts. The diagnosis names the obstacles: the widest point and its op, and storages that cross many layers, which every
+boundary in between has to hold. Terms are defined in `docs/theory.md`.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from tinybp_lightning.analysis.bounds import WidestOp, widest_op
 from tinybp_lightning.graph.cuts.narrow import Granularity, choose_cuts
 from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import NodeId, StorageId
-from tinybp_lightning.graph.ir import Graph, StorageKind
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
-__all__ = ["SKINNY_RATIO", "Diagnosis", "LongSkip", "WidestPoint", "diagnose"]
+__all__ = ["SKINNY_RATIO", "Diagnosis", "LongSkip", "WidestOp", "WidestPoint", "diagnose", "widest_op"]
 
-# A graph is skinny when its widest frontier is at most this share of all activation bytes. A chain of four equal steps
-# is the shortest that a plan can halve: one boundary and one step's working set out of four.
+# A graph is skinny if its widest frontier is at most this share of all activation bytes. A chain of four equal steps is
+# the shortest that a plan can halve: one boundary and the working set of one step out of four.
 SKINNY_RATIO = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class WidestOp:
+    """The op with the largest working set: the activation storages it reads, makes and saves, each counted once."""
+
+    node: NodeId
+    name: str
+    op: str
+    module: str
+    working_set_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ class WidestPoint:
 
 @dataclass(frozen=True, slots=True)
 class LongSkip:
-    """A storage that crosses more than one layer cut: every boundary between its maker and its last reader holds it."""
+    """A storage that crosses more than one layer cut: each boundary from its maker to its last reader holds it."""
 
     storage: StorageId
     size_bytes: int
@@ -47,7 +57,7 @@ class LongSkip:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What a graph's shape promises to height compression.
+    """How well the shape of a graph suits height compression.
 
     `total_bytes`: all activation storages; `saved_bytes`: those that plain training keeps for backward.
     `widest`, `widest_op`: `None` for a graph without ops. `frontier_ratio`: widest frontier over `total_bytes`.
@@ -67,12 +77,12 @@ class Diagnosis:
 
     @property
     def is_skinny(self) -> bool:
-        """Whether height compression pays: narrow beside its total, and there is a place to cut."""
+        """Whether height compression pays: the graph is narrow for its total bytes and has a place to cut."""
         return self.num_narrow_cuts > 0 and self.frontier_ratio <= SKINNY_RATIO
 
 
 def diagnose(graph: Graph) -> Diagnosis:
-    """Return what the shape of `graph` promises to height compression and what is in the way.
+    """Return how well the shape of `graph` suits height compression, and the obstacles.
 
     **Arguments:** `graph`: one that `verify_graph` accepts.
     """
@@ -96,6 +106,18 @@ def diagnose(graph: Graph) -> Diagnosis:
     )
 
 
+def widest_op(graph: Graph) -> WidestOp | None:
+    """Return the op of `graph` with the largest working set, the first of several; `None` for a graph without ops.
+
+    Its working set is a lower bound on the peak of any plan: the op runs at least once, and all that it reads, makes
+    and saves is alive while it runs.
+    """
+    if not graph.nodes:
+        return None
+    widest = max(graph.nodes, key=lambda node: _working_set_bytes(graph, node))
+    return WidestOp(widest.id, widest.name, widest.op, widest.module, _working_set_bytes(graph, widest))
+
+
 def _widest_point(graph: Graph, profile: FrontierProfile) -> WidestPoint | None:
     if not graph.nodes:
         return None
@@ -111,3 +133,9 @@ def _long_skips(graph: Graph, profile: FrontierProfile, layer_cuts: tuple[NodeId
             maker = graph.nodes[life.made]
             skips.append(LongSkip(storage.id, storage.size_bytes, maker.id, maker.op, maker.module, num_cuts))
     return tuple(sorted(skips, key=lambda skip: (-skip.size_bytes, skip.storage)))
+
+
+def _working_set_bytes(graph: Graph, node: Node) -> int:
+    named = {graph.values[value_id].storage for value_id in (*node.reads, *node.makes)}
+    held = [graph.storages[storage] for storage in named.union(node.saved) if storage is not None]
+    return sum(storage.size_bytes for storage in held if storage.kind is StorageKind.ACTIVATION)

@@ -1,10 +1,9 @@
-"""What would a graph's blocks cost on some device? A chain by roofline, without running anything.
+"""What would the blocks of a graph cost on some device? A roofline estimate, without running anything.
 
-An op takes as long as its operations or the bytes that it reads and writes, whichever is longer; its backward takes
-twice that. Bytes follow from what a graph knows: storages are allocated when an op makes or saves them and freed after
-their last reader, gradients likewise in backward. What it does not know is left out: scratch memory of kernels, the
-loss behind the graph, and parameters' gradients (as under `activation_budget`). Measured chains (`tbp.explain`) have
-all of it; an estimate is for looking at a graph before it is trained.
+An op takes as long as its operations or the bytes that it reads and writes, whichever takes longer; its backward takes
+twice as long. Storages are allocated when an op makes or saves them and freed after their last reader, and gradients
+likewise in backward. The graph does not record scratch memory of kernels, the loss behind it and parameter gradients,
+so these are left out. Measured chains (`tbp.explain`) have all of it; an estimate describes a graph before training.
 """
 
 from collections.abc import Iterable, Sequence, Set
@@ -22,14 +21,14 @@ __all__ = ["OPERATIONS_PER_S", "BlockSeconds", "count_operations", "estimate_cha
 
 _FLOPS_PER_S = 1e14
 _BYTES_PER_S = 1e12
-"""By default 100 operations for each byte moved, about what accelerators do in half precision. Times of plans relative
-to plain training depend on this ratio alone."""
+"""The default is 100 operations for each byte moved, about the ratio of accelerators in half precision. Times of plans
+relative to plain training depend only on this ratio."""
 _BACKWARD = 2.0
-"""The backward of a matrix product is two of them."""
+"""The backward of a matrix product is two matrix products."""
 OPERATIONS_PER_S = 1e12
-"""Of the device on which `count_operations` counts: so 1 s is this many operations."""
+"""The operations that `count_operations` reports as 1 s."""
 _BYTES_AN_OPERATION = 100
-"""Bytes moved that count as one operation there: enough to tell norms from each other, and no match for a product."""
+"""The moved bytes that it counts as one operation: enough to tell norms apart, negligible beside a matrix product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +43,8 @@ class BlockSeconds:
 def count_operations(graph: Graph, spans: Iterable[tuple[int, int]]) -> tuple[BlockSeconds, ...]:
     """Return the floating-point operations of the blocks `graph.nodes[start:stop]`, at `OPERATIONS_PER_S`.
 
-    Operations of matrix products, convolutions and attention are counted, as torch's `FlopCounterMode` counts them; a
-    hundred bytes that any op moves count as one more. They are the same on every machine.
+    Operations of matrix products, convolutions and attention are counted as torch's `FlopCounterMode` counts them, and
+    each hundred bytes that any op moves as one more. The counts are the same on every machine.
     """
     estimate = _Estimate(graph, OPERATIONS_PER_S, _BYTES_AN_OPERATION * OPERATIONS_PER_S)
     return tuple(estimate.seconds(start, stop) for start, stop in spans)
@@ -70,7 +69,7 @@ def estimate_chain(
     """
     if not isinstance(graph, Graph):
         raise ConfigError(
-            f"`{type(graph).__name__}` is not a `Graph`: of a module, `tbp.capture_graph(module, *inputs)` gives one."
+            f"`{type(graph).__name__}` is not a `Graph`: call `tbp.capture_graph(module, *inputs)` to get one."
         )
     for name, rate in (("flops_per_s", flops_per_s), ("bytes_per_s", bytes_per_s)):
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
@@ -100,7 +99,7 @@ def estimate_chain(
 
 
 class _Estimate:
-    """Costs of parts of one graph. `sizes`, `gradients`: bytes of each storage and of its gradient, 0 if not ours."""
+    """Costs of parts of one graph. `sizes`, `gradients`: bytes of each activation and of its gradient, else 0."""
 
     def __init__(self, graph: Graph, flops_per_s: float, bytes_per_s: float) -> None:
         self._graph = graph
@@ -124,7 +123,10 @@ class _Estimate:
             saved_bytes=own_bytes,
             save_peak_bytes=self._peak_bytes(nodes, before, kept=after | saved),
             replay_s=seconds.replay_s,
-            replay_peak_bytes=self._peak_bytes(self._replayed(span.start, span.stop), before, kept=saved),
+            # A skippable op saves a copy of what it reads before it is skipped.
+            replay_peak_bytes=max(
+                own_bytes, self._peak_bytes(self._replayed(span.start, span.stop), before, kept=saved)
+            ),
             backward_s=seconds.backward_s,
             backward_peak_bytes=self._backward_peak_bytes(nodes, saved - aliased, after),
         )
@@ -136,8 +138,8 @@ class _Estimate:
         return BlockSeconds(forward_s, replay_s, _BACKWARD * forward_s)
 
     def _replayed(self, start: int, stop: int) -> list[Node]:
-        spare = skippable_ops(self._graph, start, stop)
-        return [node for node in self._graph.nodes[start:stop] if node.id not in spare]
+        skippable = skippable_ops(self._graph, start, stop)
+        return [node for node in self._graph.nodes[start:stop] if node.id not in skippable]
 
     def _peak_bytes(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> int:
         """Return the most new bytes alive at once: a storage that is not `kept` is freed after its last use."""
@@ -152,7 +154,7 @@ class _Estimate:
         return peak_bytes
 
     def _backward_peak_bytes(self, nodes: Sequence[Node], own: Set[StorageId], after: Set[StorageId]) -> int:
-        """The most bytes above saved sets and output gradients: these go as backward passes them, others come."""
+        """Return the most bytes above the saved set and output gradients, which are freed as backward passes them."""
         backwards = list(enumerate(nodes))[::-1]
         first_saved = {s: k for k, node in backwards for s in node.saved}
         made_at = {s: k for k, node in backwards for s in _storages(self._graph, node.makes)}

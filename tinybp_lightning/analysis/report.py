@@ -1,15 +1,14 @@
-"""What is told about a graph? One frozen record, as aligned text, Markdown or JSON.
+"""Report on a graph: one frozen record, as aligned text, Markdown or JSON.
 
-Text and Markdown show the longest lists up to `MAX_ROWS` rows and say how many are left out; JSON holds everything,
-with sorted keys, so that two reports can be compared line by line.
+Text and Markdown show at most `MAX_ROWS` rows of a list and say how many there are; JSON holds everything, with sorted
+keys, so that two reports can be compared line by line.
 """
 
 import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 
-from tinybp_lightning.analysis.bounds import WidestOp
-from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestPoint, diagnose
+from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestOp, WidestPoint, diagnose
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import StorageId
@@ -40,10 +39,10 @@ class BlockGroup:
 
 @dataclass(frozen=True, slots=True)
 class GraphReport:
-    """What is computed, what it keeps, and how well it can be height-compressed.
+    """What a graph computes, what it keeps, and how well it can be height-compressed.
 
-    Bytes by owner: `parameter_bytes`, `buffer_bytes`, `input_bytes`; activations are in `diagnosis`. `groups`: the
-    blocks of the fine granularity by structure, heaviest saved bytes in all first.
+    `parameter_bytes`, `buffer_bytes`, `input_bytes`: bytes by owner; activations are in `diagnosis`. `groups`: the
+    blocks of the fine granularity by structure, those with the most saved bytes first.
     """
 
     name: str
@@ -103,7 +102,7 @@ def report_graph(graph: Graph) -> GraphReport:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Return a size for people: `12.3 MiB`."""
+    """Return a readable size: `12.3 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size_bytes) < 1024:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -179,7 +178,7 @@ def _place(where: WidestPoint | WidestOp) -> str:
 
 
 def _tables(report: GraphReport) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Yield a title and a table, its first row the header, for every list in `report` that is not empty."""
+    """Yield a title and a table, with the header as its first row, for every list in `report` that is not empty."""
     skips, groups = report.diagnosis.long_skips, report.groups
     if groups:
         header = ("blocks", "first", "ops", "before", "made", "saved")
@@ -214,7 +213,7 @@ def _piped(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return `text` so that Markdown shows it as it is, in a table cell too."""
+    """Return `text` escaped for Markdown, also for a table cell."""
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")
     return text

@@ -1,4 +1,4 @@
-"""What is computed: the frozen graph of one forward pass, its frontiers, cuts, blocks and the chain cut from it."""
+"""The frozen graph of one forward pass, its frontiers, cuts and blocks, and the chain that is cut from it."""
 
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks

@@ -1,11 +1,11 @@
 """What is alive between two consecutive ops, and may the graph be cut there?
 
 *Position* `p` is the place after node `p`. The *frontier* at `p` is the set of activation storages that exist there
-and are still needed: made at or before `p`, and read or written after it or returned by the graph. Its bytes are what
-a replay that starts behind `p` has to be given. Parameters, buffers and graph inputs exist anyway and count nothing.
+and are still needed: made at or before `p`, and read or written after it or returned by the graph. A replay that starts
+behind `p` needs these bytes. Parameters, buffers and graph inputs exist anyway and are not counted.
 
 Storages are counted, not values, so a view costs nothing beside its base. One pass over the graph with difference
-arrays: time is linear in nodes plus reads. Which of the allowed positions to use is decided in `cuts.py`.
+arrays takes time linear in nodes plus reads. `cuts` decides which of the allowed positions to use.
 """
 
 import math
@@ -23,39 +23,38 @@ __all__ = ["CutObstacle", "FrontierProfile", "Life", "frontier_profile", "made_a
 class CutObstacle(Enum):
     """Why a graph must not be cut at a position."""
 
-    LATER_WRITE = "a later op changes in place a value that exists at the cut, so a replay would start from its new one"
+    LATER_WRITE = "a later op changes in place a value that exists at the cut, so a replay would start from the new one"
     NOT_A_TENSOR = "a value that is not a tensor crosses the cut, and a boundary holds tensors only"
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """The positions that something crosses: `made <= position < last_use`. Graph inputs have `made = -1`.
+    """The positions that a value or storage crosses: `made <= position < last_use`. Graph inputs have `made = -1`.
 
-    A graph output lives to the end: its `last_use` is the number of nodes.
+    The `last_use` of a graph output is the number of nodes.
     """
 
     made: int
     last_use: int
 
     def crosses(self, position: int) -> bool:
-        """Return whether it exists at `position` and is needed after it."""
+        """Return whether the value exists at `position` and is needed after it."""
         return self.made <= position < self.last_use
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierProfile:
-    """The frontier at each position of one graph, in node order; all tuples but the lives have one entry per node.
+    """The frontier at each position of one graph, in node order. All tuples but the lives have one entry for each node.
 
-    `width_bytes`: the frontier's bytes.
-    `local_bytes`: those of them that do not live for long. A long-lived storage (a U-Net's skip, a rotary table) is
-    part of every boundary that it crosses and is counted once however many hold it, so what a boundary costs beside its
-    neighbours is local.
+    `width_bytes`: the bytes of the frontier.
+    `local_bytes`: the bytes of its short-lived storages. A long-lived one (a U-Net's skip, a rotary table) belongs to
+    every boundary that it crosses and is counted once, so only the local bytes tell the costs of boundaries apart.
     `unsaved_bytes`: those of `local_bytes` that autograd saves nowhere. The others cost a boundary nothing beside the
     saved set of a block that is kept.
     `num_elements`: tensor elements of all values that cross, views included; it tells apart positions of one frontier.
     `is_new`: whether the frontier differs from the one before.
-    `obstacles`: why a cut is not allowed there, `None` where it is.
-    `storage_lives`, `value_lives`: by id; only activation storages and values made by nodes cross anything.
+    `obstacles`: why a cut is not allowed, `None` where it is.
+    `storage_lives`, `value_lives`: by id; only activation storages and values made by nodes cross any position.
     """
 
     width_bytes: tuple[int, ...]
@@ -68,7 +67,7 @@ class FrontierProfile:
     value_lives: tuple[Life, ...]
 
     def cost(self, position: int) -> tuple[int, int, int]:
-        """Return what a boundary after node `position` costs, to be compared: local bytes first, then the ties."""
+        """Return the cost of a boundary after node `position`, for comparison: local bytes, then what breaks ties."""
         return self.local_bytes[position], self.unsaved_bytes[position], self.num_elements[position]
 
     def is_allowed(self, position: int) -> bool:
@@ -84,11 +83,11 @@ class FrontierProfile:
         return tuple(ValueId(v) for v, life in enumerate(self.value_lives) if life.crosses(position))
 
 
-# A storage that crosses more positions than this lives for long: more than the ops between two residual sums of a
-# transformer or a convolution net, fewer than a skip over a level of a U-Net.
+# A storage that crosses more positions than this is long-lived: more than the ops between two residual sums of a
+# transformer or a convolution net, fewer than those under a skip of a U-Net.
 _LONG_LIFE = 32
 
-# What never crosses a position: unread results, and what the caller holds anyway.
+# The life of what crosses no position: unread results, and tensors that the caller holds.
 _NO_LIFE = Life(made=-1, last_use=-1)
 
 
@@ -97,7 +96,7 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
 
     **Arguments:** `graph`: one that `verify_graph` accepts.
 
-    **Returns:** a profile with one entry per node; the last one describes what the graph returns.
+    **Returns:** a profile with one entry for each node; the last entry describes what the graph returns.
     """
     value_lives = _value_lives(graph)
     storage_lives, all_made = _storage_lives(graph, value_lives)
@@ -170,7 +169,7 @@ def _storage_lives(graph: Graph, value_lives: tuple[Life, ...]) -> tuple[tuple[L
             if storage is not None:
                 made[storage] = min(made[storage], position)
         for storage in node.writes:
-            # A write needs the buffer as much as a read does, even where no value names it afterwards.
+            # A write needs the buffer as a read does, even if no value names it afterwards.
             last_use[storage] = max(last_use[storage], position)
     for value, life in zip(graph.values, value_lives, strict=True):
         if value.storage is not None:
@@ -186,7 +185,7 @@ def _storage_lives(graph: Graph, value_lives: tuple[Life, ...]) -> tuple[tuple[L
 
 def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[int]) -> tuple[CutObstacle | None, ...]:
     num_nodes = len(graph.nodes)
-    # Buffers are the runtime's to guard (each moves once a step); parameters change between steps only.
+    # The runtime guards buffers, which change once in a step; parameters change only between steps.
     guarded = [storage.kind in (StorageKind.ACTIVATION, StorageKind.INPUT) for storage in graph.storages]
     changed = [
         (Life(storage_made[storage], position), 1)
@@ -194,8 +193,8 @@ def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[i
         for storage in node.writes
         if guarded[storage]
     ]
-    # A value that a node made *of* a buffer (`out=buffer`, a view of it) is no longer the runtime's to guard once it is
-    # part of a boundary: were the buffer changed again, the boundary would hold the new numbers.
+    # The runtime does not guard a value that a node made *of* a buffer (`out=buffer`, a view) and that is part of a
+    # boundary: if the buffer changed again, the boundary would hold the new numbers.
     written = {storage for node in graph.nodes for storage in node.writes}
     changed += [
         (life, 1)
@@ -212,7 +211,7 @@ def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[i
 
 
 def _sum_over(num_nodes: int, weighted_lives: Iterable[tuple[Life, int]]) -> tuple[int, ...]:
-    """Return for each position the summed weight of the lives that cross it."""
+    """Return for each position the sum of the weights of the lives that cross it."""
     steps = [0] * (num_nodes + 1)
     for life, weight in weighted_lives:
         if life.made < life.last_use:

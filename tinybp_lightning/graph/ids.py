@@ -1,4 +1,4 @@
-"""The ids that every stage passes around; each is an index into a tuple of its owner."""
+"""The ids that all stages share; each is an index into a tuple of its owner."""
 
 from typing import NewType
 

@@ -1,8 +1,7 @@
 """What does one forward pass compute, in ops, values and the storages behind them?
 
-A `Graph` is the framework-free record of a traced forward. Memory belongs to storages, not to values: two views of
-one buffer are two `Value`s on one `Storage`, and it is counted once. It says nothing about what to keep (`schedule`)
-and holds no tensors.
+A `Graph` is the framework-free record of a traced forward. Memory belongs to storages, not to values: two views of one
+buffer are two `Value`s on one `Storage`, which is counted once. A graph holds no tensors and does not say what to keep.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ __all__ = ["Graph", "Node", "Storage", "StorageKind", "Value"]
 
 
 class StorageKind(Enum):
-    """Who owns a storage, and so whether a plan may drop it."""
+    """Who owns a storage, which decides whether a plan may drop it."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -24,7 +23,7 @@ class StorageKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One allocation. Only `ACTIVATION` storages are the planner's to keep, drop or recompute."""
+    """One allocation. The planner keeps, drops or recomputes `ACTIVATION` storages only."""
 
     id: StorageId
     size_bytes: int
@@ -47,10 +46,10 @@ class Value:
 class Node:
     """One op of the forward.
 
-    `reads` and `makes` are values in argument and result order; `writes` the storages it changes in place;
-    `saved` the storages autograd holds for its backward (inputs, outputs, and private ones such as dropout masks);
-    `copies` those of them that it makes of what it reads before it computes, in another dtype (autocast) or layout: the
-    copy, and what it is a copy of; `module` the dotted path of the module that called it (empty at the top).
+    `reads` and `makes` are values in argument and result order. `writes` are the storages that it changes in place.
+    `saved` are the storages that autograd holds for its backward (inputs, outputs, and private ones such as dropout
+    masks). `copies` are pairs of a saved storage and the storage that the op copied, before it computed, in another
+    dtype (autocast) or layout. `module` is the dotted path of the module that called the op (empty at the top).
     """
 
     id: NodeId
@@ -71,8 +70,8 @@ class Node:
 class Graph:
     """A traced forward: `nodes` in execution order; ids are indices into `nodes`, `values` and `storages`.
 
-    `inputs` are the values that exist before the first node (parameters and buffers included); `outputs` the values
-    the caller receives. `verify_graph` states the invariants.
+    `inputs` are the values that exist before the first node (parameters and buffers included); `outputs` are the values
+    that the caller receives. `verify_graph` states the invariants.
     """
 
     name: str

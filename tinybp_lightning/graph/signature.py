@@ -1,11 +1,11 @@
-"""Do two stretches of a graph compute the same thing on differently named data?
+"""Do two stretches of a graph compute the same function on differently named data?
 
 A signature hashes ops, shapes, dtypes, storage sizes and kinds, the alias, write and save patterns, gradient flags and
-the dataflow relative to the block's own start. Names, module paths, positions and *which* weights are read are left
-out, so the layers of a stack hash alike and are costed, planned and compiled once.
+the dataflow relative to the block's start. It leaves out names, module paths, positions and *which* weights are read,
+so that the layers of a stack have one signature and are measured, planned and compiled once.
 
-Constants that `Node.op` does not name (an epsilon, a dropout rate) are not in the record and not in the hash: equal
-signatures may share costs and plans; whoever shares *code* compares the code too.
+The record, and so the hash, has no constants that `Node.op` does not name (an epsilon, a dropout rate). So blocks of
+equal signature may share costs and plans; to share *code*, compare the code too.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["block_signature", "graph_signature", "layout_signature"]
 def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequence[Life] | None = None) -> str:
     """Return the structural hash of nodes `start` to `stop` (exclusive) of `graph`.
 
-    **Arguments:** `value_lives`: those of `frontier_profile(graph)`, for a caller that has them; computed otherwise.
+    **Arguments:** `value_lives`: those of `frontier_profile(graph)`, which is called if they are not given.
 
     **Returns:** 32 hexadecimal digits, equal for blocks that differ only in names, places and weights.
     """
@@ -36,7 +36,7 @@ def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequenc
 def graph_signature(graph: Graph) -> str:
     """Return the structural hash of the whole `graph`, its inputs and outputs in order included.
 
-    **Returns:** 32 hexadecimal digits: the part of a plan's key that says which program it is for.
+    **Returns:** 32 hexadecimal digits, the part of a plan's key that identifies the program.
     """
     return _whole(_Canonical(graph))
 
@@ -105,5 +105,5 @@ class _Canonical:
 
 
 def _digest(parts: list[object]) -> str:
-    # The parts hold tuples, strings, numbers and `None` only, whose `repr` is the same in every process.
+    # The parts consist of tuples, strings, numbers and `None`, whose `repr` is the same in every process.
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -1,8 +1,7 @@
-"""Does a `Graph` or a `Chain` keep the promises that every later stage relies on?
+"""Does a `Graph` or a `Chain` satisfy the invariants that every later stage relies on?
 
-The executable specification of `ir.py` and `chain.py`: capture calls it before it returns, tests build on it, and no
-planner defends itself against what is refused here. It says nothing about whether the numbers are true, only whether
-they can be.
+This is the executable specification of `ir.py` and `chain.py`: capture calls it before it returns, and planners do not
+check again what is refused here. It does not tell whether the numbers are true, only whether they are possible.
 """
 
 import math

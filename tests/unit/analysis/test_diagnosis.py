@@ -5,7 +5,7 @@ from hypothesis import given
 
 from tests.unit.graph.graphs_by_hand import GraphBuilder, chain_graph, transformer_graph, unet_graph
 from tests.unit.graph.strategies_graph import graphs
-from tinybp_lightning.analysis import SKINNY_RATIO, diagnose
+from tinybp_lightning.analysis import SKINNY_RATIO, diagnose, widest_op
 from tinybp_lightning.graph import Graph, StorageKind
 
 
@@ -82,3 +82,25 @@ def test_a_graph_without_ops() -> None:
     diagnosis = diagnose(build.build(build.input(3)))
     assert (diagnosis.widest, diagnosis.widest_op, diagnosis.frontier_ratio) == (None, None, 0.0)
     assert not diagnosis.is_skinny
+
+
+def test_widest_op_counts_each_activation_once() -> None:
+    build = GraphBuilder()
+    a = build.op("op", [build.input(50)], 10)
+    view = build.view("view", a, 10)
+    mask = build.storage(3)
+    b = build.op("dropout", [a, view, build.parameter(70)], 10, module="drop", saved=[mask, build.storage_of(a)])
+    widest = widest_op(build.build(build.op("op", [b], 1)))
+    assert widest is not None
+    assert (widest.node, widest.op, widest.module, widest.working_set_bytes) == (2, "dropout", "drop", 10 + 10 + 3)
+
+
+def test_widest_op_of_a_transformer_is_its_rotation() -> None:
+    widest = widest_op(transformer_graph(3))
+    assert widest is not None
+    assert (widest.op, widest.module, widest.working_set_bytes) == ("rotate", "model.layers.0.self_attn", 6008)
+
+
+def test_no_ops_no_widest_op() -> None:
+    build = GraphBuilder()
+    assert widest_op(build.build(build.input(3))) is None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.unit.graph.graphs_by_hand import GraphBuilder, chain_graph, transformer_graph
 from tests.unit.graph.strategies_graph import graphs
-from tinybp_lightning.analysis import OPERATIONS_PER_S, count_operations, estimate_chain, peak_lower_bound
+from tinybp_lightning.analysis import OPERATIONS_PER_S, count_operations, estimate_chain
 from tinybp_lightning.errors import GraphError
 from tinybp_lightning.graph import Granularity, Graph, choose_cuts, verify_chain
 from tinybp_lightning.schedule import Planner, keep_all, simulate
@@ -17,7 +17,7 @@ def test_any_graph_has_a_chain_that_can_be_planned(graph: Graph, granularity: Gr
     chain = estimate_chain(graph, granularity=granularity)
     verify_chain(chain)
     assert len(chain.blocks) == len(choose_cuts(graph, granularity=granularity)) + 1
-    assert peak_lower_bound(chain) <= Planner(chain).smallest_bytes
+    assert Planner(chain).smallest_bytes <= simulate(chain, keep_all(chain)).peak_bytes
 
 
 def one_block() -> Graph:
@@ -83,3 +83,11 @@ def test_more_memory_makes_an_estimated_model_faster() -> None:
 def test_a_graph_without_nodes_is_named() -> None:
     with pytest.raises(GraphError, match=r"graph `empty` has `nodes=\(\)`"):
         estimate_chain(GraphBuilder("empty").build())
+
+
+def test_a_replay_holds_the_copy_that_a_skippable_op_saves() -> None:
+    build = GraphBuilder()
+    (block,) = estimate_chain(build.build(build.copying("linear", build.input(10), size=3, flops=1000))).blocks
+    (option,) = block.options
+    assert option.replay_s == 0
+    assert option.replay_peak_bytes == option.saved_bytes == 3

@@ -107,16 +107,16 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
     """
     spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
     boundaries = ((), *(span.outputs for span in spans))
-    externals = {value: index for index, value in enumerate(graph.inputs)}
+    input_at = {value: index for index, value in enumerate(graph.inputs)}
     fx_nodes = [n for n in module.graph.nodes if n.op != "output"]
     node_of: dict[ValueId, fx.Node] = {}
     calls = iter(graph.nodes)
     inputs = iter(graph.inputs)
     for n in fx_nodes:
         node_of[next(calls).makes[0] if is_op(n) else next(inputs)] = n
-    volatile = _written_externals(graph, externals, graph.nodes)
+    volatile = _written_inputs(graph, input_at, graph.nodes)
     pieces = tuple(
-        _piece(module, graph, span, before, after, externals, node_of, volatile)
+        _piece(module, graph, span, before, after, input_at, node_of, volatile)
         for span, before, after in zip(spans, boundaries, boundaries[1:], strict=False)
     )
     value_of = {n: v for v, n in node_of.items()}
@@ -124,9 +124,7 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
 
     def place(n: fx.Node) -> _Slot:
         value = value_of[n]
-        source = (
-            Source(EXTERNAL, externals[value]) if value in externals else Source(STATE, boundaries[-1].index(value))
-        )
+        source = Source(EXTERNAL, input_at[value]) if value in input_at else Source(STATE, boundaries[-1].index(value))
         outputs.append(source)
         return _Slot(len(outputs) - 1)
 
@@ -193,9 +191,9 @@ def _differentiated(graph: Graph) -> frozenset[ValueId]:
     return numbers or wanted
 
 
-def _written_externals(graph: Graph, externals: dict[ValueId, int], nodes: Sequence[Node]) -> frozenset[int]:
+def _written_inputs(graph: Graph, input_at: dict[ValueId, int], nodes: Sequence[Node]) -> frozenset[int]:
     written = {s for node in nodes for s in node.writes}
-    return frozenset(i for v, i in externals.items() if graph.values[v].storage in written)
+    return frozenset(i for v, i in input_at.items() if graph.values[v].storage in written)
 
 
 def _piece(
@@ -204,7 +202,7 @@ def _piece(
     span: BlockSpan,
     before: tuple[ValueId, ...],
     after: tuple[ValueId, ...],
-    externals: dict[ValueId, int],
+    input_at: dict[ValueId, int],
     node_of: dict[ValueId, fx.Node],
     volatile: frozenset[int],
 ) -> Piece:
@@ -224,10 +222,10 @@ def _piece(
         run, copied = _code(module, arguments, calls, results)
         call_through_filter(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in skippable.items()})
     position = {v: i for i, v in enumerate(before)}
-    sources = tuple(Source(EXTERNAL, externals[v]) if v in externals else Source(STATE, position[v]) for v in reads)
+    sources = tuple(Source(EXTERNAL, input_at[v]) if v in input_at else Source(STATE, position[v]) for v in reads)
     state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
     read = {s.index for s in sources if s.origin == EXTERNAL}
-    changed = {v for v in reads if externals.get(v) in volatile}
+    changed = {v for v in reads if input_at.get(v) in volatile}
     has_transforms = any(enters_transform(node.op) for node in nodes)
     return Piece(
         calls=(_leaving_transforms(run.forward) if has_transforms else run.forward,),
@@ -235,8 +233,8 @@ def _piece(
         reads=sources,
         state=state,
         volatile=tuple(sorted(read & volatile)),
-        written=tuple(sorted(read & _written_externals(graph, externals, nodes))),
-        write_only=tuple(sorted(externals[v] for v in _write_only_buffers(graph, nodes, node_of, changed))),
+        written=tuple(sorted(read & _written_inputs(graph, input_at, nodes))),
+        write_only=tuple(sorted(input_at[v] for v in _write_only_buffers(graph, nodes, node_of, changed))),
         is_random=any(node.is_random for node in nodes),
         is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
         span=span,

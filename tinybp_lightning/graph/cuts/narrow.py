@@ -174,7 +174,7 @@ def _merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
     limit_bytes = _LIGHT_SHARE * median(total[q + 1] - total[p + 1] for p, q in pairwise([-1, *cuts, last]))
     kept = [-1]
     for position in [*cuts, last]:
-        # Giving up the cut before makes the block longer: look again until it is no longer light.
+        # Without the cut before it the block is longer: repeat until it is not light.
         while total[position + 1] - total[kept[-1] + 1] < limit_bytes:
             is_first = len(kept) == 1
             if is_first or (position != last and profile.cost(kept[-1]) < profile.cost(position)):

@@ -134,7 +134,7 @@ def test_fine_is_the_residual_stream_before_and_after_each_half() -> None:
 
 
 def test_fine_splits_the_block_that_sets_the_floor() -> None:
-    """With a wider MLP, the half layer that holds it is the heaviest block, and its own frontiers are no valleys."""
+    """With a wider MLP, the half layer that holds it is the heaviest block, and has no local minimum inside."""
     build = GraphBuilder()
     x = build.input(10)
     for _ in range(3):
@@ -257,8 +257,8 @@ def test_unlike_children_of_a_sequential_are_no_layers() -> None:
     assert choose_cuts(graph, granularity=COARSE) == (1, 7, 13, 19, 25)
 
 
-def test_wide_valleys_near_narrow_ones_are_dropped() -> None:
-    """Between two streams of 100 bytes a dip to 600 is no place to cut; far from them it is."""
+def test_wide_minima_near_narrow_ones_are_dropped() -> None:
+    """Between two streams of 100 bytes a dip to 600 is not a place to cut; far from them it is."""
     build = GraphBuilder()
     x = build.input(100)
     for size in [800, 100] * 20 + [800, 600, 800, 100] + [800, 600] * 15:
