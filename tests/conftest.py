@@ -4,6 +4,7 @@ The environment is set before any test module imports a framework, and subproces
 """
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -28,6 +29,16 @@ hypothesis.settings.register_profile("random", _PATIENT, derandomize=False, prin
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
 atexit.register(shutil.rmtree, os.environ["TINYBP_CACHE"])
 _SEED = 20251
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_ones_own_garbage() -> None:
+    """Take what imports and earlier modules left alive out of garbage collections.
+
+    One takes more than half a second with them, and the package asks for one after each error of the device's memory.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
