@@ -178,16 +178,16 @@ _NOTED_OPTIONS: deque[tuple[OptionId, ...]] = deque()
 class _NotingRun(Run):
     """An engine run that notes the options of its blocks."""
 
-    def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
-        _NOTED_OPTIONS.append(script.options)
-        super().__init__(script, *args, **kwargs)
+    def __init__(self, program: ReplayProgram, *args: Any, **kwargs: Any) -> None:
+        _NOTED_OPTIONS.append(program.options)
+        super().__init__(program, *args, **kwargs)
 
 
 class _KeepingRun(Run):
     """An engine run that keeps what every block saves, against the plan."""
 
-    def __init__(self, script: ReplayProgram, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_keeping_program(script.options), *args, **kwargs)
+    def __init__(self, program: ReplayProgram, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_keeping_program(program.options), *args, **kwargs)
         if _NOTED_OPTIONS:
             _NOTED_OPTIONS.popleft()
 
