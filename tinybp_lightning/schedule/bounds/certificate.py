@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward
-from tinybp_lightning.schedule.bounds.coarsening import coarse_spans, coarsen
 from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
 from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
 from tinybp_lightning.schedule.bounds.live_sets import affordable
-from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, relax
+from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, coarse_spans, coarsen, relax
 from tinybp_lightning.schedule.planner.planner import Plan, Planner
 from tinybp_lightning.schedule.simulator import simulate
 

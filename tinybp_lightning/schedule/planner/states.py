@@ -171,7 +171,7 @@ class StateModel:
         index = self._index[boundary]
         if outside in index:
             return index[outside]
-        covers = [subset for subset in index if outside <= subset]
+        covers: list[frozenset[int]] = [subset for subset in index if outside <= subset]
         return index[min(covers, key=lambda s: (self._bytes(s), sorted(s)))]
 
     def _after_keep(self, i: int, outside: frozenset[int], option: SavedSet) -> frozenset[int]:
