@@ -439,7 +439,7 @@ def test_the_loop_runs_what_the_reducer_decides_and_tells_what_was_measured() ->
     control = control_loop_of(CHAIN, BUDGET)
     state = first_state()
     for _ in range(2):
-        assert control.is_measuring
+        assert control.state.phase is not Phase.STEADY
         seen = measured(state, predicted(state))
         ended: Any = _Ended(seen.measurement)
         profile = control.end_step(ended, RunStats())
@@ -447,7 +447,7 @@ def test_the_loop_runs_what_the_reducer_decides_and_tells_what_was_measured() ->
         assert profile.predicted_peak_bytes == state.active.report.predicted_peak_bytes
         state = after(state, seen)
         assert control.report == state.active.report
-    assert not control.is_measuring
+    assert control.state.phase is Phase.STEADY
     assert control.tighten(1.0)
     assert not control.tighten(1.0)
     assert control.report.predicted_peak_bytes == control.smallest_bytes < middle_bytes(CHAIN)

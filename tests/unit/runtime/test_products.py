@@ -139,7 +139,7 @@ def test_no_replay_repeats_a_product(
 
     @functools.cache
     def program(control: ControlLoop) -> ReplayProgram:
-        return replay_program_of(per_block(control.chain))
+        return replay_program_of(per_block(control.state.chain))
 
     monkeypatch.setattr(ControlLoop, "program", property(program))
     plain = net_of(kind)

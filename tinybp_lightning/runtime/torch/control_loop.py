@@ -11,6 +11,7 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.controller import (
+    CalibrationState,
     NotePlan,
     Observation,
     OptimizerStateSeen,
@@ -24,7 +25,6 @@ from tinybp_lightning.runtime.torch.controller import (
     calibrate,
     start,
     start_from_cache,
-    unmeasured_options,
 )
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor
@@ -92,24 +92,14 @@ class ControlLoop:
         return self._state.active.report
 
     @property
-    def chain(self) -> Chain:
-        """The chain with everything learned so far."""
-        return self._state.chain
-
-    @property
     def smallest_bytes(self) -> int:
         """The peak of the smallest plan, as far as is known now."""
         return self._planner_of(self._state.chain).smallest_bytes
 
     @property
-    def is_measuring(self) -> bool:
-        """Whether there is still something to learn from the next step."""
-        return self._state.phase is not Phase.STEADY
-
-    @property
-    def unmeasured(self) -> frozenset[tuple[int, int]]:
-        """The options (block and number) to be measured before the next step."""
-        return unmeasured_options(self._state)
+    def state(self) -> CalibrationState:
+        """Everything that is known about the chain."""
+        return self._state
 
     def learn_options(self, measured: Chain) -> None:
         """Plan again with the options that were measured since: `measured` is the same chain with fewer estimates.
@@ -133,7 +123,9 @@ class ControlLoop:
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
         """Start to follow a step."""
         self.refresh()
-        return StepMonitor(self._device, parameters, self._state.task.budget, wants_trace=self.is_measuring)
+        return StepMonitor(
+            self._device, parameters, self._state.task.budget, wants_trace=self._state.phase is not Phase.STEADY
+        )
 
     def end_step(self, monitor: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
         """Learn from a step that has ended, and tell the observers about it and about a new plan.
@@ -156,7 +148,9 @@ class ControlLoop:
         )
         if measured is not None and not monitor.is_disturbed:
             self._observe(StepMeasured(measured, is_whole))
-        elif self.is_measuring and not monitor.is_lost:  # if its trace was lost, the next step is measured instead
+        elif (
+            self._state.phase is not Phase.STEADY and not monitor.is_lost
+        ):  # if its trace was lost, the next step is measured instead
             self._observe(StepUnmeasured())
         for observer in self._observers:
             observer.on_replay(profile)

@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import Task
+from tinybp_lightning.runtime.torch.controller import Task, unmeasured_options
 from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
 from tinybp_lightning.runtime.torch.executors.registry import executor_of
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain, pin_program
@@ -287,7 +287,7 @@ class TracedModule:
         program = planned.pieces.program
         control.refresh()
         while control.program is not planned.ready:
-            unmeasured = control.unmeasured
+            unmeasured = unmeasured_options(control.state)
             wanted = unmeasured or self._executor.unprepared(program, list(enumerate(control.program.options)))
             if not wanted:
                 self._planned[forward.situation] = planned = replace(planned, ready=control.program)

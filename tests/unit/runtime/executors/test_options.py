@@ -9,6 +9,7 @@ from tests.unit.schedule.chains_by_hand import transformer_chain
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Block, Chain, SavedSet
 from tinybp_lightning.graph.ids import OptionId
+from tinybp_lightning.runtime.torch.controller import unmeasured_options
 from tinybp_lightning.runtime.torch.executors.options import (
     estimated_options,
     measured_part,
@@ -150,7 +151,7 @@ def test_the_first_step_goes_by_measured_options_alone() -> None:
     chain = _chain(saved=0.1, slower=1.0, is_estimated=True, held=0.1)
     control = control_loop_of(chain, middle_bytes(chain) * 2)
     assert set(control.program.options) == {0}
-    assert not control.unmeasured
+    assert not unmeasured_options(control.state)
 
 
 def test_a_budget_that_only_estimated_options_meet_has_them_measured_first() -> None:
@@ -158,7 +159,7 @@ def test_a_budget_that_only_estimated_options_meet_has_them_measured_first() -> 
     measured_bytes = Planner(measured_part(chain).chain).smallest_bytes
     assert Planner(chain).smallest_bytes < 0.9 * measured_bytes
     control = control_loop_of(chain, int(0.95 * measured_bytes))
-    assert control.unmeasured == estimated_options(chain)
+    assert unmeasured_options(control.state) == estimated_options(chain)
 
 
 def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too_small() -> None:
@@ -167,7 +168,7 @@ def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too
     budget_bytes = int(1.05 * Planner(measured).smallest_bytes)
     known = measured_plan(estimated, keep_all(estimated), headroom_bytes=2 * Planner(estimated).largest_bytes)
     control = control_loop_of(known, budget_bytes)
-    assert control.unmeasured == estimated_options(estimated)
+    assert unmeasured_options(control.state) == estimated_options(estimated)
     control.learn_options(measured)
     assert control.report.predicted_peak_bytes <= budget_bytes
 
@@ -180,9 +181,9 @@ def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
     assert smallest_bytes < 0.9 * Planner(estimated).smallest_bytes
     budget_bytes = int(1.05 * smallest_bytes)
     control = control_loop_of(estimated, budget_bytes)
-    assert control.unmeasured == estimated_options(estimated)
+    assert unmeasured_options(control.state) == estimated_options(estimated)
     control.learn_options(measured)
-    assert not control.unmeasured
+    assert not unmeasured_options(control.state)
     assert control.report.predicted_peak_bytes <= budget_bytes
 
     control = control_loop_of(estimated, smallest_bytes // 2)
