@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 
-from tinybp_lightning.graph.ids import StorageId, ValueId
+from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 
 __all__ = ["CutObstacle", "FrontierProfile", "Life", "frontier_profile", "made_at"]
@@ -77,10 +77,6 @@ class FrontierProfile:
     def storages_at(self, position: int) -> tuple[StorageId, ...]:
         """Return the frontier after node `position`, in id order."""
         return tuple(StorageId(s) for s, life in enumerate(self.storage_lives) if life.crosses(position))
-
-    def values_at(self, position: int) -> tuple[ValueId, ...]:
-        """Return the values made at or before node `position` and needed after it, in id order."""
-        return tuple(ValueId(v) for v, life in enumerate(self.value_lives) if life.crosses(position))
 
 
 # A storage that crosses more positions than this is long-lived: more than the ops between two residual sums of a

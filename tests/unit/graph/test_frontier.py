@@ -57,11 +57,12 @@ def test_profile_is_the_definition(graph: Graph) -> None:
     frontiers = [frontier_by_definition(graph, p) for p in positions]
     assert [profile.storages_at(p) for p in positions] == frontiers
     assert list(profile.width_bytes) == [sum(graph.storages[s].size_bytes for s in f) for f in frontiers]
-    assert [profile.values_at(p) for p in positions] == [values_by_definition(graph, p) for p in positions]
+    crossing = [tuple(v for v, life in enumerate(profile.value_lives) if life.crosses(p)) for p in positions]
+    assert crossing == [values_by_definition(graph, p) for p in positions]
     assert [profile.is_allowed(p) for p in positions] == [is_allowed_by_definition(graph, p) for p in positions]
     assert list(profile.is_new) == [f != g for f, g in zip(frontiers, [(), *frontiers], strict=False)]
     tensor_sizes = [0 if v.storage is None else v.shape[0] for v in graph.values]
-    assert list(profile.num_elements) == [sum(tensor_sizes[v] for v in profile.values_at(p)) for p in positions]
+    assert list(profile.num_elements) == [sum(tensor_sizes[v] for v in values) for values in crossing]
 
 
 def test_a_view_costs_nothing_beside_its_base() -> None:

@@ -147,7 +147,7 @@ def _check_cuts(profile: FrontierProfile, cuts: Sequence[int], num_nodes: int) -
 
 
 def _crossing_values(value_lives: Sequence[Life], positions: Sequence[int]) -> list[tuple[ValueId, ...]]:
-    """Return the values that cross each of the increasing `positions`, as `values_at` does, in one pass."""
+    """Return the values that cross each of the increasing `positions`, in id order."""
     crossing: list[list[ValueId]] = [[] for _ in positions]
     for value_id, life in enumerate(value_lives):
         for index in range(bisect_left(positions, life.made), bisect_left(positions, life.last_use)):

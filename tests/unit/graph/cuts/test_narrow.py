@@ -18,7 +18,15 @@ from tests.unit.graph.graphs_by_hand import (
 )
 from tests.unit.graph.strategies_graph import graphs
 from tinybp_lightning.errors import GraphError
-from tinybp_lightning.graph import Granularity, Graph, choose_cuts, cut_blocks, frontier_profile
+from tinybp_lightning.graph import (
+    FrontierProfile,
+    Granularity,
+    Graph,
+    ValueId,
+    choose_cuts,
+    cut_blocks,
+    frontier_profile,
+)
 
 GRANULARITIES = st.sampled_from(Granularity)
 FINE, COARSE = Granularity.FINE, Granularity.COARSE
@@ -32,6 +40,10 @@ def test_chosen_cuts_are_allowed_and_leave_two_ops(graph: Graph, granularity: Gr
     assert all(after - before >= 2 for before, after in pairwise([-1, *cuts, len(graph.nodes) - 1]) if cuts)
 
 
+def crossing(profile: FrontierProfile, position: int) -> tuple[ValueId, ...]:
+    return tuple(ValueId(v) for v, life in enumerate(profile.value_lives) if life.crosses(position))
+
+
 @given(graphs(max_nodes=24), st.data())
 def test_blocks_pass_on_what_later_blocks_and_the_caller_need(graph: Graph, data: st.DataObject) -> None:
     profile = frontier_profile(graph)
@@ -41,7 +53,7 @@ def test_blocks_pass_on_what_later_blocks_and_the_caller_need(graph: Graph, data
     assert [block.start for block in blocks] == [0, *(cut + 1 for cut in cuts)]
     assert [block.stop for block in blocks] == [*(cut + 1 for cut in cuts), len(graph.nodes)]
     assert blocks[0].inputs == ()
-    assert [block.outputs for block in blocks] == [profile.values_at(block.stop - 1) for block in blocks]
+    assert [block.outputs for block in blocks] == [crossing(profile, block.stop - 1) for block in blocks]
     assert [block.inputs for block in blocks[1:]] == [block.outputs for block in blocks[:-1]]
     assert set(blocks[-1].outputs) == set(graph.outputs) - set(graph.inputs)
     for block in blocks:
