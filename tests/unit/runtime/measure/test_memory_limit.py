@@ -73,6 +73,28 @@ def test_loaded_state_was_there_before_the_first_step() -> None:
     assert (state.existed_bytes, state.made_bytes, state.unknown_bytes) == (held_bytes(model), 0, 0)
 
 
+def test_state_on_another_device_takes_nothing_here() -> None:
+    """A step counter may be on the CPU while the parameters are on the device."""
+    (p,) = parameters = [nn.Parameter(torch.zeros(4))]
+    state, optimizer = OptimizerState(parameters), sgd(parameters)
+    optimizer.state[p] = {"here": torch.zeros(4), "elsewhere": torch.zeros(4, device="meta")}
+    p.grad = torch.zeros(4)
+    optimizer.step()
+    assert (state.existed_bytes, state.made_bytes) == (16, 0)
+
+
+class Sharded(torch.Tensor):
+    """Eight floats, two of which are in this process."""
+
+    def to_local(self) -> torch.Tensor:
+        return torch.zeros(2)
+
+
+def test_of_a_sharded_parameter_its_own_part_counts() -> None:
+    p = torch.zeros(8).as_subclass(Sharded).requires_grad_()
+    assert OptimizerState([p]).unknown_bytes == 8
+
+
 def test_two_optimizers_share_a_model() -> None:
     model = residual_net(2)
     first, second = (held_bytes(part) for part in model)
@@ -164,6 +186,46 @@ def test_pieces_that_the_allocator_cannot_give_back_are_taken(monkeypatch: pytes
     assert fragmented_bytes(CPU) == 0
     headroom = Headroom(HCBConfig(memory_budget=10_000, optimizer_state_bytes=0), CUDA, [], TargetMemory(None))
     assert headroom(0) == 10_000 - 1000 - 300
+
+
+def test_on_a_cpu_each_storage_counts_once_and_gradients_count() -> None:
+    whole, learned = torch.zeros(10), nn.Parameter(torch.zeros(4))
+    learned.grad = torch.zeros(4)
+    made = learned * 2  # its gradient may not be asked for
+    room = Headroom(HCBConfig(memory_budget=1000), CPU, [whole, whole[2:5], learned, made], TargetMemory(None))
+    assert room(0) == 1000 - (40 + 16 + 16 + 16)
+
+
+def test_on_a_cpu_state_that_was_loaded_is_set_aside_too() -> None:
+    model = residual_net(2)
+    optimizer = momentum(model.parameters())
+    step(model, optimizer)
+    shared = TargetMemory(OptimizerState(model.parameters()))
+    room = Headroom(HCBConfig(memory_budget="1GiB"), CPU, list(model.parameters()), shared)
+    step(model, optimizer)
+    assert room.optimizer_bytes == held_bytes(model)
+
+
+def test_no_state_is_expected_of_what_is_frozen() -> None:
+    model = residual_net(2)
+    model[0].requires_grad_(False)
+    assert OptimizerState(model.parameters()).unknown_bytes == held_bytes(model[1])
+
+
+def test_a_cap_holds_for_all_plans_of_a_target() -> None:
+    shared, config = TargetMemory(None), HCBConfig(activation_budget=100)
+    one, other = (Headroom(config, CPU, [], shared) for _ in range(2))
+    assert other.cap_bytes is None
+    one.cap_bytes = 70
+    assert other.cap_bytes == 70
+
+
+def test_a_share_is_of_the_largest_plain_peak_of_the_target() -> None:
+    """A small last batch is not held to a share of its own small peak."""
+    shared, config = TargetMemory(None), HCBConfig(activation_budget="50%")
+    large, small = (Headroom(config, CPU, [], shared) for _ in range(2))
+    assert (large(100), small(40), large(100)) == (50, 50, 50)
+    assert (small(200), large(100)) == (100, 100)
 
 
 # ---- the plan follows ------------------------------------------------------------------------------------------------
