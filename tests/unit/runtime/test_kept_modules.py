@@ -24,10 +24,10 @@ from tests.unit.runtime.training import (
 from tests.unit.schedule.chains_by_hand import uniform_chain
 from tinybp_lightning.errors import HCBWarning, UnsupportedModuleError
 from tinybp_lightning.graph.verify import verify_chain
-from tinybp_lightning.runtime.torch.kept_modules import is_kept, kept_paths, pin_chain, pin_program
+from tinybp_lightning.runtime.torch.kept_modules import is_kept, kept_paths, pin_chain
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
-from tinybp_lightning.runtime.torch.replay.program import replay_program_of
+from tinybp_lightning.runtime.torch.replay.program import pin_program, replay_program_of
 from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
 from tinybp_lightning.runtime.torch.submodules import step_modules
 from tinybp_lightning.schedule.actions import Forward, ForwardSave, Schedule

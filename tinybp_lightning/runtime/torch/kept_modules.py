@@ -11,17 +11,15 @@ counts the bytes of both as live throughout.
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TypeVar, assert_never, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from tinybp_lightning.errors import UnsupportedModuleError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain
-from tinybp_lightning.graph.ids import BoundaryId, StorageId
+from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
-from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Store
 
 __all__ = [
     "blocks_of_modules",
@@ -30,7 +28,6 @@ __all__ = [
     "keep",
     "kept_paths",
     "pin_chain",
-    "pin_program",
     "synchronises_ranks",
 ]
 
@@ -134,52 +131,3 @@ def _with_nothing_to_save(block: Block) -> Block:
         replay_peak_bytes=option.replay_peak_bytes - option.saved_bytes,
     )
     return replace(block, signature=f"{block.signature} pinned", options=(nothing,))
-
-
-def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
-    """Return `program` with `blocks` pinned: the first sweep saves them and stores what follows, replays leave them."""
-    if not blocks:
-        return program
-    pinned = frozenset(blocks)
-    behind = frozenset(BoundaryId(b + 1) for b in pinned if b + 1 < len(program.kept))
-    return ReplayProgram(
-        kept=tuple(kept or i in pinned for i, kept in enumerate(program.kept)),
-        options=program.options,
-        stored=program.stored | behind,
-        steps=tuple(_around(steps, pinned, behind) for steps in program.steps),
-        pinned=behind,
-    )
-
-
-def _around(
-    steps: tuple[ReplayStep, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]
-) -> tuple[ReplayStep, ...]:
-    """Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries behind."""
-    left: list[ReplayStep] = []
-    needed: BoundaryId | None = None  # the boundary that the next step takes from the cursor, if none is stored
-    for step in reversed(steps):
-        match step.action:
-            case Store(boundary=boundary) | Drop(boundary=boundary) if boundary in behind:
-                continue
-            case Store(boundary=boundary):
-                needed = boundary
-                left.append(step)
-            case Forward(block=block) if block not in pinned and needed == block + 1:
-                needed = _unless_stored(block, behind)
-                left.append(step)
-            case ForwardSave(block=block) if block not in pinned:
-                left.append(ReplayStep(step.action, stops_early=needed != block + 1))
-                needed = _unless_stored(block, behind)
-            case Forward() | ForwardSave():
-                continue
-            case Drop():
-                left.append(step)
-            case Backward() | Offload() | Reload():
-                raise AssertionError(f"`{step.action}` is not a replay step")
-            case _:
-                assert_never(step.action)
-    return tuple(reversed(left))
-
-
-def _unless_stored(boundary: int, behind: frozenset[BoundaryId]) -> BoundaryId | None:
-    return None if boundary in behind else BoundaryId(boundary)

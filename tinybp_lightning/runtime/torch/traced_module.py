@@ -29,7 +29,7 @@ from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetConte
 from tinybp_lightning.runtime.torch.controller import Task, unmeasured_options
 from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
 from tinybp_lightning.runtime.torch.executors.registry import executor_of
-from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain, pin_program
+from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
@@ -38,7 +38,7 @@ from tinybp_lightning.runtime.torch.messages import PlanningProgress, planning_p
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
-from tinybp_lightning.runtime.torch.replay.program import ReplayProgram
+from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, pin_program
 from tinybp_lightning.schedule.measured import plain_peak_bytes
 
 __all__ = ["TracedModule"]

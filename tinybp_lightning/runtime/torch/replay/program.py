@@ -2,9 +2,10 @@
 
 Autograd decides when a block's backward runs; the schedule says what must have happened by then. So the actions
 between two `Backward`s become the replay steps of the later one. The engine plays them when autograd first asks for a
-tensor that the later block saved.
+tensor that the later block saved. `pin_program` leaves blocks that must not run again out of the replay steps.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -22,7 +23,7 @@ from tinybp_lightning.schedule.actions import (
     Store,
 )
 
-__all__ = ["ReplayProgram", "ReplayStep", "replay_program_of"]
+__all__ = ["ReplayProgram", "ReplayStep", "pin_program", "replay_program_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +112,52 @@ def _replay_steps(actions: list[Action]) -> tuple[ReplayStep, ...]:
                 assert_never(action)
         steps.append(ReplayStep(action, stops_early))
     return tuple(reversed(steps))
+
+
+def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
+    """Return `program` with `blocks` pinned: the first sweep saves them and stores what follows, replays leave them."""
+    if not blocks:
+        return program
+    pinned = frozenset(blocks)
+    behind = frozenset(BoundaryId(b + 1) for b in pinned if b + 1 < len(program.kept))
+    return ReplayProgram(
+        kept=tuple(kept or i in pinned for i, kept in enumerate(program.kept)),
+        options=program.options,
+        stored=program.stored | behind,
+        steps=tuple(_around(steps, pinned, behind) for steps in program.steps),
+        pinned=behind,
+    )
+
+
+def _around(
+    steps: tuple[ReplayStep, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]
+) -> tuple[ReplayStep, ...]:
+    """Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries behind."""
+    left: list[ReplayStep] = []
+    needed: BoundaryId | None = None  # the boundary that the next step takes from the cursor, if none is stored
+    for step in reversed(steps):
+        match step.action:
+            case Store(boundary=boundary) | Drop(boundary=boundary) if boundary in behind:
+                continue
+            case Store(boundary=boundary):
+                needed = boundary
+                left.append(step)
+            case Forward(block=block) if block not in pinned and needed == block + 1:
+                needed = _unless_stored(block, behind)
+                left.append(step)
+            case ForwardSave(block=block) if block not in pinned:
+                left.append(ReplayStep(step.action, stops_early=needed != block + 1))
+                needed = _unless_stored(block, behind)
+            case Forward() | ForwardSave():
+                continue
+            case Drop():
+                left.append(step)
+            case Backward() | Offload() | Reload():
+                raise AssertionError(f"`{step.action}` is not a replay step")
+            case _:
+                assert_never(step.action)
+    return tuple(reversed(left))
+
+
+def _unless_stored(boundary: int, behind: frozenset[BoundaryId]) -> BoundaryId | None:
+    return None if boundary in behind else BoundaryId(boundary)
