@@ -24,7 +24,7 @@ from tinybp_lightning.schedule.baselines import (
 )
 from tinybp_lightning.schedule.bounds.certificate import Certificate, certify
 from tinybp_lightning.schedule.notation import from_text, to_text
-from tinybp_lightning.schedule.offload.planner import OffloadPlan, plan_offload
+from tinybp_lightning.schedule.offload import OffloadPlan, plan_offload
 from tinybp_lightning.schedule.pareto_front import Pareto, ParetoPoint, ParetoReference, pareto
 from tinybp_lightning.schedule.planner.planner import Plan, Planner, plan, smallest_budget
 from tinybp_lightning.schedule.simulator import Moment, Timeline, simulate

@@ -1,4 +1,4 @@
-"""What does a byte of memory buy? Time of the plan, and its lower bound, at every budget from the smallest up.
+"""Show what a byte of memory buys: the time of the plan, and its lower bound, at budgets from the smallest up.
 
 One `Planner` plans all budgets. A bound at one budget holds at every smaller one too, so each point carries the best of
 its own and of those to its right; bounds fall with the budget just as times do.
@@ -8,8 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinybp_lightning.analysis import estimate_chain
+from tinybp_lightning.errors import MissingPackageError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.schedule.actions import Schedule
@@ -20,6 +22,11 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import simulate
 
 __all__ = ["Pareto", "ParetoPoint", "ParetoReference", "pareto"]
+
+
+_GIB, _MIB = 2**30, 2**20
+_MARKERS = ("s", "^", "D")
+"""One for each of `Pareto.references`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +101,11 @@ class Pareto:
     def plot(self, path: str | Path) -> Path:
         """Draw plan, bound and known methods as a PNG, and return the path.
 
-        **Raises:** `ConfigError` for what is no path; `MissingPackageError` if matplotlib is not there
+        **Raises:** `ConfigError` if `path` is not a path; `MissingPackageError` if matplotlib is not there
         (`pip install tinybp-lightning[recipes]`).
         """
         check_path(path)
-        from tinybp_lightning.schedule.pareto_plot import plot_pareto  # noqa: PLC0415 - matplotlib is an extra
-
-        return plot_pareto(self, Path(path))
+        return _plot(self, Path(path))
 
 
 def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequence[int] | None = None) -> Pareto:
@@ -113,7 +118,7 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
     **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan and its bound.
 
     **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
-    is no number of bytes; `BudgetTooSmallError` for one that no plan meets.
+    is not a number of bytes; `BudgetTooSmallError` for one that no plan meets.
     """
     check_count("num_points", num_points, at_least=2, meaning="the smallest and the largest budget")
     if budgets_bytes is not None:
@@ -159,3 +164,56 @@ def _points(planner: Planner, budgets_bytes: Sequence[int]) -> tuple[ParetoPoint
 def _reference(chain: Chain, name: str, schedule: Schedule) -> ParetoReference:
     timeline = simulate(chain, schedule)
     return ParetoReference(name, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
+
+
+def _plot(curve: Pareto, path: Path) -> Path:
+    """Write `curve` as a PNG to `path` and return it: the plan as a line, the bound as a shaded one below.
+
+    **Raises:** `MissingPackageError` if matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise MissingPackageError(
+            "`Pareto.plot` draws with matplotlib, which is not installed: `pip install tinybp-lightning[recipes]`."
+        ) from error
+    figure: Any = Figure(figsize=(8.5, 5), layout="constrained")
+    panel = figure.subplots()
+    unit_bytes, unit = (_GIB, "GiB") if curve.plain_peak_bytes >= _GIB else (_MIB, "MiB")
+    _draw(panel, curve, unit_bytes)
+    panel.set_xlabel(f"budget ({unit})")
+    how = ", estimated" if curve.is_estimated else ""
+    panel.set_ylabel(f"time of a step (plain training = 1{how})")
+    panel.set_title(
+        f"smallest budget {curve.smallest_bytes / unit_bytes:.3g} {unit}, plain training "
+        f"{curve.plain_peak_bytes / unit_bytes:.3g} {unit}, largest gap {max(p.gap for p in curve.points):.1%}",
+        fontsize=10,
+    )
+    panel.grid(visible=True, alpha=0.25)
+    panel.legend(fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _draw(panel: Any, curve: Pareto, unit_bytes: int) -> None:
+    budgets = [p.budget_bytes / unit_bytes for p in curve.points]
+    plans, bounds = (
+        _relative([p.total_s for p in curve.points], curve),
+        _relative([p.lower_bound_s for p in curve.points], curve),
+    )
+    # Between two budgets the plan is that of the smaller one, and the bound that of the larger one: both are steps.
+    panel.plot(budgets, plans, "o-", color="tab:blue", drawstyle="steps-post", markersize=4, label="plan")
+    panel.plot(budgets, bounds, color="tab:red", drawstyle="steps-pre", linewidth=1, label="lower bound")
+    floor = min([*bounds, 1.0]) - 0.05
+    panel.fill_between(budgets, bounds, floor, step="pre", color="tab:red", alpha=0.12, linewidth=0)
+    for reference, marker in zip(curve.references, _MARKERS, strict=True):
+        at = reference.peak_bytes / unit_bytes, reference.total_s / curve.plain_s if curve.plain_s else 1.0
+        panel.plot(*at, marker, color="0.25", markersize=7, linestyle="none", label=reference.name)
+    panel.axvline(curve.smallest_bytes / unit_bytes, color="0.6", linestyle=":", linewidth=1)
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=floor)
+
+
+def _relative(seconds: Sequence[float], curve: Pareto) -> list[float]:
+    return [s / curve.plain_s if curve.plain_s else 1.0 for s in seconds]

@@ -1,11 +1,9 @@
-"""How does a plan outlive its process? One JSON file with a schema version, believed only after full validation.
+"""Write a measured plan to a file, and read one back after full validation.
 
-A file is read back only if its checksum holds, it is for this very chain, its schedule is legal, and playing it gives
-the bytes and seconds it claims. Everything else (truncated, edited, foreign, newer) is a `PlanFileError` that says what
-is wrong: the caller plans again. Writing is atomic, so two processes at once leave one whole file.
-
-A *plan file* holds a plan for a chain that the reader has. A *known plan's* file holds the chain too, with everything
-that was learned about it: its reader need not measure.
+The file is JSON with a schema version. It holds the plan and its chain with every measured cost, so the reader need not
+measure again. The reader accepts it only if its checksum holds, its chain passes `verify_chain`, its schedule is legal,
+and the simulator gets the bytes and seconds that it claims. Any other file raises a `PlanFileError` that says what is
+wrong, and the caller plans again. Writing is atomic: of two processes that write at once, one leaves a whole file.
 """
 
 import hashlib
@@ -13,12 +11,13 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NewType, NoReturn, cast, get_args, get_origin, get_type_hints
 
-from tinybp_lightning.errors import PlanFileError, ScheduleError
+from tinybp_lightning.errors import GraphError, PlanFileError, ScheduleError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.chain_json import chain_from_data, chain_to_data
+from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.schedule.measured import MeasuredPlan
 from tinybp_lightning.schedule.notation import from_text, to_text
 from tinybp_lightning.schedule.planner.planner import Plan
@@ -27,14 +26,12 @@ from tinybp_lightning.schedule.simulator import simulate
 __all__ = [
     "SCHEMA_VERSION",
     "chain_digest",
+    "chain_from_data",
+    "chain_to_data",
     "load_measured_plan",
-    "load_plan",
     "measured_plan_from_json",
     "measured_plan_to_json",
-    "plan_from_json",
-    "plan_to_json",
     "save_measured_plan",
-    "save_plan",
 ]
 
 SCHEMA_VERSION = 3
@@ -51,8 +48,8 @@ _FIELDS: dict[str, type] = {
     "total_s": float,
     "recompute_s": float,
     "checksum": str,
+    "costs": dict,
 }
-_KNOWN_FIELDS: dict[str, type] = {**_FIELDS, "costs": dict}
 
 
 def chain_digest(chain: Chain) -> str:
@@ -60,52 +57,24 @@ def chain_digest(chain: Chain) -> str:
     return hashlib.sha256(repr(chain).encode()).hexdigest()
 
 
-def plan_to_json(plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> str:
-    """Return `plan` as JSON text.
-
-    **Arguments:** `context`: what else the plan depends on, such as device and library versions; loading asks for the
-    same.
-    """
-    return _sealed(_data_of(plan, chain, context))
-
-
-def plan_from_json(text: str, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
-    """Return the plan that `text` holds, if it is one for `chain`.
-
-    **Arguments:** `context`: as it was given when the plan was written.
-
-    **Raises:** `PlanFileError` that says what is wrong with the text.
-    """
-    return _plan_of(_payload(text, _FIELDS), chain, context)
-
-
 def measured_plan_to_json(known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> str:
-    """Return `known` as JSON text; see `plan_to_json`."""
+    """Return `known` as JSON text.
+
+    **Arguments:** `context`: what else the plan depends on, such as device and library versions; the reader has to give
+    the same.
+    """
     costs = chain_to_data(known.chain)
     return _sealed({**_data_of(known.plan, known.chain, context), "costs": costs})
 
 
 def measured_plan_from_json(text: str, *, context: Mapping[str, str] | None = None) -> MeasuredPlan:
-    """Return the known plan that `text` holds.
+    """Return the measured plan that `text` holds.
 
     **Raises:** `PlanFileError` that says what is wrong with the text.
     """
-    payload = _payload(text, _KNOWN_FIELDS)
+    payload = _payload(text)
     chain = chain_from_data(payload["costs"])
     return MeasuredPlan(chain, _plan_of(payload, chain, context))
-
-
-def save_plan(path: Path, plan: Plan, chain: Chain, *, context: Mapping[str, str] | None = None) -> None:
-    """Write `plan` to `path`, wholly or not at all; folders are made as needed."""
-    _write(path, plan_to_json(plan, chain, context=context))
-
-
-def load_plan(path: Path, chain: Chain, *, context: Mapping[str, str] | None = None) -> Plan:
-    """Return the plan in the file at `path`; see `plan_from_json`.
-
-    **Raises:** `PlanFileError` when the file is not a valid plan for `chain`; `FileNotFoundError` when there is none.
-    """
-    return plan_from_json(_text_of(path), chain, context=context)
 
 
 def save_measured_plan(path: Path, known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> None:
@@ -114,7 +83,7 @@ def save_measured_plan(path: Path, known: MeasuredPlan, *, context: Mapping[str,
 
 
 def load_measured_plan(path: Path, *, context: Mapping[str, str] | None = None) -> MeasuredPlan:
-    """Return the known plan in the file at `path`; see `measured_plan_from_json`.
+    """Return the measured plan in the file at `path`; see `measured_plan_from_json`.
 
     **Raises:** `PlanFileError` when the file holds no valid one; `FileNotFoundError` when there is none.
     """
@@ -185,7 +154,7 @@ def _plan_of(payload: Mapping[str, object], chain: Chain, context: Mapping[str, 
     return Plan(schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
 
 
-def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
+def _payload(text: str) -> dict[str, object]:
     """Check the text's form: JSON, version, fields, types and checksum."""
     try:
         found: object = json.loads(text)
@@ -199,10 +168,10 @@ def _payload(text: str, fields: Mapping[str, type]) -> dict[str, object]:
         _refuse(f"`schema_version={version}`, and this version of the package reads `{SCHEMA_VERSION}`: update it")
     if version < SCHEMA_VERSION:
         _refuse(f"`schema_version={version}` is older than `{SCHEMA_VERSION}`")
-    for field, kind in fields.items():
+    for field, kind in _FIELDS.items():
         if type(payload.get(field)) is not kind:
             _refuse(f"`{field}={payload.get(field)!r}` is missing or not of type `{kind.__name__}`")
-    if unknown := sorted(set(payload) - set(fields)):
+    if unknown := sorted(set(payload) - set(_FIELDS)):
         _refuse(f"it has the unknown fields `{unknown}`")
     if payload.pop("checksum") != _checksum(payload):
         _refuse("its `checksum` does not hold, so it was edited or damaged")
@@ -215,3 +184,60 @@ def _checksum(payload: Mapping[str, object]) -> str:
 
 def _refuse(problem: str) -> NoReturn:
     raise PlanFileError(f"this plan file cannot be used: {problem}. Delete it, or plan again.")
+
+
+def chain_to_data(chain: Chain) -> dict[str, Any]:
+    """Return `chain` as dictionaries, sequences, strings and numbers, which JSON can hold exactly."""
+    return asdict(chain)
+
+
+def chain_from_data(found: object) -> Chain:
+    """Return the chain that `chain_to_data` wrote, after it went through JSON.
+
+    **Raises:** `PlanFileError` that names the field that is missing, unknown, of another type, or against
+    `verify_chain`.
+    """
+    chain = cast(Chain, _read(Chain, found, "costs"))
+    try:
+        verify_chain(chain)
+    except GraphError as error:
+        raise PlanFileError(f"this plan file cannot be used: its `costs` are not those of a chain: {error}") from error
+    return chain
+
+
+def _read(kind: Any, found: object, where: str) -> object:
+    if isinstance(kind, NewType):
+        return _read(kind.__supertype__, found, where)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _read_fields(kind, found, where)
+    if get_origin(kind) is tuple:
+        if not isinstance(found, list):
+            raise _wrong(where, found, "a list")
+        (item,) = {*get_args(kind)} - {...}
+        return tuple(_read(item, part, f"{where}[{i}]") for i, part in enumerate(cast(list[object], found)))
+    allowed: tuple[type, ...] = (int, float) if kind is float else (cast(type, kind),)
+    if type(found) not in allowed:
+        raise _wrong(where, found, f"of type `{allowed[-1].__name__}`")
+    return found
+
+
+def _read_fields(kind: type, found: object, where: str) -> object:
+    if not isinstance(found, Mapping):
+        raise _wrong(where, found, "an object")
+    values = cast(Mapping[str, object], found)
+    wanted = [field.name for field in fields(kind)]
+    if sorted(values) != sorted(wanted):
+        raise PlanFileError(
+            f"this plan file cannot be used: `{where}` has the fields `{sorted(values)}`, expected `{sorted(wanted)}`. "
+            "Delete it, or plan again."
+        )
+    hints = get_type_hints(kind)
+    return kind(**{name: _read(hints[name], values[name], f"{where}.{name}") for name in wanted})
+
+
+def _wrong(where: str, found: object, expected: str) -> PlanFileError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    return PlanFileError(
+        f"this plan file cannot be used: `{where}={shown}` is not {expected}. Delete it, or plan again."
+    )

@@ -1,4 +1,4 @@
-"""How many bytes are alive and how many seconds pass at every action of a schedule? The exact cost model.
+"""Play a schedule and count the bytes alive and the seconds passed at every action: the exact cost model.
 
 Live bytes are the *set* of storages held for any reason (stored boundaries, the cursor, what saved sets alias), each
 counted once, plus the private bytes of the saved sets alive, the gradient of the boundary the backward stands at, the
@@ -10,11 +10,23 @@ to host memory (Note [Two directions of one link]) added.
 The first sweep ends with the last block's first forward. Then, before any other action, comes the *tail*: the caller's
 code after the last block, with the last boundary held. After it the last boundary is released (unless a saved set
 aliases it) and its gradient is alive.
+
+# Note [Two directions of one link]
+Copies run beside compute, and each direction of the link moves one boundary after the other. The directions do not
+share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at the same rate both ways at once.
+
+- `Offload` copies the storages of its boundary that have no host copy yet; another offloaded boundary may share some.
+  They are on the device until the copy has ended, and are let go of before the first action after that.
+- `Reload` copies those that nothing holds on the device. One that is still on its way out is waited for first, and
+  compute waits with it. The bytes are taken at once; the first forward that reads the boundary waits for the end.
+- A boundary dropped while its copy is under way is released when the copy has ended.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from tinybp_lightning.errors import ScheduleError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import (
     Action,
@@ -27,10 +39,10 @@ from tinybp_lightning.schedule.actions import (
     Schedule,
     Store,
 )
-from tinybp_lightning.schedule.offload.link import Leaving, Link
+from tinybp_lightning.schedule.arguments import check_link
 from tinybp_lightning.schedule.verify import verify_schedule
 
-__all__ = ["Machine", "Moment", "Timeline", "peak_and_time", "simulate"]
+__all__ = ["Machine", "Moment", "Timeline", "simulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +120,6 @@ def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None
     )
 
 
-def peak_and_time(machine: "Machine", actions: tuple[Action, ...]) -> tuple[int, float]:
-    """Return peak bytes and total seconds of a schedule known to be legal: what the planner's search calls."""
-    machine.reset()
-    peak = 0
-    for index in range(len(actions)):
-        machine.start()
-        machine.play(actions, index)
-        peak = max(peak, machine.action_peak_bytes)
-        if machine.at_tail:
-            machine.tail()
-            peak = max(peak, machine.action_peak_bytes)
-    return peak, machine.now_s
-
-
 class Machine:
     """The state a schedule acts on, in bytes and seconds. `reset` makes it new; one chain, many schedules."""
 
@@ -142,7 +140,7 @@ class Machine:
         self._references = [0] * len(self._chain.storage_bytes)
         self._cursor: int | None = None
         self._stored: set[int] = {0}
-        self._link = Link(self._chain.storage_bytes, self._link_bytes_per_s)
+        self._link = _Link(self._chain.storage_bytes, self._link_bytes_per_s)
         self._sweeping = True
         self.at_tail = False
         self.live_bytes = self._chain.workspace_bytes
@@ -242,7 +240,7 @@ class Machine:
         self._stored.remove(boundary)
         arrival_s = self._link.arrival_s(storages)
         if arrival_s > self.now_s:
-            self._link.leaving.append(Leaving(arrival_s, storages))
+            self._link.leaving.append(_Leaving(arrival_s, storages))
         else:
             self._release(storages)
 
@@ -285,3 +283,74 @@ class Machine:
             references[storage] -= 1
             if not references[storage]:
                 self.live_bytes -= size[storage]
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """Storages that the device holds for a copy alone, until it ends."""
+
+    end_s: float
+    storages: tuple[int, ...]
+
+
+class _Link:
+    """The state of both directions, and of the copies in host memory."""
+
+    def __init__(self, storage_bytes: Sequence[int], bytes_per_s: float | None) -> None:
+        if bytes_per_s is not None:
+            check_link(bytes_per_s)
+        self._storage_bytes = storage_bytes
+        self._bytes_per_s = bytes_per_s
+        self._out_free_s = self._back_free_s = 0.0
+        self._host_references = dict[int, int]()
+        self._arrives_s = dict[int, float]()
+        self.leaving: list[_Leaving] = []
+
+    def offload(self, storages: tuple[int, ...], now_s: float) -> tuple[int, ...]:
+        """Begin to copy out what has no host copy, and hold it till then; return what the device need not hold."""
+        moved = tuple(s for s in storages if not self._host_references.get(s))
+        for storage in storages:
+            self._host_references[storage] = self._host_references.get(storage, 0) + 1
+        # What is still arriving can leave again only when it is there.
+        start_s = max(self._out_free_s, now_s, self.arrival_s(moved))
+        self._out_free_s = start_s + self._copy_s(moved)
+        self.leaving.append(_Leaving(self._out_free_s, moved))
+        arriving = tuple(s for s in storages if s not in moved and self._arrives_s.get(s, 0.0) > now_s)
+        if arriving:
+            self.leaving.append(_Leaving(self.arrival_s(arriving), arriving))
+        return tuple(s for s in storages if s not in moved and s not in arriving)
+
+    def reload(self, storages: tuple[int, ...], missing: Sequence[int], now_s: float) -> None:
+        """Begin to copy `missing` in, and let go of the host's copy of all `storages`."""
+        self.forget(storages)
+        if missing:
+            self._back_free_s = max(self._back_free_s, now_s) + self._copy_s(missing)
+            self._arrives_s.update(dict.fromkeys(missing, self._back_free_s))
+
+    def forget(self, storages: tuple[int, ...]) -> None:
+        """Let go of an offloaded boundary's host copies."""
+        for storage in storages:
+            self._host_references[storage] -= 1
+
+    def leaves_s(self, storages: Sequence[int]) -> float:
+        """Return when the last of `storages` that is on its way out has left; 0 where none is."""
+        return max((one.end_s for one in self.leaving if any(s in storages for s in one.storages)), default=0.0)
+
+    def arrival_s(self, storages: Sequence[int]) -> float:
+        """Return when the last of `storages` that was copied in arrives; 0 where none was."""
+        if not self._arrives_s:
+            return 0.0
+        return max((self._arrives_s.get(s, 0.0) for s in storages), default=0.0)
+
+    def take_ended(self, now_s: float) -> list[_Leaving]:
+        """Return what has left by now, once."""
+        ended = [one for one in self.leaving if one.end_s <= now_s]
+        self.leaving = [one for one in self.leaving if one.end_s > now_s]
+        return ended
+
+    def _copy_s(self, storages: Sequence[int]) -> float:
+        if self._bytes_per_s is None:
+            raise ScheduleError(
+                "`link_bytes_per_s=None` but the schedule offloads: give the measured bandwidth to host memory."
+            )
+        return sum(self._storage_bytes[s] for s in storages) / self._bytes_per_s

@@ -1,36 +1,11 @@
-"""Which storages are held from below, when a segment starts? The sets that `capped` tells apart.
+"""List what can be held from below when a segment starts: the *held sets* of the dynamic-programming bound.
 
-# Note [Counting each storage once]
-`relaxed` shows how to uncross any schedule. This bound counts what is held then as a union of storages, not as a sum
-of weights, and needs another argument for being lazy. A storage of boundary `i`, held for the ends `q .. j-1`, may be
-*left out* if it is part of `S_j` too and no block in `q .. j-1` is bound to save it (has an alias of it in all its
-options). A boundary counts with all its storages as long as something that serves its ends holds what may be left out;
-from then on, say from `t` on, without, but for some of it that weighs no more than what is private to the saved sets of
-`q .. j-1`. Of a saved set the private bytes count and the aliases that all the block's options have. That is never more
-than there is.
+Walking from boundary 0 on, what matters of the things below is their union cut with the boundary at hand. Leaving a
+boundary pays for what of the held set does not go on. A boundary is held in one of two ways (proof PA2): with all its
+storages, or, where the ends that it serves are all kept when the last of them is due, without what may be left out.
+Where a boundary has too many held sets, some give way to their largest known subset, which counts less.
 
-Where `t` comes before `j` is due, all of `q .. j-1` are saved sets from `t` on: any boundary between `i` and `j`
-contains what was left out.
-
-Take the first run that is not on the way to the end next due. It replaces a boundary `X = (i, q .. j-1)`, `j` not yet
-due, by things `Y` for the same ends. Below is `L`, for ends under `q`; above is `U`, for ends from `j` on, which by
-uncrossing stands behind all of `Y` from the last time on that its path ran those blocks. Let `f` be the bytes counted
-with `Y` less those with `X`, as time goes on. No storage enters `U` again: it moves on through the chain, and a storage
-lies in consecutive boundaries. A storage that leaves `U` and is counted in `X` is counted in `Y` too: it is in `S_j`,
-and before `t` something in `Y` holds it, and counts it since it still does. After `t` what a block is bound to save is
-never left out of `Y`, and with the rest that still counts in `X` the private bytes of `Y` make up for all of it: from
-then on `f >= 0`. In the same way no storage of `S_i` leaves `L`, and one of `Y` that enters `L` is counted in `X`. So
-`f` never falls below 0 again. If `f < 0` when the run is made, `Y` weighed no more since `U` last ran those blocks:
-make it then, at no run. If `f >= 0`, it stays so: make it at the next change or when `j` is due. Either way no more is
-counted at any moment, and no time is lost. Repeat: every run is on the way to the end next due. What serves an end when
-it is due is what served it before.
-
-So a boundary is held in one of two ways. Either all its storages count, or the ends it serves are, when the last of
-them is due, all kept; then we count it without what may be left out, from the beginning.
-
-So walking from boundary 0 on, all that matters of the things below is their union cut with the boundary at hand: the
-*held set*. Leaving a boundary pays for what of the held set does not go on. Where there are too many held sets at a
-boundary, some give way to their largest known subset, which counts less.
+The bound computes equal layers once. Moves are compared as they are, not by keys, so its value does not change.
 """
 
 from collections.abc import Hashable, Sequence, Set
@@ -354,7 +329,7 @@ def _kept_holds(relaxed: RelaxedChain, held: HeldSets, i: int, fork: int) -> Has
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """How finely `capped_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
+    """How finely `dp_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
     at each boundary. Finer is slower and closer.
     """
 

@@ -1,50 +1,24 @@
-"""What does every schedule hold at least, and in what order may we assume it works? The relaxation of `bound`.
+"""Relax a chain for the bounds: what every schedule holds at least, and a chain of fewer blocks that is never slower.
 
-A *moment* is the loss or the start of a block's backward. Moments within replays are left out, which can only lower a
-bound. Schedules that offload are not covered.
-
-# Note [Why the bounds hold]
-Take any schedule, and its *provenance*: a run of a block read its boundary either from the cursor, that is from the
-run just before, or from a boundary that an earlier run left in store. So runs form a tree from boundary 0. For each
-block, the run whose saved set its backward uses is an *end*; the loss is one more; runs that lead to no end may go.
-What is held at a moment are the tree's edges and the saved sets across it, each storage once. A run *serves* the ends
-below it.
-
-1. Uncross. Of two runs of a block between the same two moments, the first is enough. Take runs `x` before `y` of one
-   block, where `x` serves `c` and `y` serves `d > c`. Where the path of `x` holds a boundary while the path of `y`
-   passes it, let the path of `y` read that one. If there is no such place, the path of `y` runs block `c` after that
-   of `x` did, yet before the backward of `d` and so before that of `c`: save `c` there. Either way no run is added,
-   and what is held at each moment is a subset of what was. In the end, of the runs of one block an earlier one serves
-   higher ends: each run, and each thing held, serves an interval of ends `q .. j-1`.
-2. Count less. For each storage choose one end `r` that may use it; `b` is the first boundary that contains it. Only
-   these count it: the saved set of end `r`, if it holds it; a boundary from `b` to `r` that contains it and serves an
-   interval with `r` in it; and boundary `b` itself when it serves ends above `r` alone. No two of these are held at
-   once, so weights add up to the bytes held at most. For intervals of things held at one moment are disjoint; two
-   copies of a boundary are one; with end `r` saved, a later run of block `r` serves ends below it, by (1); and with a
-   boundary above `b` held for `r`, what serves higher ends reads that one, not `b`, by (1). Now a thing held has a
-   weight that depends on itself and its interval, not on the moment.
-3. Be lazy. Consider the first run that is not on the way to the end next due: it replaces a boundary, held for `q ..
-   j-1` with `j` not yet due, by other things held for the same ends. If those weigh no more, make the change when the
-   boundary was made: that run was on its way to an end above `j` and passed all that is needed, so runs are saved. If
-   they weigh more, make it at the next change or when `j` is due. Either way less is held at every moment, and no
-   time is lost. Repeat: every run is on the way to the end next due.
-
-So a bound may assume: from boundary `i` at hand, to serve the ends `low .. end-1`, a schedule keeps block `i` (if
-`low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: holds boundary `i` for `low .. q-1` and lets
-what follows serve `q .. end-1` first. At a moment it holds the weights of what it holds. `bound` minimises over just
-these. `capped` takes the same moves and counts sets in place of weights: `held` has its own argument for (2) and (3).
+A bound may assume the following (proof PA1). From boundary `i` at hand, to serve the ends `low .. end-1`, a schedule
+keeps block `i` (if `low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: it holds boundary `i` for
+`low .. q-1` and lets what follows serve `q .. end-1` first. What it holds has a weight that depends on itself and on
+the ends that it serves. `coarsen` gives long chains fewer blocks (proof PA3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
+from tinybp_lightning.graph.ids import StorageId
 
-__all__ = ["RelaxedChain", "RelaxedOption", "relax", "relaxed_options"]
+__all__ = ["RelaxedChain", "RelaxedOption", "coarse_spans", "coarsen", "relax"]
 
 _Floats = NDArray[np.float64]
+_SMALL = 64
+"""What is smaller than such a part of the neediest block hardly weighs in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +33,7 @@ class RelaxedOption:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RelaxedChain:
-    """A chain whose held things have weights: see Note [Why the bounds hold].
+    """A chain whose held things have weights: see proof PA1.
 
     `first_bytes[i, j] + passed_bytes[i, j] - passed_bytes[i, q]` is the weight of boundary `i` held for the ends
     `q .. j-1`, the loss being end `n`: of the storages it is the first to contain, and of those that it passes on.
@@ -96,12 +70,12 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
         passed_bytes=np.hstack([zero, np.cumsum(passed, axis=1)]),
         loss_bytes=float(first[-1, -1] + passed[-1, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=relaxed_options(chain, left_bytes=left_bytes),
+        options=_options(chain, left_bytes=left_bytes),
     )
 
 
-def relaxed_options(chain: Chain, *, left_bytes: int | None = None) -> tuple[tuple[RelaxedOption, ...], ...]:
-    """Return the options of every block; with `left_bytes` those whose saved set and backward fit by themselves."""
+def _options(chain: Chain, *, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+    """The options of every block whose saved set and backward fit by themselves."""
     end_of, _ = _ends(chain)
     found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
     for b in reversed(range(len(chain.blocks))):
@@ -113,7 +87,7 @@ def relaxed_options(chain: Chain, *, left_bytes: int | None = None) -> tuple[tup
             counted_bytes = sum(chain.storage_bytes[s] for s in option.storages if end_of[s] == b)
             weight_bytes = option.saved_bytes + counted_bytes
             held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
-            if left_bytes is None or held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
+            if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
                 backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
                 options.append(RelaxedOption(weight_bytes, backward_bytes, option.backward_s, option.replay_s))
         found.append(tuple(options))
@@ -135,3 +109,89 @@ def _ends(chain: Chain) -> tuple[list[int], list[int]]:
         for storage in set(block.options[0].storages) & set(chain.boundaries[b].storages):
             end_of[storage] = b
     return end_of, first_in
+
+
+def coarsen(chain: Chain) -> Chain:
+    """Return the coarse chain of `chain`; a lower bound on the seconds of its schedules is one for `chain`."""
+    light = _without_small(chain)
+    spans = coarse_spans(chain)
+    inner = {s for boundary in light.boundaries for s in boundary.storages}
+    inner -= {s for place in [0, *(end for _, end in spans)] for s in light.boundaries[place].storages}
+    return replace(
+        light,
+        blocks=tuple(_coarse_block(light, first, end, inner) for first, end in spans),
+        boundaries=(light.boundaries[0], *(_coarse_boundary(light, *span) for span in spans)),
+    )
+
+
+def coarse_spans(chain: Chain) -> list[tuple[int, int]]:
+    """Return which blocks of `chain`, `first` to `end` (exclusive), each block of its coarse chain stands for."""
+    light, least_bytes = _without_small(chain), _small_bytes(chain)
+    starts = [b for b in range(len(light.blocks)) if not _follows(light, b, least_bytes)]
+    return list(zip(starts, [*starts[1:], len(light.blocks)], strict=True))
+
+
+def _follows(chain: Chain, b: int, least_bytes: int) -> bool:
+    """Whether block `b` follows the one before it, and to keep it holds no more than the boundary before it does."""
+    here, after = set(chain.boundaries[b].storages), set(chain.boundaries[b + 1].storages)
+    if not b or not after or not after <= here:
+        return False
+    options = chain.blocks[b].options
+    return any(
+        o.saved_bytes < least_bytes and {s for s in o.storages if chain.storage_bytes[s]} <= here for o in options
+    )
+
+
+def _coarse_boundary(chain: Chain, first: int, end: int) -> Boundary:
+    """The boundary after the blocks `first .. end - 1`, with the smallest gradient of those gone and its own."""
+    gradient_bytes = min(boundary.gradient_bytes for boundary in chain.boundaries[first + 1 : end + 1])
+    return Boundary(chain.boundaries[end].storages, gradient_bytes)
+
+
+def _coarse_block(chain: Chain, first: int, end: int, inner: set[StorageId]) -> Block:
+    head, followers = chain.blocks[first], chain.blocks[first + 1 : end]
+    if not followers:
+        return head
+    more_bytes = chain.boundaries[first + 1].gradient_bytes - _coarse_boundary(chain, first, end).gradient_bytes
+    more_s = sum(min(option.backward_s for option in block.options) for block in followers)
+    return replace(
+        head,
+        forward_s=head.forward_s + sum(block.forward_s for block in followers),
+        parameter_gradient_bytes=sum(block.parameter_gradient_bytes for block in chain.blocks[first:end]),
+        options=tuple(_coarse_option(chain, option, inner, more_bytes, more_s) for option in head.options),
+    )
+
+
+def _coarse_option(chain: Chain, option: SavedSet, inner: set[StorageId], more_bytes: int, more_s: float) -> SavedSet:
+    private = {s for s in option.storages if s in inner}
+    return replace(
+        option,
+        storages=tuple(s for s in option.storages if s not in private),
+        saved_bytes=option.saved_bytes + sum(chain.storage_bytes[s] for s in private),
+        backward_s=option.backward_s + more_s,
+        backward_peak_bytes=option.backward_peak_bytes + more_bytes,
+    )
+
+
+def _without_small(chain: Chain) -> Chain:
+    """Return `chain` with the storages that hardly weigh in weighing nothing, which leaves its layers more alike."""
+    least_bytes = _small_bytes(chain)
+    sizes = tuple(size if size >= least_bytes else 0 for size in chain.storage_bytes)
+    boundaries = tuple(
+        Boundary(tuple(s for s in boundary.storages if sizes[s]), boundary.gradient_bytes)
+        for boundary in chain.boundaries
+    )
+    return Chain(sizes, chain.blocks, boundaries, chain.tail_peak_bytes, chain.tail_live_bytes, chain.workspace_bytes)
+
+
+def _small_bytes(chain: Chain) -> int:
+    """Return the bytes below which something hardly weighs in."""
+    return max(_need_bytes(chain, b, block) for b, block in enumerate(chain.blocks)) // _SMALL
+
+
+def _need_bytes(chain: Chain, b: int, block: Block) -> int:
+    standing_bytes = chain.boundaries[b + 1].gradient_bytes + block.parameter_gradient_bytes
+    return standing_bytes + min(
+        option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages) + option.backward_peak_bytes
+        for option in block.options
+    )

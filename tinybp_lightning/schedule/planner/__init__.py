@@ -1,0 +1,1 @@
+"""Find the fastest persistent schedule of a chain within a byte budget."""

@@ -5,7 +5,7 @@ The walk keeps its own stack, so that chains may have any length.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = ["LeastSeconds", "extract_schedule"]
 
 _Floats = NDArray[np.float32] | NDArray[np.float64]
 _Ints = NDArray[np.int64]
+_Size = TypeVar("_Size", int, _Ints)
 
 
 class LeastSeconds(Protocol):
@@ -139,7 +140,7 @@ class _Chooser:
                 need_bytes, seconds, rest = keep.replay_need_bytes, keep.replay_s, None
             else:
                 need_bytes, seconds = keep.save_need_bytes, state.forward_s
-                rest = _Node(keep.next_state, node.end, node.left - int(self._kept(np.int64(keep.kept_bytes))))
+                rest = _Node(keep.next_state, node.end, node.left - self._kept(keep.kept_bytes))
                 seconds += self._rest_s(rest)
             seconds += keep.backward_s
             need_bytes = max(need_bytes + baseline_bytes, keep.backward_need_bytes)
@@ -180,5 +181,5 @@ class _Chooser:
     def _fits(self, need_bytes: int, left: int) -> bool:
         return need_bytes <= left * self._unit_bytes
 
-    def _kept(self, kept_bytes: _Ints) -> _Ints:
+    def _kept(self, kept_bytes: _Size) -> _Size:
         return (2 * kept_bytes + self._unit_bytes) // (2 * self._unit_bytes)

@@ -1,13 +1,11 @@
 """Choose the fastest schedule within a byte budget: one pure function, and an object that plans for many budgets.
 
 # Note [Monotone by construction]
-Every candidate is a schedule that depends on the chain alone: four baselines, the schedules of one table, one for each
-number of memory units, and the feasible schedule for the smallest budget. Of the baselines and the last a budget takes
-the fastest whose exact simulated peak fits. More units take less time, so of the table it wants the most units whose
-peak fits. A bisection over fixed numbers finds them: what fits a budget fits a larger one, so at the first number where
-the searches of two budgets part, the larger budget goes up and the smaller one down, and it ends with no fewer units.
-The same holds for the few numbers above that are tried afterwards. So a plan is never slower than that for a smaller
-budget.
+Every candidate is a schedule that depends on the chain alone: four baselines, the feasible schedule for the smallest
+budget, and the schedules of one table, one for each number of memory units. Of the first five a budget takes the
+fastest whose exact simulated peak fits. More units take less time, so of the table it takes the most units whose peak
+fits. A bisection over fixed numbers finds them: what fits a budget fits a larger one, so where the searches of two
+budgets part, the larger one goes up. So a plan is never slower than that for a smaller budget (proof PA4).
 """
 
 from dataclasses import dataclass

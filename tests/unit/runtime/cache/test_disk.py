@@ -22,10 +22,10 @@ from tinybp_lightning.runtime.torch import targets
 from tinybp_lightning.runtime.torch.cache import disk
 from tinybp_lightning.runtime.torch.cache.disk import DiskCache, cache_folder, open_cache
 from tinybp_lightning.schedule.baselines import keep_all
-from tinybp_lightning.schedule.chain_json import chain_from_data
 from tinybp_lightning.schedule.measured import measured_plan
 from tinybp_lightning.schedule.serialize import (
     _checksum,  # pyright: ignore[reportPrivateUsage]  # a forger would use it too
+    chain_from_data,
 )
 
 ROOT = Path(__file__).parents[4]

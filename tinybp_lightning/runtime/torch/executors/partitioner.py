@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tinybp_lightning.capture.torch.record import flops_of
-from tinybp_lightning.schedule.options import min_cut
-from tinybp_lightning.schedule.options.min_cut import BlockOps, SavedOps, saved_ops_frontier
+from tinybp_lightning.schedule import saved_ops
+from tinybp_lightning.schedule.saved_ops import BlockOps, SavedOps, saved_ops_frontier
 
 __all__ = ["ClosurePartitioner", "repeated_share", "value_bytes"]
 
@@ -60,8 +60,8 @@ class ClosurePartitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """Return everything that the partition depends on: torch caches compiled code under it."""
-        assert min_cut.__file__ is not None
-        source = get_hash_for_files((__file__, min_cut.__file__))
+        assert saved_ops.__file__ is not None
+        source = get_hash_for_files((__file__, saved_ops.__file__))
         return source, self._share, tuple(sorted(self._parameters))
 
 

@@ -21,7 +21,7 @@ from tinybp_lightning.schedule import (
     to_text,
     verify_schedule,
 )
-from tinybp_lightning.schedule.offload.windows import Away, find_gaps, open_slots, weave, with_boundaries_away
+from tinybp_lightning.schedule.offload import Away, find_gaps, open_slots, weave, with_boundaries_away
 
 
 def _check(chain: Chain, planner: Planner, budget_bytes: int, link_bytes_per_s: float) -> float:

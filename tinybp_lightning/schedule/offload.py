@@ -1,45 +1,52 @@
-"""How much faster is a step that may also move boundaries to host memory? A search with the exact simulator.
+"""Plan copies of stored boundaries to host memory. The simulator plays such schedules; the runtime does not yet.
 
 A boundary in host memory costs no device bytes and no recomputation, only a copy that runs beside compute. So a
 schedule made for a *larger* budget, which recomputes less, may keep this one once its boundaries are away. The search
 starts from such schedules: the planner's plans for larger budgets, plans for the chain in which stored boundaries weigh
 less, and one level of recomputation with boundaries stored and as many saved sets as fit. For each it puts copies where
-compute hides them, brings boundaries back later where bytes are missing, and moves single copies while that helps.
-Everything is deterministic; the plan without offload is one of the candidates.
+compute hides them, brings boundaries back later where bytes are missing, and moves single copies while that helps. The
+exact simulator judges all of them. The search is deterministic, and the plan without offload is one of the candidates.
 
-Only boundaries move, as the vocabulary has it; saved sets stay. There is no lower bound with offload: the certificate
-of a `Plan` speaks of schedules without it.
+Only boundaries move; saved sets stay. No lower bound covers schedules with offload.
+
+# Note [The chain with boundaries away]
+A planner that knows nothing of the link plans for `with_boundaries_away(chain)`, in which a stored boundary weighs
+little or nothing. What is not stored still counts: a run counts the boundary it starts from, and a saved set the
+boundary storages it aliases, as bytes of its own. A schedule for that chain is legal on the true one; what it costs
+there is for the simulator to say.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 from tinybp_lightning.errors import BudgetTooSmallError, ConfigError
-from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.schedule.actions import Action, Backward, Forward, ForwardSave, Schedule
+from tinybp_lightning.graph.chain import Block, Chain, SavedSet
+from tinybp_lightning.graph.ids import BoundaryId, StorageId
+from tinybp_lightning.schedule.actions import (
+    Action,
+    Backward,
+    Drop,
+    Forward,
+    ForwardSave,
+    Offload,
+    Reload,
+    Schedule,
+    Store,
+)
 from tinybp_lightning.schedule.arguments import check_budget, check_link
 from tinybp_lightning.schedule.baselines import keep_some, knapsack_blocks
-from tinybp_lightning.schedule.offload.windows import (
-    Away,
-    Gap,
-    Played,
-    find_gaps,
-    hide_copies,
-    open_slots,
-    play,
-    weave,
-    with_boundaries_away,
-)
 from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Machine, simulate
 
-__all__ = ["OffloadPlan", "plan_offload"]
+__all__ = ["Away", "OffloadPlan", "find_gaps", "open_slots", "plan_offload", "weave", "with_boundaries_away"]
 
 _STEPS = 8
 """How many schedules of one source are tried from the fastest down, before the search between two of them."""
 _BISECTIONS = 5
 _ROUNDS = 40
-"""How often boundaries are brought back later to make room."""
+"""How often boundaries are brought back later to free bytes."""
 _STAYING_SHARES = (1.0, 0.5, 0.25)
 """What stored boundaries weigh for the planner; the slower the link, the nearer to 1 is best."""
 _STRIDES = (1, 2, 4)
@@ -50,6 +57,37 @@ _SHORT = 1000
 """Actions times gaps of a schedule whose single copies are moved even if nothing fits yet."""
 _ACTIONS_EACH, _ACTIONS_AT_LAST = 10_000, 100_000
 """Actions the simulator may play for moving single copies: of one schedule, and of the best one (a few seconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Boundary `boundary` is stored and not read from slot `start` to slot `stop`; slot `k` is before action `k`."""
+
+    boundary: int
+    start: int
+    stop: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A gap that is used: offloaded at its start, reloaded at slot `back`, which is after the start."""
+
+    gap: Gap
+    back: int
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a woven schedule costs; `start_s[k]` and `peak_bytes[k]` are those of action `k` of the schedule before.
+
+    `excess_bytes` is the sum over actions of what exceeds the budget: 0 for a schedule that keeps it.
+    """
+
+    total_s: float
+    excess_bytes: int
+    start_s: tuple[float, ...]
+    peak_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +126,8 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     **Returns:** a legal schedule, deterministic, and never slower than `planner.plan` for the same budget. The budget
     may be below `planner.smallest_bytes`.
 
-    **Raises:** `ConfigError` for a bandwidth that is not above 0, or what is no planner; `BudgetError` for a budget
-    that is no number of bytes; `BudgetTooSmallError` if nothing that was tried fits.
+    **Raises:** `ConfigError` for a bandwidth that is not above 0, or a `planner` that is not one; `BudgetError` for a
+    budget that is not a number of bytes; `BudgetTooSmallError` if nothing that was tried fits.
     """
     if not isinstance(planner, Planner):
         raise ConfigError(
@@ -146,7 +184,7 @@ class _Search:
             low, high = (middle, high) if self._is_enough(source(middle)) else (low, middle)
 
     def _is_enough(self, schedule: Schedule) -> bool:
-        """Whether no slower schedule of the source is of interest: this one fits, or is no faster than the best."""
+        """Whether slower schedules of the source cannot help: this one fits, or is not faster than the best."""
         plain = self._played(schedule.actions, ())
         if self.best is not None and plain.played.total_s >= self.best.played.total_s:
             return True
@@ -162,7 +200,7 @@ class _Search:
         """Send boundaries away until the budget is kept, or it is plain that this does not do."""
         gaps, is_open = find_gaps(self._chain, plain.actions), open_slots(self._chain, plain.actions)
         hidden = hide_copies(gaps, plain.played.start_s, is_open, link_bytes_per_s=self._link_bytes_per_s)
-        found = self._made_room(self._played(plain.actions, hidden), is_open)
+        found = self._freed(self._played(plain.actions, hidden), is_open)
         if found.played.excess_bytes:
             found = min(found, self._played(plain.actions, [Away(gap, gap.stop) for gap in gaps]), key=_cost)
         is_short = len(plain.actions) * len(gaps) <= _SHORT
@@ -170,7 +208,7 @@ class _Search:
             found = self.moved(found, _ACTIONS_EACH)
         return found
 
-    def _made_room(self, found: _Fitted, is_open: Sequence[bool]) -> _Fitted:
+    def _freed(self, found: _Fitted, is_open: Sequence[bool]) -> _Fitted:
         """Bring boundaries back later while bytes are missing and somebody can wait; what is read last waits first."""
         for _ in range(_ROUNDS):
             waits = dict[Gap, int]()
@@ -254,4 +292,167 @@ def _too_small(chain: Chain, budget_bytes: int, smallest: _Fitted) -> BudgetTooS
         budget_bytes=budget_bytes,
         smallest_bytes=peak_bytes,
         bottleneck=where,
+    )
+
+
+def find_gaps(chain: Chain, actions: Sequence[Action]) -> tuple[Gap, ...]:
+    """Return every gap of a legal schedule without offload, in order of their starts.
+
+    **Returns:** gaps of boundaries that have bytes; one that no other action separates from its read is left out.
+    """
+    is_open = open_slots(chain, actions)
+    cursor, swept, used = None, 0, dict[int, int]()
+    gaps: list[Gap] = []
+    for index, action in enumerate(actions):
+        match action:
+            case Forward(block) | ForwardSave(block):
+                if block != cursor and block in used:
+                    gaps.append(_gap(chain, block, used[block], index, is_open))
+                    used[block] = index
+                swept += swept < len(chain.blocks)
+                # A replay that stops early leaves no cursor, and the backward that follows takes it anyway.
+                cursor = block + 1
+            case Backward():
+                cursor = None
+            case Store(boundary):
+                used[boundary] = index
+            case Drop(boundary):
+                used.pop(boundary, None)
+            case Offload() | Reload():
+                raise AssertionError(f"`{action}`: gaps are looked for before anything is offloaded")
+            case _:
+                assert_never(action)
+    return tuple(sorted((g for g in gaps if g.start < g.stop and g.size_bytes), key=lambda g: (g.start, g.boundary)))
+
+
+def _gap(chain: Chain, boundary: int, used: int, read: int, is_open: Sequence[bool]) -> Gap:
+    start = next(slot for slot in range(used + 1, read + 1) if is_open[slot])
+    size_bytes = sum(chain.storage_bytes[s] for s in chain.boundaries[boundary].storages)
+    return Gap(boundary, start, read, size_bytes)
+
+
+def open_slots(chain: Chain, actions: Sequence[Action]) -> list[bool]:
+    """Return for every slot whether it takes an action: none between a replay that stops early and its reader."""
+    is_open = [True] * (len(actions) + 1)
+    waiting: int | None = None
+    num_swept = 0
+    for index, action in enumerate(actions):
+        match action:
+            case ForwardSave(block) if num_swept >= len(chain.blocks):
+                waiting = block
+                continue
+            case Forward() | ForwardSave():
+                num_swept += 1
+            case Drop() if waiting is not None:
+                continue
+            case Backward(block) if waiting == block:
+                first = index
+                while isinstance(actions[first - 1], Drop):
+                    first -= 1
+                is_open[first : index + 1] = [False] * (index + 1 - first)
+            case Backward() | Drop() | Store() | Offload() | Reload():
+                pass
+            case _:
+                assert_never(action)
+        waiting = None
+    return is_open
+
+
+def weave(actions: Sequence[Action], aways: Iterable[Away]) -> tuple[tuple[Action, ...], tuple[int, ...]]:
+    """Return the schedule with the `Offload` and `Reload` of each of `aways`, and where each old action stands now."""
+    offloads, reloads = dict[int, list[Away]](), dict[int, list[Away]]()
+    for away in aways:
+        offloads.setdefault(away.gap.start, []).append(away)
+        reloads.setdefault(away.back, []).append(away)
+    woven, place = list[Action](), list[int]()
+    for slot, action in enumerate(actions):
+        woven += [Offload(BoundaryId(one.gap.boundary)) for one in offloads.get(slot, ())]
+        # The link brings back one after the other: what is read first comes first.
+        soonest = sorted(reloads.get(slot, ()), key=lambda one: (one.gap.stop, one.gap.boundary))
+        woven += [Reload(BoundaryId(one.gap.boundary)) for one in soonest]
+        place.append(len(woven))
+        woven.append(action)
+    return tuple(woven), tuple(place)
+
+
+def play(machine: Machine, actions: Sequence[Action], aways: Iterable[Away], *, budget_bytes: int) -> Played:
+    """Return what the schedule costs with `aways`; it must be legal without them."""
+    woven, place = weave(actions, aways)
+    machine.reset()
+    starts, peaks = list[float](), list[int]()
+    for index in range(len(woven)):
+        starts.append(machine.start()[1])
+        machine.play(woven, index)
+        peak = machine.action_peak_bytes
+        if machine.at_tail:
+            machine.tail()
+            peak = max(peak, machine.action_peak_bytes)
+        peaks.append(peak)
+    firsts = [0, *(k + 1 for k in place[:-1])]
+    return Played(
+        total_s=machine.now_s,
+        excess_bytes=sum(peak - budget_bytes for peak in peaks if peak > budget_bytes),
+        start_s=tuple(starts[k] for k in place),
+        peak_bytes=tuple(max(peaks[first : k + 1]) for first, k in zip(firsts, place, strict=True)),
+    )
+
+
+def hide_copies(
+    gaps: Sequence[Gap], start_s: Sequence[float], is_open: Sequence[bool], *, link_bytes_per_s: float
+) -> tuple[Away, ...]:
+    """Return the gaps in which both copies fit beside compute, each boundary brought back as late as hides its copy.
+
+    **Arguments:** `gaps`: in order of their starts; `start_s`: when each action starts.
+    """
+    out_free_s, leaving = 0.0, list[tuple[Gap, float]]()
+    for gap in gaps:
+        copy_s = gap.size_bytes / link_bytes_per_s
+        end_s = max(out_free_s, start_s[gap.start]) + copy_s
+        if end_s + copy_s <= start_s[gap.stop]:
+            out_free_s = end_s
+            leaving.append((gap, end_s))
+    aways, back_s = list[Away](), float("inf")
+    for gap, left_s in sorted(leaving, key=lambda one: -one[0].stop):
+        begin_s = min(back_s, start_s[gap.stop]) - gap.size_bytes / link_bytes_per_s
+        back = min(gap.stop, bisect_right(start_s, begin_s) - 1)
+        while back > gap.start and not is_open[back]:
+            back -= 1
+        # A slot before the copy out has ended would make compute wait for it.
+        if back > gap.start and start_s[back] >= left_s:
+            aways.append(Away(gap, back))
+            back_s = begin_s
+    return tuple(sorted(aways, key=lambda one: (one.gap.start, one.gap.boundary)))
+
+
+def with_boundaries_away(chain: Chain, *, staying_share: float) -> Chain:
+    """Return the chain in which stored boundaries weigh `staying_share` of their bytes.
+
+    See Note [The chain with boundaries away].
+    """
+    staying = tuple(int(staying_share * size) for size in chain.storage_bytes)
+    spared = tuple(size - stays for size, stays in zip(chain.storage_bytes, staying, strict=True))
+
+    def of(storages: Sequence[StorageId]) -> int:
+        return sum(spared[s] for s in storages)
+
+    def saved(option: SavedSet, input_bytes: int) -> SavedSet:
+        alias_bytes = of(option.storages)
+        replay_peak_bytes = option.replay_peak_bytes + alias_bytes + input_bytes
+        return replace(
+            option,
+            saved_bytes=option.saved_bytes + alias_bytes,
+            save_peak_bytes=max(option.save_peak_bytes + alias_bytes + input_bytes, replay_peak_bytes),
+            replay_peak_bytes=replay_peak_bytes,
+        )
+
+    def block(before: Block, input_bytes: int) -> Block:
+        options = tuple(saved(option, input_bytes) for option in before.options)
+        return replace(before, forward_peak_bytes=before.forward_peak_bytes + input_bytes, options=options)
+
+    blocks = tuple(block(b, of(chain.boundaries[i].storages)) for i, b in enumerate(chain.blocks))
+    return replace(
+        chain,
+        storage_bytes=staying,
+        blocks=blocks,
+        tail_peak_bytes=chain.tail_peak_bytes + of(chain.boundaries[-1].storages),
     )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinybp_lightning.errors import GraphError
-from tinybp_lightning.schedule.options.min_cut import BlockOps, SavedOps, cheapest_saved_ops, saved_ops_frontier
+from tinybp_lightning.schedule.saved_ops import BlockOps, SavedOps, cheapest_saved_ops, saved_ops_frontier
 
 PRICES = st.sampled_from([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0])
 
