@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from tests.unit.runtime.training import Recorder
 from tinybp_lightning.integrations._import_hook import ADAPTERS, Adapter
+from tinybp_lightning.runtime.profile import PlanReport, StepProfile
 
 WIDTH = 16
 
@@ -45,6 +46,24 @@ def network() -> nn.Sequential:
         for _ in range(8)
     ]
     return nn.Sequential(*blocks, nn.Linear(WIDTH, 1))
+
+
+@dataclass
+class Recorder:
+    """An observer: what the engine planned and replayed."""
+
+    plans: list[PlanReport] = field(default_factory=list)
+    profiles: list[StepProfile] = field(default_factory=list)
+
+    def on_plan(self, plan: PlanReport) -> None:
+        self.plans.append(plan)
+
+    def on_replay(self, profile: StepProfile) -> None:
+        self.profiles.append(profile)
+
+    @property
+    def num_replayed(self) -> int:
+        return sum(profile.replayed_blocks for profile in self.profiles)
 
 
 @pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.package)

@@ -114,10 +114,6 @@ class Recorder:
     def on_replay(self, profile: StepProfile) -> None:
         self.profiles.append(profile)
 
-    @property
-    def num_replayed(self) -> int:
-        return sum(profile.replayed_blocks for profile in self.profiles)
-
 
 class Residual(nn.Module):
     """A block with something to save and something to draw."""
