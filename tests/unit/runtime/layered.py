@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-__all__ = ["Broken", "Net"]
+from tests.unit.runtime.training import residual_net
+
+__all__ = ["Broken", "Net", "broken_net"]
 
 
 class Net(nn.Module):
@@ -29,3 +31,8 @@ class Broken(Net):
             torch._dynamo.graph_break()
             x = layer(x)
         return x
+
+
+def broken_net() -> Broken:
+    """Return the layers of `residual_net`, which cannot be traced as one graph."""
+    return Broken(residual_net())

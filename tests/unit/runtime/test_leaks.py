@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import tinybp_lightning as tbp
+from tests.unit.runtime.layered import broken_net
 from tests.unit.runtime.training import residual_net
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 from tinybp_lightning.runtime.torch.replay import engine
@@ -22,18 +23,6 @@ from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, Sl
 
 WIDTH = 16
 X = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-class Broken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(residual_net(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            torch._dynamo.graph_break()
-            x = block(x)
-        return x
 
 
 def alive(kind: type) -> int:
@@ -59,7 +48,7 @@ def step(model: nn.Module, *, backward: bool = True) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
-@pytest.mark.parametrize("make", [residual_net, Broken])
+@pytest.mark.parametrize("make", [residual_net, broken_net])
 @pytest.mark.parametrize("backward", [True, False])
 def test_sixty_steps_leave_nothing(make: Callable[[], nn.Module], backward: bool) -> None:
     model = tbp.hcb(make(), activation_budget="80%")
@@ -78,7 +67,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
-@pytest.mark.parametrize("make", [residual_net, Broken])
+@pytest.mark.parametrize("make", [residual_net, broken_net])
 def test_a_thousand_steps_leave_nothing_with_the_process(make: Callable[[], nn.Module]) -> None:
     """Saved tensors of a step are 112 KiB: were one of a hundred lost, a MiB would be missed in the second half."""
     model = tbp.hcb(make(), activation_budget="80%")
@@ -110,7 +99,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list["weakref.ref[engine.Run]"]:
 
 
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
-@pytest.mark.parametrize("make", [residual_net, Broken])
+@pytest.mark.parametrize("make", [residual_net, broken_net])
 def test_a_run_dies_with_its_graph(make: Callable[[], nn.Module], runs: list["weakref.ref[engine.Run]"]) -> None:
     """By counting references, not by the garbage collector: what it holds must go at once."""
     model = tbp.hcb(make(), activation_budget="80%")

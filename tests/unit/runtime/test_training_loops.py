@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import tinybp_lightning as tbp
+from tests.unit.runtime.layered import broken_net
 from tests.unit.runtime.training import (
     Recorder,
     assert_all_same,
@@ -118,20 +119,8 @@ def test_gradient_scaling_and_clipping() -> None:
     both(run)
 
 
-class Broken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = residual_net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.body:
-            torch._dynamo.graph_break()
-            x = block(x)
-        return x
-
-
 @pytest.mark.filterwarnings("ignore:`Broken` cannot be traced")
-@pytest.mark.parametrize("make", [residual_net, Broken])
+@pytest.mark.parametrize("make", [residual_net, broken_net])
 @pytest.mark.parametrize("name", ["1.up.weight", "1.up.bias", "0.norm.bias"])
 def test_a_parameter_changed_before_backward_is_an_error(make: Callable[[], nn.Module], name: str) -> None:
     """Even one that autograd has not saved, such as a bias: a replay would use its new value."""
