@@ -165,12 +165,34 @@ def test_pages_use_no_retired_word(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "sentence",
-    ["The plan is flown.", "a rescued block", "`rescued_blocks`", "The slim chain", "there is room for it", "Helpers pay"],
+    [
+        "The plan is flown.",
+        "a rescued block",
+        "`rescued_blocks`",
+        "The slim chain",
+        "there is room for it",
+        "Helpers pay",
+    ],
 )
 def test_a_retired_word_would_be_found(sentence: str) -> None:
     assert _RETIRED_WORD.search(sentence)
 
 
-@pytest.mark.parametrize("sentence", ["The runtime replays it.", "an inner product", "The headroom", "a second keeps it"])
+@pytest.mark.parametrize(
+    "sentence", ["The runtime replays it.", "an inner product", "The headroom", "a second keeps it"]
+)
 def test_a_standard_word_passes(sentence: str) -> None:
     assert _RETIRED_WORD.search(sentence) is None
+
+
+def test_proofs_that_modules_cite_exist() -> None:
+    proofs = set(re.findall(r"^### (P\d+)\. ", (_ROOT / "docs" / "proofs.md").read_text(), re.MULTILINE))
+    texts = [path.read_text() for path in (_ROOT / "tinybp_lightning").rglob("*.py")]
+    cited = {
+        number
+        for text in texts
+        for found in re.findall(r"\bproofs? (P\w+(?: to P\w+)?)", text)
+        for number in found.split(" to ")
+    }
+    assert cited
+    assert cited - proofs == set()

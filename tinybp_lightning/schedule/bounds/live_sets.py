@@ -1,7 +1,7 @@
 """List what can be held from below when a segment starts: the *held sets* of the dynamic-programming bound.
 
 Walking from boundary 0 on, what matters of the things below is their union cut with the boundary at hand. Leaving a
-boundary pays for what of the held set does not go on. A boundary is held in one of two ways (proof PA2): with all its
+boundary pays for what of the held set does not go on. A boundary is held in one of two ways (proof P9): with all its
 storages, or, where the ends that it serves are all kept when the last of them is due, without what may be left out.
 Where a boundary has too many held sets, some give way to their largest known subset, which counts less.
 

@@ -1,9 +1,9 @@
 """Relax a chain for the bounds: what every schedule holds at least, and a chain of fewer blocks that is never slower.
 
-A bound may assume the following (proof PA1). From boundary `i` at hand, to serve the ends `low .. end-1`, a schedule
-keeps block `i` (if `low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: it holds boundary `i` for
-`low .. q-1` and lets what follows serve `q .. end-1` first. What it holds has a weight that depends on itself and on
-the ends that it serves. `coarsen` gives long chains fewer blocks (proof PA3).
+A bound may assume the following (proofs P5 to P7). From boundary `i` at hand, to serve the ends `low .. end-1`, a
+schedule keeps block `i` (if `low = i`); or runs it and goes on from `i+1` (if `low > i`); or *forks*: it holds boundary
+`i` for `low .. q-1` and lets what follows serve `q .. end-1` first. What it holds has a weight that depends on itself
+and on the ends that it serves. `coarsen` gives long chains fewer blocks (proof P10).
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class RelaxedOption:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RelaxedChain:
-    """A chain whose held things have weights: see proof PA1.
+    """A chain whose held things have weights: see proofs P5 to P7.
 
     `first_bytes[i, j] + passed_bytes[i, j] - passed_bytes[i, q]` is the weight of boundary `i` held for the ends
     `q .. j-1`, the loss being end `n`: of the storages it is the first to contain, and of those that it passes on.

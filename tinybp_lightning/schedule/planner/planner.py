@@ -5,7 +5,7 @@ Every candidate is a schedule that depends on the chain alone: four baselines, t
 budget, and the schedules of one table, one for each number of memory units. Of the first five a budget takes the
 fastest whose exact simulated peak fits. More units take less time, so of the table it takes the most units whose peak
 fits. A bisection over fixed numbers finds them: what fits a budget fits a larger one, so where the searches of two
-budgets part, the larger one goes up. So a plan is never slower than that for a smaller budget (proof PA4).
+budgets part, the larger one goes up. So a plan is never slower than that for a smaller budget (proof P2).
 """
 
 from dataclasses import dataclass
