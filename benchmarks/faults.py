@@ -1,8 +1,7 @@
 """Make a training step run out of memory, by an error at a chosen run of a block.
 
-The engine runs blocks through the `RunnableBlock` protocol: while `Faults` is entered, every block that a run sweeps is
-wrapped.
-The package has no code for this.
+The engine runs blocks through the `RunnableBlock` protocol: while `Faults` is entered, every block that a run sweeps
+is wrapped. The package has no code for this.
 """
 
 from collections.abc import Callable

@@ -216,8 +216,8 @@ def test_a_cap_holds_for_all_plans_of_a_target() -> None:
     shared, config = TargetMemory(None), HCBConfig(activation_budget=100)
     one, other = (Headroom(config, CPU, [], shared) for _ in range(2))
     assert other.cap_bytes is None
-    one.cap_bytes = 70
-    assert other.cap_bytes == 70
+    shared.cap_bytes = 70
+    assert (one.cap_bytes, other.cap_bytes) == (70, 70)
 
 
 def test_a_share_is_of_the_largest_plain_peak_of_the_target() -> None:
