@@ -1,4 +1,4 @@
-"""What can a training step do with a block? The one vocabulary that simulator, oracle, printer and runtime interpret.
+"""Define what a training step can do with a block: the actions that simulator, oracle, printer and runtime interpret.
 
 A `Schedule` is data. It has two parts in one list: the *first sweep* (up to the last block's first `Forward` or
 `ForwardSave`, run while the user's forward runs) and the rest (run while autograd runs backward).

@@ -1,4 +1,4 @@
-"""Are the arguments of a public function of the kind it takes? If not, the error says what to pass instead."""
+"""Check the arguments of public functions; the errors say what to pass instead."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -14,7 +14,7 @@ __all__ = ["check_budget", "check_budgets", "check_chain", "check_count", "check
 
 
 def check_chain(value: object) -> None:
-    """Raise `ConfigError` for what is no `Chain`."""
+    """Raise `ConfigError` if `value` is not a `Chain`."""
     if isinstance(value, Chain):
         return
     kind = type(value).__name__
@@ -32,7 +32,7 @@ def check_chain(value: object) -> None:
 
 
 def check_schedule(value: object) -> None:
-    """Raise `ConfigError` for what is no `Schedule`."""
+    """Raise `ConfigError` if `value` is not a `Schedule`."""
     if not isinstance(value, Schedule):
         raise ConfigError(
             f"`{type(value).__name__}` is not a `Schedule` (got `{_shown(value)}`): pass `tbp.plan(...).schedule`, or "
@@ -41,7 +41,7 @@ def check_schedule(value: object) -> None:
 
 
 def check_budget(value: object, *, name: str = "budget_bytes", may_be_negative: bool = False) -> None:
-    """Raise `BudgetError` for what is no number of bytes; one that is too small is the planner's to refuse.
+    """Raise `BudgetError` if `value` is not a number of bytes. The planner refuses one that is too small.
 
     **Arguments:** `may_be_negative`: what is left of a budget may be, and is too small.
     """
@@ -55,7 +55,7 @@ def check_budget(value: object, *, name: str = "budget_bytes", may_be_negative: 
 
 
 def check_budgets(value: object) -> None:
-    """Raise `BudgetError` for what is no sequence of at least one budget."""
+    """Raise `BudgetError` if `value` is not a sequence of at least one budget."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise BudgetError(
             f"`budgets_bytes={_shown(value)}` has type {type(value).__name__}: expected a list of ints, in bytes."
@@ -68,13 +68,13 @@ def check_budgets(value: object) -> None:
 
 
 def check_count(name: str, value: object, *, at_least: int, meaning: str) -> None:
-    """Raise `ConfigError` for what is no int of at least `at_least`."""
+    """Raise `ConfigError` if `value` is not an int of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
         raise ConfigError(f"`{name}={_shown(value)}` must be an int of at least {at_least}: {meaning}.")
 
 
 def check_link(value: object) -> None:
-    """Raise `ConfigError` for what is no bandwidth."""
+    """Raise `ConfigError` if `value` is not a bandwidth."""
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise ConfigError(
             f"`link_bytes_per_s={_shown(value)}`: expected a bandwidth above 0, in bytes a second, as it was measured."
@@ -82,7 +82,7 @@ def check_link(value: object) -> None:
 
 
 def check_path(value: object) -> None:
-    """Raise `ConfigError` for what names no file."""
+    """Raise `ConfigError` if `value` does not name a file."""
     if not isinstance(value, (str, Path)) or not str(value).strip():
         raise ConfigError(
             f"`path={_shown(value)}` has type {type(value).__name__}: expected the picture's path, a str or Path."

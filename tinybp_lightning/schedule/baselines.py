@@ -1,4 +1,4 @@
-"""What would known methods do on this chain? Keep everything, checkpoint every block or every k-th, Revolve.
+"""Build the schedules of known methods: keep everything, checkpoint every block or every k-th, Revolve.
 
 Counts of block forwards on a chain of `n` blocks, the first sweep's `n` included:
 

@@ -1,4 +1,4 @@
-"""What is known once a plan has been flown and measured? The plan, and the chain with everything learned about it."""
+"""Hold a plan that a training step has measured, and the chain with its measured costs."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from tinybp_lightning.schedule.simulator import simulate
 __all__ = ["MeasuredPlan", "measured_plan", "plain_peak_bytes"]
 
 _MUCH = 0.02
-"""With this share more room, another plan may be faster."""
+"""With this share more headroom, another plan may be faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def plain_peak_bytes(chain: Chain) -> int:
 
 
 def measured_plan(chain: Chain, schedule: Schedule, *, headroom_bytes: int) -> MeasuredPlan:
-    """Return what is known of `schedule` after it was measured to fit into `headroom_bytes`.
+    """Return `schedule` as a plan that was measured to fit into `headroom_bytes`.
 
     **Arguments:** `chain`: with the costs that were measured.
     """

@@ -1,5 +1,6 @@
-"""How does a schedule read on one line? `F3` forward, `K3` keep, `B3` backward, `S3` store, `D3` drop, `O3`, `R3`.
+"""Write a schedule on one line, and read it back.
 
+`F3` is forward, `K3` keep, `B3` backward, `S3` store, `D3` drop, `O3` offload and `R3` reload.
 Option 0 is left out; option 1 of block 3 is `K3.1` and `B3.1`. `from_text` is the inverse of `to_text`.
 """
 

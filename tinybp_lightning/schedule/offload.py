@@ -46,7 +46,7 @@ _STEPS = 8
 """How many schedules of one source are tried from the fastest down, before the search between two of them."""
 _BISECTIONS = 5
 _ROUNDS = 40
-"""How often boundaries are brought back later to make room."""
+"""How often boundaries are brought back later to free bytes."""
 _STAYING_SHARES = (1.0, 0.5, 0.25)
 """What stored boundaries weigh for the planner; the slower the link, the nearer to 1 is best."""
 _STRIDES = (1, 2, 4)
@@ -126,8 +126,8 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     **Returns:** a legal schedule, deterministic, and never slower than `planner.plan` for the same budget. The budget
     may be below `planner.smallest_bytes`.
 
-    **Raises:** `ConfigError` for a bandwidth that is not above 0, or what is no planner; `BudgetError` for a budget
-    that is no number of bytes; `BudgetTooSmallError` if nothing that was tried fits.
+    **Raises:** `ConfigError` for a bandwidth that is not above 0, or a `planner` that is not one; `BudgetError` for a
+    budget that is not a number of bytes; `BudgetTooSmallError` if nothing that was tried fits.
     """
     if not isinstance(planner, Planner):
         raise ConfigError(
@@ -184,7 +184,7 @@ class _Search:
             low, high = (middle, high) if self._is_enough(source(middle)) else (low, middle)
 
     def _is_enough(self, schedule: Schedule) -> bool:
-        """Whether no slower schedule of the source is of interest: this one fits, or is no faster than the best."""
+        """Whether slower schedules of the source cannot help: this one fits, or is not faster than the best."""
         plain = self._played(schedule.actions, ())
         if self.best is not None and plain.played.total_s >= self.best.played.total_s:
             return True
@@ -200,7 +200,7 @@ class _Search:
         """Send boundaries away until the budget is kept, or it is plain that this does not do."""
         gaps, is_open = find_gaps(self._chain, plain.actions), open_slots(self._chain, plain.actions)
         hidden = hide_copies(gaps, plain.played.start_s, is_open, link_bytes_per_s=self._link_bytes_per_s)
-        found = self._made_room(self._played(plain.actions, hidden), is_open)
+        found = self._freed(self._played(plain.actions, hidden), is_open)
         if found.played.excess_bytes:
             found = min(found, self._played(plain.actions, [Away(gap, gap.stop) for gap in gaps]), key=_cost)
         is_short = len(plain.actions) * len(gaps) <= _SHORT
@@ -208,7 +208,7 @@ class _Search:
             found = self.moved(found, _ACTIONS_EACH)
         return found
 
-    def _made_room(self, found: _Fitted, is_open: Sequence[bool]) -> _Fitted:
+    def _freed(self, found: _Fitted, is_open: Sequence[bool]) -> _Fitted:
         """Bring boundaries back later while bytes are missing and somebody can wait; what is read last waits first."""
         for _ in range(_ROUNDS):
             waits = dict[Gap, int]()

@@ -1,4 +1,4 @@
-"""What does a byte of memory buy? Time of the plan, and its lower bound, at every budget from the smallest up.
+"""Show what a byte of memory buys: the time of the plan, and its lower bound, at budgets from the smallest up.
 
 One `Planner` plans all budgets. A bound at one budget holds at every smaller one too, so each point carries the best of
 its own and of those to its right; bounds fall with the budget just as times do.
@@ -101,7 +101,7 @@ class Pareto:
     def plot(self, path: str | Path) -> Path:
         """Draw plan, bound and known methods as a PNG, and return the path.
 
-        **Raises:** `ConfigError` for what is no path; `MissingPackageError` if matplotlib is not there
+        **Raises:** `ConfigError` if `path` is not a path; `MissingPackageError` if matplotlib is not there
         (`pip install tinybp-lightning[recipes]`).
         """
         check_path(path)
@@ -118,7 +118,7 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
     **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan and its bound.
 
     **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
-    is no number of bytes; `BudgetTooSmallError` for one that no plan meets.
+    is not a number of bytes; `BudgetTooSmallError` for one that no plan meets.
     """
     check_count("num_points", num_points, at_least=2, meaning="the smallest and the largest budget")
     if budgets_bytes is not None:

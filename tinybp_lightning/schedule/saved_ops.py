@@ -1,4 +1,4 @@
-"""Which ops of one block should backward find saved, and which should it repeat? Every supported answer, exactly.
+"""Choose which ops of one block backward finds saved, and which it repeats: all corners of the trade-off, exactly.
 
 For each op `v` of the block's forward let `a_v` say that backward finds its result and `r_v` that backward repeats it.
 What is available and not repeated is saved. Repeating needs the inputs: `r_v` implies `a_v` and `a_u` for each op `u`

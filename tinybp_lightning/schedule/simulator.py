@@ -1,4 +1,4 @@
-"""How many bytes are alive and how many seconds pass at every action of a schedule? The exact cost model.
+"""Play a schedule and count the bytes alive and the seconds passed at every action: the exact cost model.
 
 Live bytes are the *set* of storages held for any reason (stored boundaries, the cursor, what saved sets alias), each
 counted once, plus the private bytes of the saved sets alive, the gradient of the boundary the backward stands at, the

@@ -1,4 +1,4 @@
-"""Is a schedule legal on its chain? The oracle every planner, baseline and file loader passes through.
+"""Check that a schedule is legal on its chain: the oracle for every planner, baseline and file loader.
 
 It follows the state that `actions` documents (stored boundaries, cursor, saved sets) and nothing else: no bytes, no
 seconds. It shares no code with the simulator, so that one cannot hide the other's mistake.
@@ -33,7 +33,7 @@ def verify_schedule(chain: Chain, schedule: Schedule) -> None:
     descending order.
 
     **Raises:** `ScheduleError` at the first action that reads a state that is not there, with its index and text;
-    `ConfigError` for what is no chain or no schedule.
+    `ConfigError` for arguments that are not a chain and a schedule.
     """
     check_chain(chain)
     check_schedule(schedule)

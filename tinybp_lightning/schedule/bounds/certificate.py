@@ -1,7 +1,7 @@
-"""How far can a plan be from the best one? The better of two bounds, one of them with good prices.
+"""Bound how far a plan can be from the best one: the better of the Lagrangian and the dynamic-programming bound.
 
-Prices for `bound` are found by Polyak's subgradient steps. The first prices come from the plan: the moments at which
-it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
+Polyak's subgradient steps find good prices for the Lagrangian bound. The first prices come from the plan: the moments
+at which it nearly fills the budget share the seconds that one more byte would save. Every further step moves along the
 supergradient by `(plan - value) / |supergradient|^2`. Bad prices make the bound loose, never wrong.
 """
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Backward
-from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
-from tinybp_lightning.schedule.bounds.lagrangian import PricedChain
+from tinybp_lightning.schedule.bounds.dp_bound import dp_bound_s
+from tinybp_lightning.schedule.bounds.lagrangian import LagrangianBound
 from tinybp_lightning.schedule.bounds.live_sets import affordable
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, coarse_spans, coarsen, relax
 from tinybp_lightning.schedule.planner.planner import Plan, Planner
@@ -37,7 +37,7 @@ _WORK = 1e7
 _STRIDES = 50
 _LONG_BLOCKS = 400
 """Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search, and prices are those
-of the slim chain. The capped bound is asked only where bytes are tight, with few slots.
+of the coarse chain. The dynamic-programming bound is asked only where bytes are tight, with few slots.
 """
 _LOOSE = 0.02
 _LOWER = 0.9
@@ -46,34 +46,33 @@ _TIGHT_BUDGET = 1.5
 """Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
 them only if that one is not `_NEAR`.
 """
-_SLIM_BLOCKS = 72
-"""Beyond this many blocks the capped bound looks at a slim chain first: it can afford more held sets."""
+_COARSE_BLOCKS = 72
+"""Beyond this many blocks the dynamic-programming bound looks at a coarse chain first: it can afford more held sets."""
 _CAPPED_BLOCKS = 150
-"""And beyond this many at the whole chain only if the slim one is too long."""
+"""And beyond this many at the whole chain only if the coarse one is too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
 
-    `total_s` is the time of the plan that was certified. `prices` prove `priced_bound_s`:
-    `PricedChain(relax(chain, budget_bytes=...)).price(prices).value_s` is that bound, and with all prices 0 the time of
-    a step that recomputes nothing. For a long chain it is the bound of its slim one, each block of which has the prices
-    of all that it stands for (`coarse_spans`). `capped_bound_s` is that of `dp_bound`, for a long chain of its slim one
-    (`slim`), or 0 where it was not asked.
+    `total_s` is the time of the plan that was certified. `prices` prove `lagrangian_bound_s`: it is
+    `LagrangianBound(relax(chain, budget_bytes=...)).price(prices).value_s`, and with all prices 0 the time of a step
+    that recomputes nothing. For a long chain it is the bound of its coarse one, each block of which has the prices of
+    all that it stands for (`coarse_spans`). `dp_bound_s` is 0 where `certify` did not ask for that bound.
     """
 
     budget_bytes: int
     total_s: float
-    priced_bound_s: float
-    capped_bound_s: float
+    lagrangian_bound_s: float
+    dp_bound_s: float
     prices: tuple[float, ...]
 
     @property
     def lower_bound_s(self) -> float:
         """The better of the two bounds."""
         # The bounds sum in another order than the simulator: the last bit must not make the gap negative.
-        return min(self.total_s, max(self.priced_bound_s, self.capped_bound_s))
+        return min(self.total_s, max(self.lagrangian_bound_s, self.dp_bound_s))
 
     @property
     def gap(self) -> float:
@@ -97,25 +96,25 @@ def certify(chain: Chain, plan: Plan, *, planner: Planner | None = None) -> Cert
     relaxed = relax(chain, budget_bytes=budget_bytes)
     is_long = num_blocks > _LONG_BLOCKS
     if is_long and plan.total_s > _TIGHT_BUDGET * plain_s:
-        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
-        certificate = replace(certificate, capped_bound_s=capped_s)
-        if capped_s >= plan.total_s * (1 - _NEAR):
+        dp_s = _dp_bound_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
+        certificate = replace(certificate, dp_bound_s=dp_s)
+        if dp_s >= plan.total_s * (1 - _NEAR):
             return certificate
     seconds_per_byte = _seconds_per_byte(planner or Planner(chain), plan)
     first = _first_prices(chain, plan, seconds_per_byte)
     if is_long:
-        priced_s, scale = _try_scales(chain, budget_bytes, first, plan.total_s)
+        lagrangian_s, scale = _try_scales(chain, budget_bytes, first, plan.total_s)
         prices = scale * first
     else:
-        priced_chain = PricedChain(relaxed, stride=max(1, num_blocks // _STRIDES))
+        lagrangian = LagrangianBound(relaxed, stride=max(1, num_blocks // _STRIDES))
         num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
-        priced_s, prices = _search(priced_chain, first, plan.total_s, num_steps=num_steps)
-    if priced_s > plain_s:
-        certificate = replace(certificate, priced_bound_s=priced_s, prices=tuple(prices.tolist()))
+        lagrangian_s, prices = _search(lagrangian, first, plan.total_s, num_steps=num_steps)
+    if lagrangian_s > plain_s:
+        certificate = replace(certificate, lagrangian_bound_s=lagrangian_s, prices=tuple(prices.tolist()))
     near = _TIGHT if num_blocks <= _MANY_BLOCKS else _TIGHT_LONG
-    if not is_long and priced_s < plan.total_s * (1 - near):
-        capped_s = _capped_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
-        certificate = replace(certificate, capped_bound_s=capped_s)
+    if not is_long and lagrangian_s < plan.total_s * (1 - near):
+        dp_s = _dp_bound_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
+        certificate = replace(certificate, dp_bound_s=dp_s)
     return certificate
 
 
@@ -128,22 +127,22 @@ def _seconds_per_byte(planner: Planner, plan: Plan) -> float:
     return max(0.0, smaller.total_s - plan.total_s) / (plan.budget_bytes - smaller_bytes)
 
 
-def _capped_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
-    """Return the bound of `capped`, or 0 where it would take too long; the better one where two chains can be asked."""
+def _dp_bound_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
+    """Return the dynamic-programming bound of the chain or its coarse one; 0 where it would take too long."""
     chains = [relaxed]
-    if relaxed.num_blocks > _SLIM_BLOCKS:
+    if relaxed.num_blocks > _COARSE_BLOCKS:
         chains.insert(0, relax(coarsen(relaxed.chain), budget_bytes=budget_bytes))
-    capped_s = 0.0
+    dp_s = 0.0
     for asked in chains:
         resolution = affordable(asked)
         if resolution:
-            capped_s = max(capped_s, capped_bound_s(asked, resolution, limit_s=limit_s))
-            if relaxed.num_blocks > _CAPPED_BLOCKS or capped_s >= limit_s * (1 - _TIGHT):
+            dp_s = max(dp_s, dp_bound_s(asked, resolution, limit_s=limit_s))
+            if relaxed.num_blocks > _CAPPED_BLOCKS or dp_s >= limit_s * (1 - _TIGHT):
                 break
-    return capped_s
+    return dp_s
 
 
-def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
+def _search(chain: LagrangianBound, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
     """Return the best value and its prices in `num_steps` steps towards `target_s`."""
     prices, best_s, best = first, -np.inf, first
     step, num_stalled = 1.0, 0
@@ -164,17 +163,19 @@ def _search(chain: PricedChain, first: _Floats, target_s: float, *, num_steps: i
 
 
 def _try_scales(chain: Chain, budget_bytes: int, first: _Floats, target_s: float) -> tuple[float, float]:
-    """Return the slim chain's bound at the better of two scales of the first prices, and the scale.
+    """Return the coarse chain's bound at the better of two scales of the first prices, and the scale.
 
     The second is asked only where the first is loose.
     """
     spans = coarse_spans(chain)
-    priced_chain = PricedChain(relax(coarsen(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES))
+    lagrangian = LagrangianBound(
+        relax(coarsen(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES)
+    )
     summed = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
-    value_s = priced_chain.value_s(summed)
+    value_s = lagrangian.value_s(summed)
     if value_s >= target_s * (1 - _LOOSE):
         return value_s, 1.0
-    lower_s = priced_chain.value_s(_LOWER * summed)
+    lower_s = lagrangian.value_s(_LOWER * summed)
     return (lower_s, _LOWER) if lower_s > value_s else (value_s, 1.0)
 
 

@@ -1,10 +1,10 @@
-"""Below which time can no schedule go when bytes come in whole pieces? A second bound, for tight budgets.
+"""Bound the time of every schedule within a budget by a dynamic program over whole pieces: for tight budgets.
 
-Prices (`bound`) let a schedule be a mixture: three quarters of it store a boundary, one quarter does not. Where only
-a few boundaries fit, that is far from what can be done. This program instead gives every segment the bytes left, and
-what is held from below (`held`), and counts each storage exactly once. Bytes left are rounded up to slots and what is
-held down, and times down to whole ticks, so the result stays a lower bound. It takes `n^4 / 24` times the number of
-slots and of held sets in steps; on a chain of equal layers, which share their costs (`layers`), about `n^3 / 6` times
+Prices (`lagrangian`) let a schedule be a mixture: three quarters of it store a boundary, one quarter does not. Where
+only a few boundaries fit, that is far from what can be done. This program instead gives every segment the bytes left
+and what is held from below (`live_sets`), and counts each storage exactly once. It rounds bytes left up to slots and
+what is held down, and times down to whole ticks, so the result stays a lower bound. It takes `n^4 / 24` times the
+number of slots and of held sets in steps; on a chain of equal layers, which share their costs, about `n^3 / 6` times
 the blocks of a layer.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Layers, Resolution, alike, held_layers
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 
-__all__ = ["capped_bound_s"]
+__all__ = ["dp_bound_s"]
 
 _Ticks = NDArray[np.int32]
 _NEVER = 2**30 - 1
@@ -30,9 +30,7 @@ _BUFFER = 2**16
 _UNITS_TRIED = 400
 
 
-def capped_bound_s(
-    relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float, share_layers: bool = True
-) -> float:
+def dp_bound_s(relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float, share_layers: bool = True) -> float:
     """Return a lower bound on the seconds of every legal schedule within the budget.
 
     **Arguments:** `limit_s`: about the time of a schedule within the budget; times are counted in whole fractions of
@@ -41,7 +39,7 @@ def capped_bound_s(
     """
     held = HeldSets(relaxed.chain, max_sets=resolution.max_sets)
     layers = held_layers(relaxed, held) if share_layers else Layers(0, 0, 1)
-    return _Capped(relaxed, held, layers, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
+    return _DpBound(relaxed, held, layers, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class _Costs:
         return self.segment[:, index, :, 0] if index < num_passing else self.kept[:, index - num_passing]
 
 
-class _Capped:
+class _DpBound:
     """The last slot has all bytes left, the first what the cheapest backward needs.
 
     Ends in equal layers (`layers`) share their costs with those a layer further on: `_shared`, by place in the layer.

@@ -1,4 +1,4 @@
-"""Below which time can no schedule go within a budget? A bound from prices, for every legal schedule.
+"""Bound the time of every legal schedule within a budget by prices on bytes: Lagrangian relaxation.
 
 Give each *moment* `t` a price `p_t >= 0`, in seconds for a byte. Moments are the loss and the start of every block's
 backward. Let `u_t(S)` be the bytes that schedule `S` has alive there, what the backward itself needs included. Within
@@ -7,14 +7,14 @@ backward. Let `u_t(S)` be the bytes that schedule `S` has alive there, what the 
     time(S)  >=  min over all schedules S' of [time(S') + sum_t p_t u_t(S')]  -  budget sum_t p_t .
 
 The minimum has no budget any more, and a dynamic program over intervals computes it, with `u_t` replaced by something
-smaller (`relaxed` says by what, and why that leaves a bound). So every choice of prices gives a true lower bound;
+smaller (`relaxation` says by what; proofs P5 to P8). So every choice of prices gives a true lower bound;
 `certificate` looks for good ones. This is Lagrangian relaxation. The program is the "send and split" of Erickson,
 Monma and Veinott 1987 for Steiner trees whose ends lie on the rim of a planar grid: here of blocks and moments.
 
 # Note [Stride]
-All forks take `n^4 / 24` steps. On long chains *helpers*, boundaries held for ends beyond their own block, are moved on
+All forks take `n^4 / 24` steps. On long chains boundaries that are held for ends beyond their own block are moved on
 to the next multiple of a stride, where they weigh as little as any in the stride before: later uses run less and hold
-less, so the value stays a bound. Helpers for ends within the stride stay where they are.
+less, so the value stays a bound. Those for ends within the stride stay where they are.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, RelaxedOption
 
-__all__ = ["Priced", "PricedChain"]
+__all__ = ["LagrangianBound", "Priced"]
 
 _Floats = NDArray[np.float64]
 _INFINITE = float(np.inf)
@@ -38,7 +38,7 @@ class Priced:
     excess_bytes: _Floats
 
 
-class PricedChain:
+class LagrangianBound:
     """Evaluates bounds for one chain and budget.
 
     Prices are arrays of `n + 2` seconds per byte, none negative: `prices[b + 1]` at block `b`'s backward,

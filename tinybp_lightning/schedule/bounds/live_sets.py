@@ -329,7 +329,7 @@ def _kept_holds(relaxed: RelaxedChain, held: HeldSets, i: int, fork: int) -> Has
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """How finely `capped_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
+    """How finely `dp_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
     at each boundary. Finer is slower and closer.
     """
 

@@ -187,8 +187,9 @@ class StateModel:
         if i == self.num_blocks:
             nothing = np.zeros(0, np.int64)
             return State(i, 0.0, (), nothing, nothing, nothing, np.zeros(0))
-        cuts = np.array(self.cuts[self.first_cut(i) : -1], np.int64)
-        targets = [self._locate(k, self._sets[i] & self._sets[k]) for k in cuts.tolist()]
+        interior = self.cuts[self.first_cut(i) : -1]
+        cuts = np.array(interior, np.int64)
+        targets = [self._locate(k, self._sets[i] & self._sets[k]) for k in interior]
         return State(
             boundary=i,
             forward_s=self.chain.blocks[i].forward_s,

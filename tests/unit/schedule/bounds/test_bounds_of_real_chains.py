@@ -14,7 +14,7 @@ from tests.unit.schedule.milp import checkmate
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
 from tinybp_lightning.schedule import Planner, certify, keep_all, simulate
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
-from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
+from tinybp_lightning.schedule.bounds.dp_bound import dp_bound_s
 from tinybp_lightning.schedule.bounds.live_sets import Resolution, affordable
 from tinybp_lightning.schedule.bounds.relaxation import relax
 
@@ -69,29 +69,29 @@ def test_bound_at_the_smallest_budget_is_near_the_best_known(name: str, best_kno
 
 @pytest.mark.parametrize("seed", range(1000, 1040))
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])
-def test_capped_bound_is_under_brute_force(seed: int, num_blocks: int) -> None:
+def test_dp_bound_is_under_brute_force(seed: int, num_blocks: int) -> None:
     chain = random_chain(random.Random(seed), num_blocks, max_options=3)
     planner = Planner(chain)
     for budget_bytes in {planner.smallest_bytes, (planner.smallest_bytes + planner.largest_bytes) // 2}:
         relaxed, best = relax(chain, budget_bytes=budget_bytes), fastest(chain, budget_bytes)
         assert best is not None
         for resolution in (Resolution(3, 2), Resolution(50, 3), Resolution(400, 64)):
-            assert capped_bound_s(relaxed, resolution, limit_s=best[0]) <= best[0] * _ROUNDING
+            assert dp_bound_s(relaxed, resolution, limit_s=best[0]) <= best[0] * _ROUNDING
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_capped_bound_is_under_the_integer_program(seed: int) -> None:
+def test_dp_bound_is_under_the_integer_program(seed: int) -> None:
     chain = random_chain(random.Random(seed), 6)
     planner = Planner(chain)
     budget_bytes = planner.smallest_bytes + (planner.largest_bytes - planner.smallest_bytes) * (seed % 3) // 4
     solution = checkmate(chain, budget_bytes=budget_bytes)
     assert solution is not None
     relaxed = relax(chain, budget_bytes=budget_bytes)
-    assert capped_bound_s(relaxed, Resolution(400, 64), limit_s=solution.total_s) <= solution.total_s * _ROUNDING
+    assert dp_bound_s(relaxed, Resolution(400, 64), limit_s=solution.total_s) <= solution.total_s * _ROUNDING
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_capped_bound_is_under_the_integer_program_with_heavy_skips(seed: int) -> None:
+def test_dp_bound_is_under_the_integer_program_with_heavy_skips(seed: int) -> None:
     """Where boundaries are heavy and saved sets light, it pays to turn one into the other before it is due."""
     rng = random.Random(seed)
     chain = with_heavy_skips(random_chain(rng, 5), rng)
@@ -103,7 +103,7 @@ def test_capped_bound_is_under_the_integer_program_with_heavy_skips(seed: int) -
         assert solution is not None
         relaxed = relax(chain, budget_bytes=budget_bytes)
         for resolution in (Resolution(400, 64), Resolution(60, 3)):
-            assert capped_bound_s(relaxed, resolution, limit_s=solution.total_s) <= solution.total_s * _ROUNDING
+            assert dp_bound_s(relaxed, resolution, limit_s=solution.total_s) <= solution.total_s * _ROUNDING
 
 
 def test_bound_knows_that_a_boundary_may_be_replaced_before_it_is_due() -> None:
@@ -116,7 +116,7 @@ def test_bound_knows_that_a_boundary_may_be_replaced_before_it_is_due() -> None:
     best = fastest(chain, 13)
     assert best is not None
     assert best[1] == "K0 S1 F1 K2 S3 F3 K3 B3 D3 K1 D1 B2 B1 B0"
-    bound_s = capped_bound_s(relax(chain, budget_bytes=13), Resolution(500, 64), limit_s=best[0])
+    bound_s = dp_bound_s(relax(chain, budget_bytes=13), Resolution(500, 64), limit_s=best[0])
     assert 0.9 * best[0] <= bound_s <= best[0]
 
 
@@ -128,12 +128,12 @@ def test_gap_of_eighty_layers_at_the_smallest_budget() -> None:
     assert certify(chain, found, planner=planner).gap <= 0.01
 
 
-def test_capped_bound_counts_a_storage_of_several_boundaries() -> None:
+def test_dp_bound_counts_a_storage_of_several_boundaries() -> None:
     planner, _ = _planner("llama_8")
     relaxed = relax(load_chain("llama_8"), budget_bytes=planner.smallest_bytes)
     limit_s = 10 * fastest_possible_s(relaxed.chain)
-    together = capped_bound_s(relaxed, Resolution(60, 1), limit_s=limit_s)
-    assert capped_bound_s(relaxed, Resolution(60, 8), limit_s=limit_s) > together * 1.5
+    together = dp_bound_s(relaxed, Resolution(60, 1), limit_s=limit_s)
+    assert dp_bound_s(relaxed, Resolution(60, 8), limit_s=limit_s) > together * 1.5
 
 
 def test_no_slots_are_affordable_for_a_very_long_chain() -> None:
@@ -183,4 +183,4 @@ def test_a_boundary_as_heavy_as_all_that_is_left_is_no_boundary_to_hold(num_bloc
     for more_bytes in (0, 2, 4, 8, 12):
         found = planner.plan(budget_bytes=planner.smallest_bytes + more_bytes)
         certificate = certify(chain, found, planner=planner)
-        assert max(certificate.priced_bound_s, certificate.capped_bound_s) <= found.total_s * _ROUNDING
+        assert max(certificate.lagrangian_bound_s, certificate.dp_bound_s) <= found.total_s * _ROUNDING

@@ -15,7 +15,7 @@ from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, 
 from tinybp_lightning.schedule import Planner, certify, keep_all, simulate
 from tinybp_lightning.schedule.bounds import certificate
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
-from tinybp_lightning.schedule.bounds.dp_bound import capped_bound_s
+from tinybp_lightning.schedule.bounds.dp_bound import dp_bound_s
 from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Layers, Resolution, find_layers, held_layers
 from tinybp_lightning.schedule.bounds.relaxation import coarsen, relax
 
@@ -89,13 +89,13 @@ def test_layers_end_where_a_block_differs() -> None:
 
 
 @pytest.mark.parametrize("chain", [coarsen(_llama(11)), transformer_chain(9)], ids=["llama", "hand"])
-def test_capped_bound_is_the_same_number_with_equal_layers_shared(chain: Chain) -> None:
+def test_dp_bound_is_the_same_number_with_equal_layers_shared(chain: Chain) -> None:
     budget_bytes = Planner(chain).smallest_bytes
     for share in (0, 20):
         relaxed = relax(chain, budget_bytes=budget_bytes + budget_bytes * share // 100)
         limit_s = 10.0 * sum(block.forward_s for block in chain.blocks)
-        alone = capped_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s, share_layers=False)
-        assert capped_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s) == alone
+        alone = dp_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s, share_layers=False)
+        assert dp_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s) == alone
         assert 0 < alone < float("inf")
 
 
@@ -116,7 +116,7 @@ def test_bound_of_the_coarse_chain_is_under_the_integer_program(seed: int) -> No
     coarse = coarsen(chain)
     verify_chain(coarse)
     for budget_bytes, best_s in _optima(seed):
-        bound_s = capped_bound_s(relax(coarse, budget_bytes=budget_bytes), Resolution(300, 64), limit_s=best_s)
+        bound_s = dp_bound_s(relax(coarse, budget_bytes=budget_bytes), Resolution(300, 64), limit_s=best_s)
         assert bound_s <= best_s * _ROUNDING
 
 
@@ -135,9 +135,9 @@ def test_prices_of_the_coarse_chain_bound_the_whole_one(monkeypatch: pytest.Monk
         planner = Planner(chain)
         for budget_bytes, best_s in _optima(seed):
             found = certify(chain, planner.plan(budget_bytes=budget_bytes), planner=planner)
-            assert found.priced_bound_s <= best_s * _ROUNDING
+            assert found.lagrangian_bound_s <= best_s * _ROUNDING
             assert len(found.prices) == len(chain.blocks) + 2
-            num_tight += found.priced_bound_s > fastest_possible_s(chain) * (1 + 1e-6)
+            num_tight += found.lagrangian_bound_s > fastest_possible_s(chain) * (1 + 1e-6)
     assert num_tight > 10
 
 
@@ -146,7 +146,7 @@ def test_coarse_chain_bounds_a_real_network_as_well_as_the_chain_itself() -> Non
     budget_bytes = Planner(chain).smallest_bytes
     limit_s = 4 * sum(block.forward_s + block.options[0].backward_s for block in chain.blocks)
     bounds = [
-        capped_bound_s(relax(c, budget_bytes=budget_bytes), Resolution(60, 8), limit_s=limit_s)
+        dp_bound_s(relax(c, budget_bytes=budget_bytes), Resolution(60, 8), limit_s=limit_s)
         for c in (chain, coarsen(chain))
     ]
     assert bounds[1] > 0.99 * bounds[0]

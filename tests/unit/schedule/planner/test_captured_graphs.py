@@ -48,7 +48,7 @@ def _judge(chain: Chain, *, num_budgets: int) -> list[float]:
         if len(times) == 1:
             # The bounds themselves, which the property `lower_bound_s` would cut off at the plan's time.
             certificate = certify(chain, plan, planner=planner)
-            assert max(certificate.priced_bound_s, certificate.capped_bound_s) <= plan.total_s * (1 + 1e-9)
+            assert max(certificate.lagrangian_bound_s, certificate.dp_bound_s) <= plan.total_s * (1 + 1e-9)
         times.append(plan.total_s)
     assert times == sorted(times, reverse=True)
     return times
