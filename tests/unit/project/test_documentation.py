@@ -183,3 +183,16 @@ def test_a_retired_word_would_be_found(sentence: str) -> None:
 )
 def test_a_standard_word_passes(sentence: str) -> None:
     assert _RETIRED_WORD.search(sentence) is None
+
+
+def test_proofs_that_modules_cite_exist() -> None:
+    proofs = set(re.findall(r"^### (P\d+)\. ", (_ROOT / "docs" / "proofs.md").read_text(), re.MULTILINE))
+    texts = [path.read_text() for path in (_ROOT / "tinybp_lightning").rglob("*.py")]
+    cited = {
+        number
+        for text in texts
+        for found in re.findall(r"\bproofs? (P\w+(?: to P\w+)?)", text)
+        for number in found.split(" to ")
+    }
+    assert cited
+    assert cited - proofs == set()

@@ -7,7 +7,7 @@ backward. Let `u_t(S)` be the bytes that schedule `S` has alive there, what the 
     time(S)  >=  min over all schedules S' of [time(S') + sum_t p_t u_t(S')]  -  budget sum_t p_t .
 
 The minimum has no budget any more, and a dynamic program over intervals computes it, with `u_t` replaced by something
-smaller (`relaxation` says by what; proof PA1). So every choice of prices gives a true lower bound;
+smaller (`relaxation` says by what; proofs P5 to P8). So every choice of prices gives a true lower bound;
 `certificate` looks for good ones. This is Lagrangian relaxation. The program is the "send and split" of Erickson,
 Monma and Veinott 1987 for Steiner trees whose ends lie on the rim of a planar grid: here of blocks and moments.
 
