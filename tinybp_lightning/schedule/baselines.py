@@ -45,20 +45,12 @@ _KNAPSACK_SLOTS = 4096
 
 def keep_all(chain: Chain) -> Schedule:
     """Return the schedule of plain training: every block keeps its saved set, nothing runs twice."""
-    num_blocks = len(chain.blocks)
-    return _schedule(num_blocks, [*_saves(0, num_blocks), *_backwards(0, num_blocks)])
+    return keep_some(chain, kept=range(len(chain.blocks)), stored=())
 
 
 def per_block(chain: Chain) -> Schedule:
     """Return what checkpointing every block does: every boundary stored, every block replayed, the last one too."""
-    num_blocks = len(chain.blocks)
-    actions: list[Action] = []
-    for block in range(num_blocks):
-        actions += _store(block)
-        actions.append(Forward(BlockId(block)))
-    for block in reversed(range(num_blocks)):
-        actions += _leaf(block, stored=True)
-    return _schedule(num_blocks, actions)
+    return keep_some(chain, kept=(), stored=range(len(chain.blocks)))
 
 
 def every_k(chain: Chain, *, k: int) -> Schedule:
@@ -68,18 +60,8 @@ def every_k(chain: Chain, *, k: int) -> Schedule:
     """
     if k < 1:
         raise ConfigError(f"`k={k}` must be at least 1: it is the number of blocks between two stored boundaries.")
-    num_blocks = len(chain.blocks)
-    starts = range(0, num_blocks, k)
-    last = starts[-1]
-    actions: list[Action] = []
-    for start in starts[:-1]:
-        actions += _store(start)
-        actions += _forwards(start, start + k)
-    actions += [*_saves(last, num_blocks), *_backwards(last, num_blocks)]
-    for start in reversed(starts[:-1]):
-        first, *rest = _saves(start, start + k)
-        actions += [first, *_drop(start), *rest, *_backwards(start, start + k)]
-    return _schedule(num_blocks, actions)
+    starts = range(0, len(chain.blocks), k)
+    return keep_some(chain, kept=range(starts[-1], len(chain.blocks)), stored=starts)
 
 
 def every_sqrt_n(chain: Chain) -> Schedule:
@@ -91,7 +73,7 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
     """Return one level of recomputation: blocks that keep their saved set, and runs of others, each replayed at once.
 
     **Arguments:** `kept`: blocks that keep their saved set from the first sweep; `stored`: boundaries at which a run of
-    others ends and the next begins. Those behind a kept block are stored anyway: nothing else leads there.
+    others ends and the next begins. Those after a kept block are stored anyway: nothing else leads there.
     """
     num_blocks = len(chain.blocks)
     starts = [b for b in range(num_blocks) if b not in kept and (b in stored or b == 0 or b - 1 in kept)]
@@ -199,45 +181,39 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
         raise ConfigError(f"`num_slots={num_slots}` must be at least 1: boundary 0 takes the first slot.")
     num_blocks = len(chain.blocks)
     _, split = _revolve_table(num_blocks, num_slots)
-    spine = _spine(num_blocks, num_slots, split) if keep_spine else []
+    stored = _spine(num_blocks, num_slots, split) if keep_spine else set[int]()
     actions: list[Action] = []
     for block in range(num_blocks):
-        actions += _store(block) if block in spine else []
+        actions += _store(block) if block in stored else []
         actions.append(Forward(BlockId(block)))
-    # An explicit stack of (first, end, slots, whether the advance is still to do): chains of any length.
+    # An explicit stack of (first, end, slots): chains of any length.
     pending: list[tuple[int, int, int]] = [(0, num_blocks, num_slots)]
     while pending:
         first, end, slots = pending.pop()
         if end - first == 1:
-            actions += _leaf(first, stored=first in spine or _is_stored(actions, first))
+            actions += _leaf(first, stored=first in stored)
         elif slots == 1:
             for block in reversed(range(first + 1, end)):
                 actions += [*_forwards(first, block), *_leaf(block, stored=False)]
             actions += _leaf(first, stored=first > 0)
         else:
             middle = first + int(split[min(slots, num_blocks)][end - first])
-            if middle not in spine:
+            if middle not in stored:
                 actions += _forwards(first, middle)
                 # A single block runs from the cursor: storing its boundary would only be undone at once.
-                actions += _store(middle) if end - middle > 1 else []
+                if end - middle > 1:
+                    stored.add(middle)
+                    actions += _store(middle)
             pending += [(first, middle, slots), (middle, end, slots - 1)]
     return _schedule(num_blocks, actions)
 
 
-def _is_stored(actions: list[Action], boundary: int) -> bool:
-    """Whether the last word on `boundary` among `actions` is a `Store`."""
-    for action in reversed(actions):
-        if isinstance(action, Store | Drop) and action.boundary == boundary:
-            return isinstance(action, Store)
-    return False
-
-
-def _spine(num_blocks: int, num_slots: int, split: tuple[np.ndarray, ...]) -> list[int]:
-    first, spine = 0, list[int]()
+def _spine(num_blocks: int, num_slots: int, split: tuple[np.ndarray, ...]) -> set[int]:
+    first, spine = 0, set[int]()
     while num_blocks - first > 1 and num_slots > 1:
         first += int(split[min(num_slots, num_blocks)][num_blocks - first])
         num_slots -= 1
-        spine.append(first)
+        spine.add(first)
     return spine
 
 
