@@ -56,7 +56,7 @@ class Costs(Enum):
     OPERATIONS = "operations"
 
 
-# What editors complete and type checkers check. `executors.registry` has an executor for each name.
+# What editors complete and type checkers check. `EXECUTORS` has an executor for each name.
 ExecutorChoice = Literal["auto", "eager", "inductor"]
 CostsChoice = Literal["seconds", "operations"]
 OnOomChoice = Literal["replan", "raise"]

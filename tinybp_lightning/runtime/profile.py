@@ -1,4 +1,4 @@
-"""Frozen records of plans and steps, for users, loggers and progress bars. This file imports no framework."""
+"""Frozen records of limits, plans and steps, for the controller, users and loggers. This file imports no framework."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,31 @@ from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.schedule.actions import Schedule
 
-__all__ = ["Observer", "PlanCounts", "PlanReport", "StepMeasurement", "StepProfile", "check_observers"]
+__all__ = ["Limit", "Observer", "PlanCounts", "PlanReport", "StepMeasurement", "StepProfile", "check_observers"]
 
 _OBSERVER_METHODS = ("on_plan", "on_replay")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many bytes plans may use above what is alive when a step begins, as read just before an observation.
+
+    `size_bytes`, or `fraction` of the largest peak of plain training that any plan of the target has had so far
+    (`largest_plain_bytes`). `cap_bytes`: no plan may use more since one ran out of memory. `optimizer_bytes`: the
+    optimizer state that is set aside.
+    """
+
+    size_bytes: int | None
+    fraction: float | None = None
+    largest_plain_bytes: int = 0
+    cap_bytes: int | None = None
+    optimizer_bytes: int = 0
+
+    def bytes_for(self, plain_bytes: int) -> int:
+        """Return the limit, caps aside, for a chain whose plain training peaks at `plain_bytes`."""
+        if self.fraction is not None:
+            return int(max(self.largest_plain_bytes, plain_bytes) * self.fraction)
+        return self.size_bytes or 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def test_each_answer_has_a_graph_and_both_are_what_eager_execution_runs() -> Non
         warnings.simplefilter("error", tbp.HCBWarning)
         ours = _train_both(_PassesItsMask, [_ONES, _PADDED, _ONES, _PADDED, _ONES])
     (target,) = targets(ours)
-    assert len(target.programs) == 2
+    assert len(target.traced_modules) == 2
 
 
 def test_a_mask_that_is_computed_goes_to_module_steps() -> None:

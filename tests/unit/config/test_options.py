@@ -12,7 +12,7 @@ from torch import nn
 import tinybp_lightning as tbp
 from tinybp_lightning.config import Costs, CostsChoice, ExecutorChoice, HCBConfig, config_from
 from tinybp_lightning.errors import ConfigError
-from tinybp_lightning.runtime.torch.executors.registry import EXECUTORS
+from tinybp_lightning.runtime.torch.executors import EXECUTORS
 
 OPTIONS = inspect.signature(HCBConfig).parameters
 NOT_DEFAULT: dict[str, Any] = {

@@ -7,8 +7,9 @@ import torch
 
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.runtime.profile import Limit
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop
-from tinybp_lightning.runtime.torch.controller import Limit, Task
+from tinybp_lightning.runtime.torch.controller import Task
 from tinybp_lightning.schedule.measured import MeasuredPlan
 from tinybp_lightning.schedule.planner.planner import Planner
 

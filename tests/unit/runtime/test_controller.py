@@ -16,20 +16,16 @@ from tests.unit.runtime.controllers import control_loop_of, middle_bytes, task_o
 from tests.unit.schedule.chains_by_hand import transformer_chain, uniform_chain
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.runtime.profile import StepMeasurement
+from tinybp_lightning.runtime.profile import Limit, StepMeasurement
 from tinybp_lightning.runtime.torch import controller
 from tinybp_lightning.runtime.torch.controller import (
     CalibrationState,
     Decision,
-    Limit,
-    NotePlan,
     Observation,
     OptimizerStateSeen,
     OutOfMemory,
     Phase,
-    RunPlan,
-    StepMeasured,
-    StepUnmeasured,
+    StepEnded,
     calibrate,
     small_schedule,
     start,
@@ -38,7 +34,6 @@ from tinybp_lightning.runtime.torch.controller import (
 )
 from tinybp_lightning.runtime.torch.executors.options import estimated_options
 from tinybp_lightning.runtime.torch.replay.engine import RunStats
-from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.measured import MeasuredPlan, measured_plan
 from tinybp_lightning.schedule.planner.planner import Planner
@@ -56,11 +51,11 @@ def predicted(state: CalibrationState) -> int:
     return simulate(state.chain, state.active.schedule).peak_bytes
 
 
-def measured(state: CalibrationState, peak_bytes: int, *, is_whole: bool = True) -> StepMeasured:
+def measured(state: CalibrationState, peak_bytes: int, *, is_whole: bool = True) -> StepEnded:
     """Return a step of the active plan that peaked at `peak_bytes`, with a tail as predicted."""
     tail = simulate(state.chain, state.active.schedule).tail
     after = tail.after_bytes
-    return StepMeasured(StepMeasurement(peak_bytes, after, after, after), is_whole)
+    return StepEnded(StepMeasurement(peak_bytes, after, after, after), is_whole)
 
 
 def after(state: CalibrationState, *seen: Observation) -> CalibrationState:
@@ -74,11 +69,6 @@ def calibrated(residual_bytes: int = 0) -> CalibrationState:
     state = first_state()
     peak_bytes = simulate(CHAIN, state.active.schedule).peak_bytes
     return after(state, measured(replace(state, chain=CHAIN), peak_bytes + residual_bytes))
-
-
-def run_of(decisions: tuple[Decision, ...]) -> Schedule:
-    (run,) = (d for d in decisions if isinstance(d, RunPlan))
-    return run.plan.schedule
 
 
 # ---- the first step ------------------------------------------------------------------------------------------------
@@ -128,7 +118,7 @@ def test_the_first_step_teaches_the_tail_and_what_it_needed_beyond_the_model() -
     tail = simulate(CHAIN, state.active.schedule).tail
     small_bytes = simulate(CHAIN, state.active.schedule).peak_bytes
     seen = StepMeasurement(small_bytes + 77, tail.before_bytes, tail.before_bytes + 50, tail.after_bytes + 30)
-    learned = after(state, StepMeasured(seen)).chain
+    learned = after(state, StepEnded(seen)).chain
     assert (learned.tail_peak_bytes, learned.tail_live_bytes) == (50, 30)
     assert simulate(learned, state.active.schedule).peak_bytes == small_bytes + 77
     assert learned.workspace_bytes == 77 - 30
@@ -140,19 +130,17 @@ def test_gradients_that_the_tail_did_not_make_are_not_counted() -> None:
     state = first_state(chain=chain)
     level = simulate(chain, state.active.schedule).tail.after_bytes
     peak_bytes = simulate(chain, state.active.schedule).peak_bytes
-    learned = after(state, StepMeasured(StepMeasurement(peak_bytes, level, level, level - 15))).chain
+    learned = after(state, StepEnded(StepMeasurement(peak_bytes, level, level, level - 15))).chain
     assert learned.boundaries[-1].gradient_bytes == 25
     assert learned.tail_live_bytes == 0
 
 
 def test_after_the_first_step_the_plan_for_the_budget_runs_and_is_noted_as_a_guess() -> None:
-    state, decisions = calibrate(first_state(), measured(first_state(), 0), Planner)
-    run, note = decisions
-    assert isinstance(run, RunPlan)
-    assert run.plan is state.active
-    assert isinstance(note, NotePlan)
-    assert not note.is_measured
-    assert note.plan.plan.schedule == state.active.schedule
+    state, decision = calibrate(first_state(), measured(first_state(), 0), Planner)
+    assert decision is not None
+    assert decision.noted is not None
+    assert not decision.is_measured
+    assert decision.noted.plan.schedule == state.active.schedule
     assert state.phase is Phase.SETTLE
     assert state.chain.workspace_bytes == 0, "the margin was measured away"
     assert state.active.report.predicted_peak_bytes <= BUDGET
@@ -185,31 +173,33 @@ def test_the_controller_sees_no_framework_and_no_clock() -> None:
 
 def test_a_plan_that_is_measured_to_fit_as_predicted_is_noted_and_measured_no_more() -> None:
     state = calibrated()
-    settled, decisions = calibrate(state, measured(state, predicted(state)), Planner)
+    settled, decision = calibrate(state, measured(state, predicted(state)), Planner)
     assert settled.phase is Phase.STEADY
-    assert run_of(decisions) == state.active.schedule
+    assert settled.active.schedule == state.active.schedule
     assert settled.active.report.reason == "measured"
-    (note,) = (d for d in decisions if isinstance(d, NotePlan))
-    assert note.is_measured
-    assert note.plan.plan.budget_bytes == BUDGET
+    assert decision is not None
+    assert decision.noted is not None
+    assert decision.is_measured
+    assert decision.noted.plan.budget_bytes == BUDGET
 
 
 def test_a_plan_over_the_budget_gives_way_to_one_with_fewer_kept_blocks() -> None:
     state = calibrated()
-    other, decisions = calibrate(state, measured(state, BUDGET + 10), Planner)
+    other, decision = calibrate(state, measured(state, BUDGET + 10), Planner)
     assert other.chain.workspace_bytes == BUDGET + 10 - predicted(state)
-    assert run_of(decisions) != state.active.schedule
+    assert other.active.schedule != state.active.schedule
     assert other.active.report.num_kept < state.active.report.num_kept
     assert other.active.report.predicted_peak_bytes <= BUDGET
-    assert not any(isinstance(d, NotePlan) for d in decisions), "it is not measured yet"
+    assert decision == Decision(noted=None), "it is not measured yet"
 
 
 def test_a_plan_that_needs_much_less_than_predicted_gives_way_to_a_faster_one() -> None:
     state = calibrated(1500)
-    better, decisions = calibrate(state, measured(state, predicted(state) - 1500), Planner)
+    better, decision = calibrate(state, measured(state, predicted(state) - 1500), Planner)
     assert better.chain.workspace_bytes == 0
     assert better.phase is Phase.SETTLE
-    assert run_of(decisions) == Planner(CHAIN).plan(budget_bytes=BUDGET).schedule
+    assert decision is not None
+    assert better.active.schedule == Planner(CHAIN).plan(budget_bytes=BUDGET).schedule
     assert better.active.report.predicted_step_s < state.active.report.predicted_step_s
 
 
@@ -258,8 +248,8 @@ def test_a_step_that_lacks_blocks_teaches_nothing_until_none_other_seems_to_come
     state = calibrated(500)
     for _ in range(50):
         before = state
-        state, decisions = calibrate(state, measured(state, BUDGET // 2, is_whole=False), Planner)
-        assert not decisions
+        state, decision = calibrate(state, measured(state, BUDGET // 2, is_whole=False), Planner)
+        assert decision is None
         assert state == replace(before, num_partial=before.num_partial + 1)
     settled = after(state, measured(state, BUDGET // 2, is_whole=False))
     assert settled.phase is Phase.STEADY
@@ -275,24 +265,25 @@ def test_a_whole_step_after_one_that_lacks_blocks_is_learned_from() -> None:
 
 def test_a_step_that_lacks_blocks_and_exceeds_the_budget_is_learned_from_at_once() -> None:
     state = calibrated()
-    state, decisions = calibrate(state, measured(state, BUDGET + 10, is_whole=False), Planner)
+    state, decision = calibrate(state, measured(state, BUDGET + 10, is_whole=False), Planner)
     assert state.num_partial == 0
-    assert decisions
+    assert decision is not None
 
 
 # ---- steps that cannot be measured ---------------------------------------------------------------------------------
 
 
 def test_where_a_first_step_cannot_be_measured_alone_the_model_is_trusted() -> None:
-    state, decisions = calibrate(first_state(), StepUnmeasured(), Planner)
+    state, decision = calibrate(first_state(), StepEnded(None), Planner)
     assert state.phase is Phase.STEADY
     assert state.active.report.predicted_peak_bytes <= BUDGET
-    assert run_of(decisions) == state.active.schedule
+    assert state.active.schedule != first_state().active.schedule
+    assert decision is not None
 
 
 def test_a_later_step_that_cannot_be_measured_changes_nothing() -> None:
     state = calibrated()
-    assert calibrate(state, StepUnmeasured(), Planner) == (state, ())
+    assert calibrate(state, StepEnded(None), Planner) == (state, None)
 
 
 # ---- cached plans --------------------------------------------------------------------------------------------------
@@ -311,11 +302,11 @@ def test_a_cached_plan_runs_at_once_and_is_accepted_where_its_first_step_fits() 
     assert state.phase is Phase.SETTLE
     assert state.active.report.reason == "cached"
     assert state.active.schedule == Planner(CHAIN).plan(budget_bytes=BUDGET).schedule
-    accepted, decisions = calibrate(state, measured(state, 4321), Planner)
+    accepted, decision = calibrate(state, measured(state, 4321), Planner)
     assert accepted.phase is Phase.STEADY
     assert accepted.active.report.predicted_peak_bytes == 4321
     assert accepted.chain == state.chain, "less than predicted teaches nothing about a plan that was measured before"
-    assert decisions == (RunPlan(accepted.active), NotePlan(cached_plan(), is_measured=True))
+    assert decision == Decision(cached_plan(), is_measured=True)
 
 
 def test_a_cached_plan_that_exceeds_the_budget_is_repaired() -> None:
@@ -328,9 +319,10 @@ def test_a_cached_plan_that_exceeds_the_budget_is_repaired() -> None:
 
 
 def test_a_cached_plan_that_cannot_be_measured_is_trusted() -> None:
-    state, decisions = calibrate(cached_state(), StepUnmeasured(), Planner)
+    state, decision = calibrate(cached_state(), StepEnded(None), Planner)
     assert state.phase is Phase.STEADY
-    assert run_of(decisions) == cached_state().active.schedule
+    assert decision == Decision()
+    assert state.active.schedule == cached_state().active.schedule
 
 
 @pytest.mark.parametrize("budget_bytes", [4000, 7000])
@@ -351,27 +343,29 @@ def settled_state() -> CalibrationState:
 
 def test_optimizer_state_that_takes_more_has_another_plan_made_and_measured() -> None:
     state = replace(settled_state(), limit=Limit(BUDGET - 1000, optimizer_bytes=1000))
-    smaller, decisions = calibrate(state, OptimizerStateSeen(), Planner)
+    smaller, decision = calibrate(state, OptimizerStateSeen(), Planner)
     assert smaller.phase is Phase.SETTLE
     assert smaller.active.report.reason == "optimizer state"
     assert smaller.active.report.predicted_peak_bytes <= BUDGET - 1000
     assert smaller.active.optimizer_bytes == 1000
-    assert run_of(decisions) != state.active.schedule
-    assert calibrate(smaller, OptimizerStateSeen(), Planner) == (smaller, ())
+    assert decision == Decision()
+    assert smaller.active.schedule != state.active.schedule
+    assert calibrate(smaller, OptimizerStateSeen(), Planner) == (smaller, None)
 
 
 def test_during_calibration_optimizer_state_changes_nothing_yet() -> None:
     state = replace(first_state(), limit=Limit(BUDGET - 1000, optimizer_bytes=1000))
-    assert calibrate(state, OptimizerStateSeen(), Planner)[1] == ()
+    assert calibrate(state, OptimizerStateSeen(), Planner)[1] is None
 
 
 def test_after_running_out_of_memory_the_next_plan_is_smaller_and_caps_all_later_ones() -> None:
     state = settled_state()
-    tighter, decisions = calibrate(state, OutOfMemory(0.25), Planner)
+    tighter, decision = calibrate(state, OutOfMemory(0.25), Planner)
     assert tighter.limit.cap_bytes == int(0.75 * predicted(state))
     assert tighter.active.report.predicted_peak_bytes <= tighter.limit.cap_bytes
     assert tighter.active.report.reason == "out of memory"
-    assert run_of(decisions) != state.active.schedule
+    assert decision == Decision()
+    assert tighter.active.schedule != state.active.schedule
     more = replace(tighter, limit=replace(tighter.limit, size_bytes=2 * BUDGET, optimizer_bytes=1))
     assert after(more, OptimizerStateSeen()).active.report.predicted_peak_bytes <= tighter.limit.cap_bytes
 
@@ -379,7 +373,7 @@ def test_after_running_out_of_memory_the_next_plan_is_smaller_and_caps_all_later
 def test_the_smallest_plan_is_the_last_answer_to_running_out_of_memory() -> None:
     smallest = after(settled_state(), OutOfMemory(1.0))
     assert predicted(smallest) == Planner(CHAIN).smallest_bytes
-    assert calibrate(smallest, OutOfMemory(1.0), Planner) == (smallest, ())
+    assert calibrate(smallest, OutOfMemory(1.0), Planner) == (smallest, None)
 
 
 def test_a_cap_goes_up_with_what_is_learned_about_the_plans_that_it_stands_for() -> None:

@@ -24,7 +24,7 @@ from tests.unit.runtime.training import (
 from tests.unit.schedule.chains_by_hand import uniform_chain
 from tinybp_lightning.errors import HCBWarning, UnsupportedModuleError
 from tinybp_lightning.graph.verify import verify_chain
-from tinybp_lightning.runtime.torch.kept_modules import is_kept, kept_paths, pin_chain
+from tinybp_lightning.runtime.torch.kept_modules import is_kept, pin_chain, pinned_paths
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import pin_program, replay_program_of
@@ -135,7 +135,7 @@ def test_a_mark_is_part_of_the_module() -> None:
     assert is_kept(copy.deepcopy(layer))
     assert is_kept(pickle.loads(pickle.dumps(layer)))
     whole = nn.Sequential(layer, nn.ModuleList([layer[0], tbp.keep(layer[1])]))
-    assert kept_paths(whole) == ("0", "0.1", "1.1")
+    assert pinned_paths(whole) == ("0", "0.1", "1.1")
     assert is_kept(tbp.restore(layer))
     assert list(layer.state_dict()) == list(residual_net(2).state_dict())
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Outcome, Recorder, Residual, assert_all_same, outcome_of, residual_net
-from tinybp_lightning.runtime.torch.kept_modules import kept_paths
+from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending
 
 WIDTH, ROWS, STEPS = 16, 128, 20
@@ -378,8 +378,8 @@ def test_a_block_that_synchronises_ranks_is_not_replayed() -> None:
 @pytest.mark.usefixtures("process_group")
 def test_a_traced_norm_that_synchronises_ranks_is_kept() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.SyncBatchNorm(1)))
-    assert kept_paths(model) == ("1.0",)
+    assert pinned_paths(model) == ("1.0",)
 
 
 def test_one_that_has_no_ranks_is_not() -> None:
-    assert kept_paths(nn.Sequential(nn.SyncBatchNorm(1))) == ()
+    assert pinned_paths(nn.Sequential(nn.SyncBatchNorm(1))) == ()

@@ -122,12 +122,12 @@ def test_the_graph_used_longest_ago_goes_and_what_it_held_is_freed(monkeypatch: 
     train(model, loss_at(64))
     train(model, loss_at(40))
     (target,) = targets(model)
-    first, second = (weakref.ref(program) for program in target.programs)
-    controllers = [weakref.ref(program.control) for program in target.programs if program.control is not None]
+    first, second = (weakref.ref(program) for program in target.traced_modules)
+    controllers = [weakref.ref(program.control) for program in target.traced_modules if program.control is not None]
     train(model, loss_at(64))
     train(model, loss_at(24))
     gc.collect()
-    assert first() in target.programs
+    assert first() in target.traced_modules
     assert second() is None
     assert [controller() is None for controller in controllers] == [False, True]
 

@@ -1,8 +1,7 @@
 """Turn the calls of a module's units, as steps were seen to make them, into the chain that is planned.
 
 A step need not make all the calls that another makes (stochastic depth, a branch on data), nor with tensors of one
-size. `LargestStep` holds the largest step that may come, by what has been seen: each call that some step made, with the
-most that it was given and saved. A plan for it serves every smaller step, because calls are found by unit and number.
+size. A plan for the `LargestStep` serves every smaller step, because calls are found by unit and number.
 """
 
 from collections.abc import Collection, Sequence
@@ -44,7 +43,10 @@ class DroppedStep:
 
 
 class LargestStep:
-    """The calls of the largest step that may come, in order. It does not change: what is learned makes another."""
+    """The calls of the largest step that may come: each call that some step made, with the most it was given and saved.
+
+    It does not change: what is learned makes another.
+    """
 
     def __init__(self, calls: Sequence[CallCost] = ()) -> None:
         self._calls = tuple(calls)

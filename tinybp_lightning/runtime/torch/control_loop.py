@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import assert_never
+from functools import lru_cache
 
 import torch
 
@@ -12,15 +12,12 @@ from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.controller import (
     CalibrationState,
-    NotePlan,
     Observation,
     OptimizerStateSeen,
     OptionsMeasured,
     OutOfMemory,
     Phase,
-    RunPlan,
-    StepMeasured,
-    StepUnmeasured,
+    StepEnded,
     Task,
     calibrate,
     start,
@@ -74,7 +71,8 @@ class ControlLoop:
         self._observers = observers
         self._note_plan = note_plan
         self._num_steps = 0
-        self._planner_of = _LastPlanners()
+        # Of the last two chains, all options and the measured ones: a planner's tables serve every budget.
+        self._planner_of = lru_cache(maxsize=2)(Planner)
         if isinstance(found, MeasuredPlan):
             self._state = start_from_cache(task, found, cached_from, headroom.read(), self._planner_of)
         else:
@@ -147,11 +145,9 @@ class ControlLoop:
             plan_summary=ran.summary,
         )
         if measured is not None and not monitor.is_disturbed:
-            self._observe(StepMeasured(measured, is_whole))
-        elif (
-            self._state.phase is not Phase.STEADY and not monitor.is_lost
-        ):  # if its trace was lost, the next step is measured instead
-            self._observe(StepUnmeasured())
+            self._observe(StepEnded(measured, is_whole))
+        elif self._state.phase is not Phase.STEADY and not monitor.is_lost:
+            self._observe(StepEnded(None))  # if its trace was lost, the next step is measured instead
         for observer in self._observers:
             observer.on_replay(profile)
         return profile
@@ -159,28 +155,12 @@ class ControlLoop:
     def _observe(self, seen: Observation) -> bool:
         """Let the controller decide, and act on it; return whether another plan is in force."""
         state = replace(self._state, limit=self._headroom.read())
-        self._state, decisions = calibrate(state, seen, self._planner_of)
+        self._state, decision = calibrate(state, seen, self._planner_of)
         self._headroom.share(self._state.limit)
-        for decision in decisions:
-            match decision:
-                case RunPlan(plan=plan):
-                    for observer in self._observers:
-                        observer.on_plan(plan.report)
-                case NotePlan(plan=plan, is_measured=is_measured):
-                    if self._note_plan is not None:
-                        self._note_plan(plan, is_measured)
-                case _:
-                    assert_never(decision)
-        return any(isinstance(decision, RunPlan) for decision in decisions)
-
-
-class _LastPlanners:
-    """The planners of the last two chains (all options, and the measured ones): their tables serve every budget."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[Chain, Planner]] = []
-
-    def __call__(self, chain: Chain) -> Planner:
-        found = next((pair for pair in self._known if pair[0] == chain), None) or (chain, Planner(chain))
-        self._known = [found, *(pair for pair in self._known if pair is not found)][:2]
-        return found[1]
+        if decision is None:
+            return False
+        for observer in self._observers:
+            observer.on_plan(self.report)
+        if decision.noted is not None and self._note_plan is not None:
+            self._note_plan(decision.noted, decision.is_measured)
+        return True

@@ -1,24 +1,20 @@
 """Choose the plan for the next step of one chain, and recalibrate it from what measured steps have shown.
 
-A reducer over frozen data: `calibrate(state, observation)` returns the next state and what is to be done. It reads no
-clock, allocator or device; `control_loop.py` observes and acts.
+A reducer over frozen data: it reads no clock, allocator or device; `control_loop.py` observes and acts.
 
 Note [Calibration]
-    The first step is traced. It shows what no measurement of a block can show: the code after the last block (the
-    loss). It runs a known method whose predicted peak leaves most of the budget to that code, or else the smallest
-    plan, which exceeds a budget only if every plan does. We prefer the known method because the smallest plan of a long
-    chain takes seconds to make, and its step takes several times as long as plain training's.
-    The second step runs the plan for the budget, and is traced too. What it needs beyond the model is learned as
-    `workspace_bytes`, and the plan is repaired until a traced step is at or under the budget. After that no step is
-    traced.
+    The first step is traced, because only a whole step shows the code after the last block (the loss). It runs a known
+    method whose predicted peak leaves most of the budget to that code, or else the smallest plan, which exceeds a
+    budget only if every plan does. We prefer the known method because the smallest plan of a long chain takes seconds
+    to make, and its step takes several times as long as plain training's. The second step runs the plan for the budget.
+    What it needs beyond the model is learned as `workspace_bytes`, and the plan is repaired until a traced step is at
+    or under the budget. After that no step is traced.
 
-    A plan may use options that are estimated because they are not compiled yet. Before such a plan runs, these options
-    are compiled and measured (`unmeasured_options`, `OptionsMeasured`), and the plan is made again, until it uses
-    measured options only. Each round measures at least one more option, so the rounds end.
+    A plan may use options that are estimated because they are not compiled yet. They are compiled and measured before
+    it runs, and the plan is made again, until it uses measured options only. Each round measures at least one more
+    option, so the rounds end.
 
-    A plan from the cache (made for this program by an earlier process, or for a larger shape) has been through all
-    this, and runs at once. Its first step is still traced. If that step exceeds the budget, the plan is repaired like
-    any other.
+    A plan from the cache has been through all this and runs at once. Its first step is traced, and repaired if needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +25,7 @@ from typing import assert_never
 from tinybp_lightning.config import Budget, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
-from tinybp_lightning.runtime.profile import PlanReport, StepMeasurement
+from tinybp_lightning.runtime.profile import Limit, PlanReport, StepMeasurement
 from tinybp_lightning.runtime.torch.executors.options import (
     estimated_options,
     measured_part,
@@ -48,17 +44,13 @@ __all__ = [
     "ActivePlan",
     "CalibrationState",
     "Decision",
-    "Limit",
-    "NotePlan",
     "Observation",
     "OptimizerStateSeen",
     "OptionsMeasured",
     "OutOfMemory",
     "Phase",
     "PlannerOf",
-    "RunPlan",
-    "StepMeasured",
-    "StepUnmeasured",
+    "StepEnded",
     "Task",
     "calibrate",
     "small_schedule",
@@ -88,28 +80,6 @@ class Task:
     target: str
     budget: Budget
     costs: Costs = Costs.SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """How many bytes plans may use above what is alive when a step begins, as read just before an observation.
-
-    `size_bytes`, or `fraction` of the largest peak of plain training that any plan of the target has had so far
-    (`largest_plain_bytes`). `cap_bytes`: no plan may use more since one ran out of memory. `optimizer_bytes`: the
-    optimizer state that is set aside.
-    """
-
-    size_bytes: int | None
-    fraction: float | None = None
-    largest_plain_bytes: int = 0
-    cap_bytes: int | None = None
-    optimizer_bytes: int = 0
-
-    def bytes_for(self, plain_bytes: int) -> int:
-        """Return the limit, caps aside, for a chain whose plain training peaks at `plain_bytes`."""
-        if self.fraction is not None:
-            return int(max(self.largest_plain_bytes, plain_bytes) * self.fraction)
-        return self.size_bytes or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +141,14 @@ class CalibrationState:
 
 
 @dataclass(frozen=True, slots=True)
-class StepMeasured:
-    """A traced step ended. `is_whole`: it ran all blocks; one that did not may have needed less than another will."""
+class StepEnded:
+    """A step ended. `measurement` is `None` if it could not be measured alone: several targets took part in it, say.
 
-    measurement: StepMeasurement
+    `is_whole`: it ran all blocks; one that did not may have needed less than another will.
+    """
+
+    measurement: StepMeasurement | None
     is_whole: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class StepUnmeasured:
-    """A step ended that could not be measured alone: several targets took part in it, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,26 +170,21 @@ class OutOfMemory:
     share: float
 
 
-Observation = StepMeasured | StepUnmeasured | OptionsMeasured | OptimizerStateSeen | OutOfMemory
+Observation = StepEnded | OptionsMeasured | OptimizerStateSeen | OutOfMemory
 
 
 @dataclass(frozen=True, slots=True)
-class RunPlan:
-    """Run `plan` from the next step on, and tell the observers. The first step's plan is not announced."""
+class Decision:
+    """Run the state's plan from the next step on, tell the observers, and note `noted` in the cache if there is one.
 
-    plan: ActivePlan
+    `is_measured`: `noted` was measured to fit; if not, it is the best guess after the first step.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class NotePlan:
-    """Note `plan` in the cache: as measured to fit, or as the best guess once the first step has been measured."""
-
-    plan: MeasuredPlan
-    is_measured: bool
+    noted: MeasuredPlan | None = None
+    is_measured: bool = False
 
 
-Decision = RunPlan | NotePlan
-_Next = tuple[CalibrationState, tuple[Decision, ...]]
+_Next = tuple[CalibrationState, Decision | None]
 
 
 def start(task: Task, chain: Chain, limit: Limit, planner_of: PlannerOf) -> CalibrationState:
@@ -244,42 +207,43 @@ def start_from_cache(
     """
     chain, schedule = cached.chain, cached.plan.schedule
     state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
-    plain_bytes = _plain_peak(state)
     # If plain training seemed to fit and was not chosen, a step had shown that it does not.
-    state = replace(state, plain_fits=schedule == keep_all(chain) or plain_bytes > cached.plan.budget_bytes)
-    budget_bytes = _budget(state, plain_bytes, planner_of)
+    state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > cached.plan.budget_bytes)
+    budget_bytes = _budget(state, planner_of)
     if cached.suits(budget_bytes):
-        plan = _active_plan(state, schedule, budget_bytes, plain_bytes, reason)
-        return _with_plain_peak(replace(state, plan=plan, cached=cached))
-    return _with_plain_peak(replace(state, plan=_for_budget(state, reason, planner_of)))
+        state = replace(state, plan=_active_plan(state, schedule, budget_bytes, reason), cached=cached)
+    else:
+        state = replace(state, plan=_for_budget(state, reason, planner_of))
+    return _with_plain_peak(state)
 
 
 def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf) -> _Next:
-    """Return the state after an observation, and what is to be done now.
+    """Return the state after an observation, and the decision to run its plan; `None` where the active plan stays.
 
-    **Arguments:** `state`: with the `limit` as it is at this moment. The returned state's limit may have another cap
-    and another largest plain peak, which hold for all plans of the target.
+    **Arguments:** `state`: with the `limit` as it is at this moment. The returned limit may have another cap and
+    another largest plain peak, which hold for all plans of the target.
 
     **Raises:** `BudgetTooSmallError` where no plan fits any more.
     """
+    decision: Decision | None
     match seen:
-        case StepMeasured():
-            state, decisions = _after_measured_step(state, seen, planner_of)
-        case StepUnmeasured():
-            state, decisions = _after_unmeasured_step(state, planner_of)
+        case StepEnded(measurement=None):
+            state, decision = _after_unmeasured_step(state, planner_of)
+        case StepEnded(measurement=measurement, is_whole=is_whole):
+            state, decision = _after_measured_step(state, measurement, is_whole, planner_of)
         case OptionsMeasured(chain=chain):
             state = replace(state, chain=with_measured(state.chain, chain))
             if state.phase is Phase.CALIBRATE:
-                state, decisions = _with_first_plan(state, planner_of), ()
+                state, decision = _with_first_plan(state, planner_of), None
             else:
-                state, decisions = _run(state, _for_budget(state, state.active.report.reason, planner_of))
+                state, decision = _run(state, _for_budget(state, state.active.report.reason, planner_of))
         case OptimizerStateSeen():
-            state, decisions = _after_optimizer_state(state, planner_of)
+            state, decision = _after_optimizer_state(state, planner_of)
         case OutOfMemory(share=share):
-            state, decisions = _tightened(state, share, planner_of)
+            state, decision = _tightened(state, share, planner_of)
         case _:
             assert_never(seen)
-    return _with_plain_peak(state), decisions
+    return _with_plain_peak(state), decision
 
 
 def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
@@ -298,36 +262,33 @@ def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
 # ---- what each observation changes ---------------------------------------------------------------------------------
 
 
-def _after_measured_step(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf) -> _Next:
-    if _keeps_all(state):
-        state = replace(state, plain_bytes=max(state.plain_bytes, seen.measurement.peak_bytes))
-    match state.phase:
-        case Phase.CALIBRATE:
-            schedule = state.active.schedule
-            chain = _with_tail(replace(state.chain, workspace_bytes=state.base_bytes), schedule, seen.measurement)
-            state = _with_residual(replace(state, chain=chain), schedule, seen.measurement.peak_bytes, may_shrink=False)
-            plan = _for_budget(state, "budget", planner_of)
-            return _run(replace(state, phase=Phase.SETTLE), plan, NotePlan(_as_measured(plan), is_measured=False))
-        case Phase.SETTLE:
-            return _settled(state, seen, planner_of)
-        case Phase.STEADY:
-            raise AssertionError("steady steps are not traced")
-        case _:
-            assert_never(state.phase)
+def _after_measured_step(
+    state: CalibrationState, measured: StepMeasurement, is_whole: bool, planner_of: PlannerOf
+) -> _Next:
+    assert state.phase is not Phase.STEADY, "steady steps are not traced"
+    schedule = state.active.schedule
+    if schedule == keep_all(state.chain):
+        state = replace(state, plain_bytes=max(state.plain_bytes, measured.peak_bytes))
+    if state.phase is Phase.SETTLE:
+        return _settled(state, measured.peak_bytes, is_whole, planner_of)
+    chain = _with_tail(replace(state.chain, workspace_bytes=state.base_bytes), schedule, measured)
+    state = _with_residual(replace(state, chain=chain), schedule, measured.peak_bytes, may_shrink=False)
+    plan = _for_budget(state, "budget", planner_of)
+    return _run(replace(state, phase=Phase.SETTLE), plan, Decision(_as_measured(plan)))
 
 
 def _after_unmeasured_step(state: CalibrationState, planner_of: PlannerOf) -> _Next:
     if state.cached is not None:  # it was measured when it was made
         return _run(replace(state, phase=Phase.STEADY), state.active)
     if state.phase is not Phase.CALIBRATE:
-        return state, ()
+        return state, None
     # What each of several targets needs alone cannot be told apart, so the model is trusted.
     return _run(replace(state, phase=Phase.STEADY), _for_budget(state, "budget", planner_of))
 
 
 def _after_optimizer_state(state: CalibrationState, planner_of: PlannerOf) -> _Next:
     if state.phase is Phase.CALIBRATE or state.limit.optimizer_bytes == state.active.optimizer_bytes:
-        return state, ()
+        return state, None
     plan = _for_budget(state, "optimizer state", planner_of)
     return _run(replace(state, fitting=None, num_traces=0, phase=Phase.SETTLE), plan)
 
@@ -336,34 +297,33 @@ def _tightened(state: CalibrationState, share: float, planner_of: PlannerOf) -> 
     planner = planner_of(state.chain)
     peak_bytes = simulate(state.chain, state.active.schedule).peak_bytes
     if planner.smallest_bytes >= peak_bytes:
-        return state, ()
+        return state, None
     cap_bytes = max(planner.smallest_bytes, int(peak_bytes * (1 - share)))
     state = replace(state, limit=replace(state.limit, cap_bytes=cap_bytes), fitting=None)
     schedule = planner.plan(budget_bytes=cap_bytes).schedule
-    plan = _active_plan(state, schedule, cap_bytes, _plain_peak(state), "out of memory")
+    plan = _active_plan(state, schedule, cap_bytes, "out of memory")
     return _run(state, replace(plan, optimizer_bytes=state.active.optimizer_bytes))
 
 
-def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf) -> _Next:
+def _settled(state: CalibrationState, peak_bytes: int, is_whole: bool, planner_of: PlannerOf) -> _Next:
     """Accept the plan that ran, or repair it, by the step's measured peak."""
-    peak_bytes, ran = seen.measurement.peak_bytes, state.active.report
-    is_plain = _keeps_all(state)
+    ran = state.active.report
+    is_plain = ran.schedule == keep_all(state.chain)
     if is_plain:  # a budget that is a share of plain training is a share of what was just measured
-        plain_bytes = _plain_peak(state)
-        ran = replace(ran, budget_bytes=_budget(state, plain_bytes, planner_of), plain_peak_bytes=plain_bytes)
+        ran = replace(ran, budget_bytes=_budget(state, planner_of), plain_peak_bytes=_plain_peak(state))
     fits = peak_bytes <= ran.budget_bytes
     if not fits:
         state = replace(state, exceeded={**state.exceeded, ran.schedule: peak_bytes})
-    if fits and not seen.is_whole and state.num_partial < _MAX_PARTIAL:
-        return replace(state, num_partial=state.num_partial + 1), ()  # a whole step is still to be measured
+    if fits and not is_whole and state.num_partial < _MAX_PARTIAL:
+        return replace(state, num_partial=state.num_partial + 1), None  # a whole step is still to be measured
     cached, before_bytes = state.cached, state.chain.workspace_bytes
     state = replace(state, num_traces=state.num_traces + 1, cached=None)
     if cached is not None and fits:
         plan = replace(state.active, report=replace(ran, predicted_peak_bytes=peak_bytes))
-        return _run(replace(state, phase=Phase.STEADY), plan, NotePlan(cached, is_measured=True))
+        return _run(replace(state, phase=Phase.STEADY), plan, Decision(cached, is_measured=True))
     state = replace(state, plain_fits=state.plain_fits and (fits or not is_plain))
-    state = _with_residual(state, ran.schedule, peak_bytes, may_shrink=fits and seen.is_whole)
-    shown_bytes = peak_bytes if seen.is_whole else max(peak_bytes, ran.predicted_peak_bytes)
+    state = _with_residual(state, ran.schedule, peak_bytes, may_shrink=fits and is_whole)
+    shown_bytes = peak_bytes if is_whole else max(peak_bytes, ran.predicted_peak_bytes)
     shown = replace(ran, chain=state.chain, predicted_peak_bytes=shown_bytes, reason="measured")
     plan = replace(state.active, report=shown)
     if fits and (state.fitting is None or ran.predicted_step_s <= state.fitting.report.predicted_step_s):
@@ -376,7 +336,7 @@ def _settled(state: CalibrationState, seen: StepMeasured, planner_of: PlannerOf)
     state = replace(state, phase=Phase.STEADY)
     if state.fitting is None:
         return _run(state, plan)
-    return _run(state, state.fitting, NotePlan(_as_measured(state.fitting), is_measured=True))
+    return _run(state, state.fitting, Decision(_as_measured(state.fitting), is_measured=True))
 
 
 def _better_plan(
@@ -398,12 +358,8 @@ def _was_exceeded(state: CalibrationState, plan: ActivePlan) -> bool:
     return state.exceeded.get(plan.schedule, 0) > plan.report.budget_bytes
 
 
-def _keeps_all(state: CalibrationState) -> bool:
-    return state.active.schedule == keep_all(state.chain)
-
-
-def _run(state: CalibrationState, plan: ActivePlan, *notes: NotePlan) -> _Next:
-    return replace(state, plan=plan, cached=None), (RunPlan(plan), *notes)
+def _run(state: CalibrationState, plan: ActivePlan, decision: Decision | None = None) -> _Next:
+    return replace(state, plan=plan, cached=None), decision or Decision()
 
 
 def _as_measured(plan: ActivePlan) -> MeasuredPlan:
@@ -477,7 +433,7 @@ def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> Calibrat
             needs_all_options = True
         else:
             _fastest(state, budget_bytes, planner_of)  # raises where no other schedule fits either
-    plan = _active_plan(state, schedule, budget_bytes, plain_bytes, "calibration", needs_all_options=needs_all_options)
+    plan = _active_plan(state, schedule, budget_bytes, "calibration", needs_all_options=needs_all_options)
     return replace(state, plan=plan)
 
 
@@ -493,17 +449,16 @@ def small_schedule(chain: Chain, *, budget_bytes: int, planner_of: PlannerOf = P
 
 def _for_budget(state: CalibrationState, reason: str, planner_of: PlannerOf) -> ActivePlan:
     """Return the fastest plan within the limit, by everything that is known."""
-    plain_bytes = _plain_peak(state)
-    budget_bytes = _budget(state, plain_bytes, planner_of)
-    if state.plain_fits and plain_bytes <= budget_bytes:
-        return _active_plan(state, keep_all(state.chain), budget_bytes, plain_bytes, reason)
+    budget_bytes = _budget(state, planner_of)
+    if state.plain_fits and _plain_peak(state) <= budget_bytes:
+        return _active_plan(state, keep_all(state.chain), budget_bytes, reason)
     schedule, needs_all = _fastest(state, budget_bytes, planner_of)
-    return _active_plan(state, schedule, budget_bytes, plain_bytes, reason, needs_all_options=needs_all)
+    return _active_plan(state, schedule, budget_bytes, reason, needs_all_options=needs_all)
 
 
-def _budget(state: CalibrationState, plain_bytes: int, planner_of: PlannerOf) -> int:
+def _budget(state: CalibrationState, planner_of: PlannerOf) -> int:
     """Return the limit, or the cap that an out-of-memory error has set; the smallest plan may always be tried."""
-    budget_bytes, cap_bytes = state.limit.bytes_for(plain_bytes), state.limit.cap_bytes
+    budget_bytes, cap_bytes = state.limit.bytes_for(_plain_peak(state)), state.limit.cap_bytes
     if cap_bytes is None:
         return budget_bytes
     return min(budget_bytes, max(cap_bytes, planner_of(state.chain).smallest_bytes))
@@ -542,7 +497,6 @@ def _active_plan(
     state: CalibrationState,
     schedule: Schedule,
     budget_bytes: int,
-    plain_bytes: int,
     reason: str,
     *,
     needs_all_options: bool = False,
@@ -554,7 +508,7 @@ def _active_plan(
         schedule=schedule,
         budget_bytes=budget_bytes,
         predicted_peak_bytes=timeline.peak_bytes,
-        plain_peak_bytes=plain_bytes,
+        plain_peak_bytes=_plain_peak(state),
         predicted_recompute_s=timeline.recompute_s,
         predicted_step_s=timeline.total_s,
         num_kept=sum(isinstance(a, ForwardSave) for a in schedule.actions[: timeline.tail_after + 1]),

@@ -1,8 +1,7 @@
 """Stand in a module's `forward` and send each call to the engine or to the module's own code.
 
-A `Dispatcher` is an object of an importable class, not a closure, so that `copy.deepcopy` and `pickle` of the module
-give a module whose forward runs its own weights under the same configuration. It is not a module, so state-dict keys do
-not change.
+A `Dispatcher` is an object of an importable class, so that `copy.deepcopy` and `pickle` of the module give one whose
+forward runs its own weights under the same configuration. It is not a module, so state-dict keys do not change.
 """
 
 import inspect
@@ -23,7 +22,7 @@ from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.kept_modules import kept_paths
+from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
@@ -64,15 +63,21 @@ class Target:
             self.module_steps = ModuleSteps(module, plain, self._context)
 
     @property
+    def _last_used(self) -> ModuleSteps | TracedModule | None:
+        return self.module_steps or self._last
+
+    @property
+    def _control(self) -> ControlLoop | None:
+        return None if self._last_used is None else self._last_used.control
+
+    @property
     def profile(self) -> StepProfile | None:
         """The last finished step."""
         settle_pending()
-        if self.module_steps is not None:
-            return self.module_steps.profile
-        return self._last.profile if self._last is not None else None
+        return None if self._last_used is None else self._last_used.profile
 
     @property
-    def programs(self) -> tuple[TracedModule, ...]:
+    def traced_modules(self) -> tuple[TracedModule, ...]:
         """The graphs that hold plans and pieces now, the one used last at the end; at most `MAX_LIVE_GRAPHS`."""
         return tuple(self._live.values())
 
@@ -86,7 +91,7 @@ class Target:
     @property
     def reports(self) -> tuple[PlanReport, ...]:
         """The plans in force, one per live graph."""
-        loops = [p.control for p in self.programs]
+        loops = [traced.control for traced in self.traced_modules]
         if self.module_steps is not None:
             loops.append(self.module_steps.control)
         return tuple(control.report for control in loops if control is not None)
@@ -94,18 +99,12 @@ class Target:
     @property
     def graphs(self) -> tuple[Graph, ...]:
         """What the live graphs compute."""
-        return tuple(g for p in self.programs if (g := p.graph) is not None)
+        return tuple(graph for traced in self.traced_modules if (graph := traced.graph) is not None)
 
     @property
     def active_plan(self) -> PlanReport | None:
         """The plan in force for the inputs last seen, if there is one."""
         return None if self._control is None else self._control.report
-
-    @property
-    def _control(self) -> ControlLoop | None:
-        if self.module_steps is not None:
-            return self.module_steps.control
-        return None if self._last is None else self._last.control
 
     @property
     def smallest_bytes(self) -> int:
@@ -158,22 +157,22 @@ class Target:
         self._num_graphs += 1
 
         def run(*args: Any) -> Any:
-            self._last = program = self._program(number, module)
-            return program(*args)
+            self._last = traced = self._traced_module(number, module)
+            return traced(*args)
 
         return run
 
-    def _program(self, number: int, module: fx.GraphModule) -> TracedModule:
+    def _traced_module(self, number: int, module: fx.GraphModule) -> TracedModule:
         """Return what trains graph `number`, made anew if it was evicted: Dynamo keeps the trace, without plans."""
-        program = self._live.pop(number, None)
-        if program is None:
-            program = TracedModule(module, self._context, kept_paths(self._module))
-        self._live[number] = program
+        traced = self._live.pop(number, None)
+        if traced is None:
+            traced = TracedModule(module, self._context, pinned_paths(self._module))
+        self._live[number] = traced
         if len(self._live) > MAX_LIVE_GRAPHS:
             _, oldest = self._live.popitem(last=False)
             oldest.release()
             self._num_evicted += 1
-        return program
+        return traced
 
 
 def _inputs_of(module: fx.GraphModule) -> tuple[str, ...]:

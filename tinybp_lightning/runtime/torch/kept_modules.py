@@ -1,12 +1,10 @@
 """Find the modules that must not run twice (the user marked them, or they synchronise ranks), and pin their blocks.
 
 The mark is an attribute of the module, so that copies have it too. Module steps do not intercept the calls of a marked
-module. A traced forward *pins* every block that has one of its ops.
-
-A pinned block runs once, whatever the schedule says. It saves as in plain training, and the boundary after it stays
-stored as long as the step's graph lives. So a replay never passes it: where the schedule would lead through it, the
-replay starts behind it instead. The planner sees a block that saves nothing and a boundary that is free to store, and
-counts the bytes of both as live throughout.
+module. A traced forward *pins* every block that has one of its ops: the block runs once and saves as in plain training,
+whatever the schedule says, and the boundary after it stays stored as long as the step's graph lives. Where a schedule
+would lead through it, the replay starts after it instead. The planner sees a block that saves nothing and a boundary
+that is free to store, and counts the bytes of both as live throughout.
 """
 
 from collections.abc import Collection, Iterator
@@ -26,8 +24,8 @@ __all__ = [
     "has_kept",
     "is_kept",
     "keep",
-    "kept_paths",
     "pin_chain",
+    "pinned_paths",
     "synchronises_ranks",
 ]
 
@@ -39,7 +37,7 @@ def keep(module: M) -> M:
     """Mark `module` so that it is never replayed: what it saves for backward stays, and its forward runs once a step.
 
     Use it for a module that does not do the same thing twice. Call it before the first training step of the model that
-    contains the module; that model's budget must have room for what the module saves.
+    contains the module; that model's budget must hold what the module saves.
 
     **Returns:** the same object. The mark is part of it: copies are kept too, and `tbp.restore` does not remove it.
 
@@ -73,7 +71,7 @@ def synchronises_ranks(module: nn.Module) -> bool:
     return is_distributed and any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
 
 
-def kept_paths(root: nn.Module) -> tuple[str, ...]:
+def pinned_paths(root: nn.Module) -> tuple[str, ...]:
     """Return every path under `root` to a module that runs once; `""` is `root` itself."""
     parts = cast("Iterator[tuple[str, nn.Module]]", root.named_modules(remove_duplicate=False))
     return tuple(

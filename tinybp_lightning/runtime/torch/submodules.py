@@ -1,9 +1,8 @@
 """Train a module whose forward is not one graph: the calls of its submodules become the blocks.
 
-The module runs as it is: its Python, its branches and the side effects between submodules happen once, under plain
-autograd. We intercept only the calls of its repeated parts (or FSDP units), outside all hooks, through the attribute
-that `Module.compile` uses. Each call keeps its arguments and is replayed on its own, so no replay runs through another
-call; the plan decides which calls keep their saved tensors.
+The module runs as it is, under plain autograd. We intercept only the calls of its repeated parts (or FSDP units),
+outside all hooks, through the attribute that `Module.compile` uses. Each call keeps its arguments and is replayed on
+its own; the plan decides which calls keep their saved tensors.
 """
 
 import enum
@@ -108,72 +107,61 @@ class _Unit:
     compiled: Callable[..., Any] | None
 
 
+@dataclass(eq=False)
 class _ModuleBlock:
     """One call of a unit, runnable again. `is_random` until the first run has shown that it draws nothing.
 
-    **Arguments:** `volatile`: the buffers that a run may change.
+    `volatile`: the buffers that a run may change.
     """
 
-    def __init__(
-        self,
-        unit: _Unit,
-        spec: TreeSpec,
-        *,
-        externals: NonBoundaryInputs,
-        devices: Sequence[torch.device],
-        volatile: set[str],
-    ) -> None:
-        self.name = unit.name
-        self.is_random = True
-        self.is_out_of_place = False  # nobody has looked
-        self._unit = unit
-        self._spec = spec
-        self._externals = externals
-        self._devices = devices
-        self._volatile = volatile
-        self._snapshots: dict[str, torch.Tensor] = {}
-        self.result: Any = None
+    name: str
+    unit: _Unit
+    spec: TreeSpec
+    externals: NonBoundaryInputs
+    devices: Sequence[torch.device]
+    volatile: set[str]
+    is_random: bool = True
+    is_out_of_place: bool = False  # nobody has looked
+    snapshots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    result: Any = None
 
     def first(self, state: list[Any]) -> list[Any]:
-        args, kwargs = tree_unflatten(state, self._spec)
+        args, kwargs = tree_unflatten(state, self.spec)
         state.clear()
-        self._snapshots = {n: b.detach().clone() for n, b in _buffers(self._unit.module) if n in self._volatile}
-        random = random_state_now(self._devices)
-        self.result = self._unit.impl(*args, **kwargs)
-        self.is_random = not random_state_now(self._devices).same_as(random)
+        self.snapshots = {n: b.detach().clone() for n, b in self.unit.module.named_buffers() if n in self.volatile}
+        random = random_state_now(self.devices)
+        self.result = self.unit.impl(*args, **kwargs)
+        self.is_random = not random_state_now(self.devices).same_as(random)
         return []
 
     def again(self, state: list[Any]) -> list[Any]:
-        args, kwargs = tree_unflatten(state, self._spec)
+        args, kwargs = tree_unflatten(state, self.spec)
         state.clear()
-        for i in range(len(self._externals.values)):
-            self._externals.check(i, self.name)
+        for i in range(len(self.externals.values)):
+            self.externals.check(i, self.name)
         # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
-        module = self._unit.module
-        owners = [(module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self._snapshots]
-        own = [swap_buffer(owner, key, self._snapshots[name].clone()) for owner, key, name in owners]
+        module = self.unit.module
+        owners = [(module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self.snapshots]
+        own = [swap_buffer(owner, key, self.snapshots[name].clone()) for owner, key, name in owners]
         try:
-            self._unit.impl(*args, **kwargs)
+            self.unit.impl(*args, **kwargs)
         finally:
             for (owner, key, _), buffer in zip(owners, own, strict=True):
                 swap_buffer(owner, key, buffer)
         return []
 
-    def changed_buffers(self) -> set[str]:
-        """Return the names of the buffers that the first run changed, and that a norm may change in another run."""
-        now = dict(_buffers(self._unit.module))
-        return {n for n, old in self._snapshots.items() if n.endswith(_STATISTICS) or not torch.equal(old, now[n])}
-
-    def forget_buffers_but(self, names: set[str]) -> None:
-        """Keep only the snapshots that a replay needs."""
-        self._volatile = names
-        self._snapshots = {n: t for n, t in self._snapshots.items() if n in names}
+    def settle_buffers(self) -> set[str]:
+        """Drop the snapshots that no replay needs; return the buffers that a run changes, or may change later."""
+        now = dict(self.unit.module.named_buffers())
+        changed = {n for n, old in self.snapshots.items() if n.endswith(_STATISTICS) or not torch.equal(old, now[n])}
+        self.snapshots = {n: t for n, t in self.snapshots.items() if n in changed}
+        return changed
 
     @property
     def guard_bytes(self) -> int:
         """What is kept so that a replay starts as the first run did: buffers, and a generator's state."""
         random = torch.get_rng_state().nbytes if self.is_random else 0
-        return random + sum(t.nbytes for t in self._snapshots.values())
+        return random + sum(t.nbytes for t in self.snapshots.values())
 
 
 @dataclass(slots=True)
@@ -206,7 +194,7 @@ class ModuleSteps:
         self.control: ControlLoop | None = None
         self.profile: StepProfile | None = None
         for unit in self._units:
-            set_call_impl(unit.module, torch._dynamo.disable(_Interceptor(self, unit)))
+            set_call_impl(unit.module, torch._dynamo.disable(self._interceptor(unit)))
 
     def remove(self) -> None:
         """Take the interceptors out; what the user compiled stays compiled."""
@@ -275,7 +263,11 @@ class ModuleSteps:
         )
         self._largest = largest
 
-    def intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
+    def _interceptor(self, unit: _Unit) -> Callable[..., Any]:
+        """Return what stands in the unit's `_compiled_call_impl`."""
+        return lambda *args, **kwargs: self._intercept(unit, args, kwargs)
+
+    def _intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""
         forward = self._open
         if forward is None or not torch.is_grad_enabled() or unit.name in self._kept:
@@ -296,42 +288,35 @@ class ModuleSteps:
         module = unit.module
         first_time = unit.name not in self._volatile
         # Noted once the first run has succeeded: a run that fails has shown nothing of what the unit changes.
-        volatile = self._volatile.get(unit.name, {n for n, _ in _buffers(module)})
+        volatile = self._volatile.get(unit.name, {n for n, _ in module.named_buffers()})
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
         externals = NonBoundaryInputs.of([] if _is_sharded(module) else list(module.parameters()))
-        block = _ModuleBlock(unit, spec, externals=externals, devices=devices, volatile=volatile)
+        block = _ModuleBlock(unit.name, unit, spec, externals, devices, volatile)
         autocast, checks = autocast_now(device_type_of(devices)), self._context.config.check
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time, checks=checks)
         forward.runs.append(run)
-        before = python_state(module) if first_time else None
+        before = python_state(module) if first_time else {}
         run.begin(leaves)
         run.sweep(block, list(leaves))
         result, block.result = block.result, None
         cost.is_dropped = True
         cost.saved_bytes = run.dropped_bytes(0, tree_flatten(result)[0])
         if first_time:
-            changed = block.changed_buffers()
-            self._volatile[unit.name] = changed
-            block.forget_buffers_but(changed)
-            attributes = [] if before is None else changed_state(before, python_state(module))
-            if attributes:
-                self._keep(unit, attributes[0])
+            self._volatile[unit.name] = block.settle_buffers()
+            if attributes := changed_state(before, python_state(module)):
+                self._kept.add(unit.name)
                 forward.calls.pop()  # this call still holds what it saved: it is not a block of the plan
+                self._context.warn(
+                    ("kept", type(module)),  # once for all layers of a kind
+                    f"`{self._context.name}.{unit.name}` (`{type(module).__name__}`) is kept, as if marked by "
+                    f"`tbp.keep`: its forward changes `{attributes[0]}`, and a replay would change it again.",
+                )
             else:
                 run.let_go()
         cost.guard_bytes = block.guard_bytes
         return result
-
-    def _keep(self, unit: _Unit, attribute: str) -> None:
-        """Leave a unit alone from now on."""
-        self._kept.add(unit.name)
-        self._context.warn(
-            ("kept", type(unit.module)),  # once for all layers of a kind
-            f"`{self._context.name}.{unit.name}` (`{type(unit.module).__name__}`) is kept, as if marked by `tbp.keep`: "
-            f"its forward changes `{attribute}`, and a replay would change it again.",
-        )
 
     def _keeps(self, call: CallCost) -> bool:
         place = self._largest.place(call)
@@ -348,31 +333,15 @@ class ModuleSteps:
         return False
 
 
-class _Interceptor:
-    """Stands in a unit's `_compiled_call_impl`."""
-
-    def __init__(self, owner: ModuleSteps, unit: _Unit) -> None:
-        self._owner = owner
-        self._unit = unit
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._owner.intercept(self._unit, args, kwargs)
-
-
 def _size_bytes(leaf: Any) -> int:
     """Return the bytes of a tensor's elements, counting a sparse one as dense; 0 for anything else."""
     return leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else 0
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return list(module.named_buffers())
-
-
 def _sum(stats: Sequence[RunStats]) -> RunStats:
     """Return what all runs of a step replayed."""
-    total = RunStats()
-    for s in stats:
-        total.replayed_blocks += s.replayed_blocks
-        total.out_of_order_blocks += s.out_of_order_blocks
-        total.replay_s += s.replay_s
-    return total
+    return RunStats(
+        replayed_blocks=sum(s.replayed_blocks for s in stats),
+        out_of_order_blocks=sum(s.out_of_order_blocks for s in stats),
+        replay_s=sum(s.replay_s for s in stats),
+    )

@@ -1,8 +1,8 @@
 """Train one traced forward. A `TracedModule` is what Dynamo calls in place of the graph that it captured.
 
-On its first call it records the graph, cuts it, measures the blocks and starts a control loop; every call runs the
-pieces through the engine. There is one plan for each situation (autocast, gradients that are there already or not).
-Shapes, dtypes and `requires_grad` are guarded by Dynamo, which makes a new graph when they change.
+Its first call records the graph, cuts it, measures the blocks and starts a control loop; every call runs the pieces
+through the engine. There is one plan for each situation. Shapes, dtypes and `requires_grad` are guarded by Dynamo,
+which makes a new graph when they change.
 """
 
 import weakref
@@ -27,8 +27,8 @@ from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, progr
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.controller import Task, unmeasured_options
-from tinybp_lightning.runtime.torch.executors.executor import Cut, Preparation
-from tinybp_lightning.runtime.torch.executors.registry import executor_of
+from tinybp_lightning.runtime.torch.executors import EXECUTORS
+from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
@@ -65,6 +65,10 @@ class _Forward:
     def tensors(self) -> list[torch.Tensor]:
         return [v for v in self.values if isinstance(v, torch.Tensor)]
 
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [t for t in self.tensors if t.requires_grad and t.is_leaf]
+
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
@@ -99,7 +103,7 @@ class TracedModule:
         self._module = module
         self._context = context
         self._kept = tuple(kept)
-        self._executor = executor_of(context.config.executor)
+        self._executor = EXECUTORS[context.config.executor]
         self._constants = _constants(module)
         self._cut: Cut | None = None
         self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}
@@ -121,7 +125,7 @@ class TracedModule:
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
         forward = self._forward(args)
-        if self._cut is not None and self._cut.original is not None and _are_watched(_parameters(forward)):
+        if self._cut is not None and self._cut.original is not None and _are_watched(forward.parameters):
             self._start_over(self._cut.original)
         planned = self._planned.get(forward.situation)
         if planned is None or planned.control is None:
@@ -159,7 +163,7 @@ class TracedModule:
         if self._monitor is not None:
             self._monitor.abandon()  # if the last forward had no backward (yet), it can no longer be measured
         values, program = forward.values, pieces.program
-        self._monitor = monitor = control.begin_step(_parameters(forward))
+        self._monitor = monitor = control.begin_step(forward.parameters)
         externals = NonBoundaryInputs.of(values)
         replayed = pin_program(control.program, pieces.pinned)
         autocast, checks = forward.situation.autocast, self._context.config.check
@@ -227,12 +231,9 @@ class TracedModule:
             return known
         if self._cut is None:
             progress.stage("tracing")
-            self._cut = self._executor.cut(
-                self._module,
-                record_graph(self._module, forward.values, name=self._context.name),
-                budget_share=partial(self._budget_share, headroom),
-                may_move_parameters=not _are_watched(forward.tensors),
-            )
+            graph = record_graph(self._module, forward.values, name=self._context.name)
+            share, may_move = partial(self._budget_share, headroom), not _are_watched(forward.tensors)
+            self._cut = self._executor.cut(Capture(self._module, graph, share, may_move))
         program = self._cut.program
         progress.stage("compiling", total=len(program.pieces))
         prepared = self._executor.prepare(self._preparation(program, forward, progress))
@@ -332,10 +333,6 @@ class TracedModule:
             return None  # by costs from elsewhere: what is measured here decides, and says how much is needed
         plans.count(entry.origin)
         return control
-
-
-def _parameters(forward: _Forward) -> list[torch.Tensor]:
-    return [t for t in forward.tensors if t.requires_grad and t.is_leaf]
 
 
 def _are_watched(tensors: Sequence[torch.Tensor]) -> bool:

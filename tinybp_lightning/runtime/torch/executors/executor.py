@@ -11,18 +11,29 @@ from tinybp_lightning.capture.torch.pieces import Piece, Program
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
-__all__ = ["Call", "Cut", "Executor", "Forecast", "Preparation"]
+__all__ = ["Call", "Capture", "Cut", "Executor", "Forecast", "Preparation"]
 
 Call = Callable[[list[Any]], Sequence[Any]]
 """One of a piece's `calls`: takes its arguments as one list, which it empties, and returns what the piece makes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """A traced forward in pieces.
+class Capture:
+    """A traced forward to cut: `module`, and its record `graph`.
 
-    `original`: its record, if calls were moved in a way that hooks of parameters notice.
+    `budget_share`: returns about which share the budget is of so many bytes of saved activations.
+    `may_move_parameters`: nobody sees in which order parameters get their gradients.
     """
+
+    module: fx.GraphModule
+    graph: Graph
+    budget_share: Callable[[int], float]
+    may_move_parameters: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A traced forward in pieces; `original` is its record, if calls were moved so that parameters' hooks notice."""
 
     program: Program
     original: Graph | None = None
@@ -32,8 +43,7 @@ class Cut:
 class Preparation:
     """What preparing a program's pieces takes.
 
-    `externals`: returns values that preparing may change in place; `on_piece(done, total)`: called after each piece,
-    for progress.
+    `externals`: returns values that preparing may change in place. `on_piece(done, total)` shows progress.
     """
 
     program: Program
@@ -63,19 +73,8 @@ class Executor(Protocol):
     other code says so (`Piece.is_compiled`): its first run works on copies of what the forward changes.
     """
 
-    def cut(
-        self,
-        module: fx.GraphModule,
-        graph: Graph,
-        *,
-        budget_share: Callable[[int], float],
-        may_move_parameters: bool,
-    ) -> Cut:
-        """Cut `module`, whose record is `graph`, and perhaps bring its calls into another legal order.
-
-        **Arguments:** `budget_share`: returns about which share the budget is of so many bytes of saved activations;
-        `may_move_parameters`: whether nobody sees in which order parameters get their gradients.
-        """
+    def cut(self, capture: Capture) -> Cut:
+        """Cut a traced forward, and perhaps bring its calls into another legal order."""
         ...
 
     def prepare(self, asked: Preparation) -> Program:

@@ -1,19 +1,16 @@
 """Compile every unique piece once by Inductor, forward and backward together, and again for each option in use.
 
-Equal pieces (same structure, same constants, same inputs wanting gradients) share compiled functions: parameters are
-arguments. Option 0 saves what torch's own partitioner chose. A piece that occurs several times gets further options,
-which save less and repeat ops inside their backward (`partitioner.py`): one more compiled function pays off many times
-in every step. An option is compiled when a plan uses it; until then there is a forecast of what it saves and repeats.
-
-The forecast is read off the option's partition. One trace gives the piece's joint graph, and dividing it takes little
-time beside generating code. The bytes saved are exact. What is repeated is estimated against option 0 of the same
-piece, which is compiled and measured.
+Equal pieces share compiled functions: parameters are arguments. Option 0 saves what torch's own partitioner chose. A
+piece that occurs several times gets further options, which save less and repeat ops inside their backward
+(`partitioner.py`). Such an option is compiled when a plan uses it. Until then its forecast is read off its partition of
+the piece's joint graph: the bytes saved are exact, and what is repeated is estimated against option 0, which is
+measured.
 
 # Note [Kernels that are timed]
 On CUDA, Inductor launches a pointwise kernel in the shape that was fastest when it was timed. It times the kernel anew
-whenever code that has the same kernel is loaded, for every user of it. The last bits of the result can depend on the
-shape. No code is loaded within a step, so a replay computes what its forward did; but two trainings, or two runs of
-one, can differ. Deterministic algorithms promise that they do not, so with them no kernel is timed.
+whenever code that has the same kernel is loaded. The last bits of the result can depend on the shape. No code is loaded
+within a step, so a replay computes what its forward did; but two trainings can differ. Deterministic algorithms promise
+that they do not, so with them no kernel is timed.
 
 Private API: `torch._functorch.partitioners`, `torch._inductor.compile_fx.compile_fx` on a torch-level graph (torch
 2.11 to 2.14).
@@ -37,8 +34,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program, cut_program
 from tinybp_lightning.graph.cuts.narrow import Granularity
-from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.runtime.torch.executors.executor import Call, Cut, Executor, Forecast, Preparation
+from tinybp_lightning.runtime.torch.executors.executor import Call, Capture, Cut, Executor, Forecast, Preparation
 from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner, repeated_share, value_bytes
 from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
 
@@ -54,16 +50,9 @@ _OPTION_DEVICES = frozenset({"cpu", "cuda"})
 class InductorExecutor(Executor):
     """Pieces compiled by Inductor: results as near to float64 as `torch.compile`'s, with options beside replays."""
 
-    def cut(
-        self,
-        module: fx.GraphModule,
-        graph: Graph,
-        *,
-        budget_share: Callable[[int], float],
-        may_move_parameters: bool,
-    ) -> Cut:
+    def cut(self, capture: Capture) -> Cut:
         """Cut coarsely: a large piece gives the compiler something to fuse."""
-        return Cut(cut_program(module, graph, granularity=Granularity.COARSE))
+        return Cut(cut_program(capture.module, capture.graph, granularity=Granularity.COARSE))
 
     def prepare(self, asked: Preparation) -> Program:
         """Return the program with every piece compiled.
@@ -78,8 +67,7 @@ class InductorExecutor(Executor):
         def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
             key = _key(piece, arguments)
             if key not in compiled:
-                has_options = num_equal[piece.span.signature] > 1 and _has_options(arguments)
-                further = _further_options(piece, arguments) if has_options else ()
+                further = _further_options(piece, arguments) if num_equal[piece.span.signature] > 1 else ()
                 compiled[key] = (_compile(piece, arguments, None), *further)
             pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
             asked.on_piece(len(pieces), len(program.pieces))
@@ -132,7 +120,6 @@ class _FurtherOption:
         return self._call is not None
 
     def compile(self, arguments: Sequence[Any]) -> None:
-        """Compile it for arguments like these."""
         self._call = _compile(self._piece, arguments, self._share)
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
@@ -156,28 +143,34 @@ def _walk(pieces: Sequence[Piece], asked: Preparation, visit: Callable[[Piece, S
 
 
 def _leaf(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().requires_grad_(value.requires_grad)
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
 def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[Call, ...]:
     """Return the options beside option 0. Those that cannot be forecast are compiled at once."""
+    if not all(t.device.type in _OPTION_DEVICES for t in arguments if isinstance(t, torch.Tensor)):
+        return ()
     forecasts = _forecasts(_unboxed(piece.module), arguments, _parameters(piece, arguments))
     if forecasts is None:
         return tuple(_compile(piece, arguments, share) for share in _SHARES)
     return tuple(_FurtherOption(piece, share, f) for share, f in zip(_SHARES, forecasts, strict=True))
 
 
-def _has_options(arguments: Sequence[Any]) -> bool:
-    return all(t.device.type in _OPTION_DEVICES for t in arguments if isinstance(t, torch.Tensor))
-
-
 def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> Call:
-    if share is None:
-        return _boxed(_compiled(piece.module, arguments))
-    with inductor_config.patch(custom_partitioner_fn=ClosurePartitioner(share, _parameters(piece, arguments))):
-        return _boxed(_compiled(piece.module, arguments))
+    """Compile a piece, to save what torch chooses or a `share` of what autograd wants."""
+    ours = {} if share is None else {"custom_partitioner_fn": ClosurePartitioner(share, _parameters(piece, arguments))}
+    compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
+    # See Note [Kernels that are timed].
+    settings = {"triton.autotune_pointwise": False} if torch.are_deterministic_algorithms_enabled() else None
+    with inductor_config.patch(ours):
+        compiled = compile_graph(_unboxed(piece.module), list(arguments), config_patches=settings)
+
+    def call(arguments: list[Any]) -> Sequence[Any]:
+        taken = tuple(arguments)
+        arguments.clear()
+        return compiled(*taken)
+
+    return call
 
 
 def _parameters(piece: Piece, arguments: Sequence[Any]) -> frozenset[int]:
@@ -186,13 +179,6 @@ def _parameters(piece: Piece, arguments: Sequence[Any]) -> frozenset[int]:
         for position, (source, value) in enumerate(zip(piece.reads, arguments, strict=True))
         if source.origin == EXTERNAL and isinstance(value, torch.Tensor) and value.requires_grad
     )
-
-
-def _compiled(module: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
-    compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
-    # See Note [Kernels that are timed].
-    settings = {"triton.autotune_pointwise": False} if torch.are_deterministic_algorithms_enabled() else None
-    return compile_graph(_unboxed(module), list(arguments), config_patches=settings)
 
 
 def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -221,23 +207,12 @@ def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _boxed(compiled: Callable[..., Any]) -> Call:
-    def call(arguments: list[Any]) -> Sequence[Any]:
-        taken = tuple(arguments)
-        arguments.clear()
-        return compiled(*taken)
-
-    return call
-
-
 def _forecasts(
     module: fx.GraphModule, arguments: Sequence[Any], parameters: frozenset[int]
 ) -> tuple[Forecast, ...] | None:
     """Return one forecast for each further option, or `None` for a piece whose partition does not show them.
 
     That is a piece without backward, one that changes its arguments, and one that the compiler gives more arguments.
-
-    **Arguments:** `module`: takes `arguments` and returns a tuple; `parameters`: see `ClosurePartitioner`.
     """
     tracer = _Tracer()
     compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes

@@ -1,10 +1,9 @@
 """Decide which estimated options of compiled blocks to measure: those that a plan uses, if it gains enough by them.
 
-An option that is not compiled has estimated costs. A plan that uses estimates does not run: it tells which option to
-compile next. Of the options of equal blocks, the one that most blocks use is compiled first; often the plan made then
-needs no other. But estimates of what the compiler fuses are rough. So for the kinds of blocks in which a step spends
-its time (the layers of a transformer), all options are measured as soon as not everything is kept. They are few, and
-compiled once.
+A plan that uses estimates does not run: it tells which option to compile next. Of the options of equal blocks, the one
+that most blocks use is compiled first; often the plan made then needs no other. But estimates of what the compiler
+fuses are rough. So for the kinds of blocks in which a step spends its time (the layers of a transformer), all options
+are measured as soon as not everything is kept.
 """
 
 from collections import Counter
@@ -89,8 +88,8 @@ def estimated_options(chain: Chain) -> frozenset[tuple[int, int]]:
 def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int, int]]:
     """Return which estimated options to measure next for a plan by `schedule`, as pairs like `estimated_options`.
 
-    **Returns:** for each kind of block the option that most blocks use, and for heavy kinds all options; nothing if
-    every block keeps what option 0 saves.
+    For each kind of block that is the option that most blocks use, and for heavy kinds all options; nothing if every
+    block keeps what option 0 saves.
     """
     taken = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
     num_forwards = sum(isinstance(a, (Forward, ForwardSave)) for a in schedule.actions)
@@ -101,7 +100,8 @@ def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int,
     for b, block in enumerate(chain.blocks):
         are_estimated = tuple(option.is_estimated for option in block.options)
         kinds.setdefault((block.signature, are_estimated), []).append(b)
-    seconds = {kind: sum(_plain_s(chain.blocks[b]) for b in blocks) for kind, blocks in kinds.items()}
+    plain_s = [block.forward_s + block.options[0].backward_s for block in chain.blocks]
+    seconds = {kind: sum(plain_s[b] for b in blocks) for kind, blocks in kinds.items()}
     wanted: set[tuple[int, int]] = set()
     for kind, blocks in kinds.items():
         options = chain.blocks[blocks[0]].options
@@ -116,25 +116,20 @@ def options_to_measure(chain: Chain, schedule: Schedule) -> frozenset[tuple[int,
     return frozenset(wanted)
 
 
-def _plain_s(block: Block) -> float:
-    return block.forward_s + block.options[0].backward_s
-
-
 def with_measured(chain: Chain, measured: Chain) -> Chain:
     """Return `chain` with the blocks of `measured`, and the options that only `chain` has measured."""
-    blocks = (_with_measured(mine, new) for mine, new in zip(chain.blocks, measured.blocks, strict=True))
-    return replace(chain, blocks=tuple(blocks))
 
-
-def _with_measured(mine: Block, new: Block) -> Block:
-    options = tuple(
-        replace(
-            old,
-            replay_s=min(old.replay_s, new.forward_s),
-            save_peak_bytes=max(old.save_peak_bytes, new.forward_peak_bytes),
+    def block_of(mine: Block, new: Block) -> Block:
+        options = tuple(
+            replace(
+                old,
+                replay_s=min(old.replay_s, new.forward_s),
+                save_peak_bytes=max(old.save_peak_bytes, new.forward_peak_bytes),
+            )
+            if found.is_estimated and not old.is_estimated
+            else found
+            for old, found in zip(mine.options, new.options, strict=True)
         )
-        if found.is_estimated and not old.is_estimated
-        else found
-        for old, found in zip(mine.options, new.options, strict=True)
-    )
-    return replace(new, options=options)
+        return replace(new, options=options)
+
+    return replace(chain, blocks=tuple(map(block_of, chain.blocks, measured.blocks)))

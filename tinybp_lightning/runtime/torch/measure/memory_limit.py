@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.config import Budget, BudgetKind, HCBConfig
 from tinybp_lightning.errors import BudgetError
-from tinybp_lightning.runtime.torch.controller import Limit
+from tinybp_lightning.runtime.profile import Limit
 from tinybp_lightning.runtime.torch.measure.allocator import local_part
 
 __all__ = ["Headroom", "OptimizerState", "TargetMemory", "fragmented_bytes", "limit_bytes"]
@@ -169,13 +169,7 @@ class Headroom:
 
     def __call__(self, plain_peak_bytes: int) -> int:
         """Return the headroom, given the predicted peak of plain training."""
-        budget = self._budget
-        if budget.kind is BudgetKind.ACTIVATION:
-            if budget.fraction is None:
-                return budget.size_bytes or 0
-            return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
-        taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
-        return limit_bytes(budget, self._device) - taken_bytes
+        return self.read().bytes_for(self._shared.largest_plain_peak(plain_peak_bytes))
 
     @property
     def cap_bytes(self) -> int | None:
@@ -201,9 +195,10 @@ class Headroom:
 
     def read(self) -> Limit:
         """Return the limit as it is now."""
-        budget = self._budget
-        fraction = budget.fraction if budget.kind is BudgetKind.ACTIVATION else None
-        size_bytes = None if fraction is not None else self(0)
+        size_bytes, fraction = self._budget.size_bytes, self._budget.fraction
+        if self._budget.kind is BudgetKind.MEMORY:
+            taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
+            size_bytes, fraction = limit_bytes(self._budget, self._device) - taken_bytes, None
         largest_bytes = self._shared.largest_plain_peak(0)
         return Limit(size_bytes, fraction, largest_bytes, self._shared.cap_bytes, self.optimizer_bytes)
 
