@@ -20,11 +20,13 @@ from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.cuts.narrow import BlockSpan
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, StorageKind
-from tinybp_lightning.runtime.torch.measure.chain_builder import BlockCosts, BlockSizes, chain_of, check_chain_is_of
+from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile
+from tinybp_lightning.runtime.torch.measure.chain_builder import chain_of, check_chain_is_of
+from tinybp_lightning.runtime.torch.measure.timer import Timing
 
 A, B, C, W = 10, 20, 30, 7
 NO_MODULE = cast("fx.GraphModule", None)
-Costs = list[tuple[BlockCosts, ...]]
+Costs = list[tuple[BlockProfile, ...]]
 
 
 def source(value: ValueId, before: Sequence[ValueId], graph: Graph) -> Source:
@@ -86,8 +88,8 @@ def costs_of(
     save_peak_bytes: int = 0,
     seconds: float = 1.0,
     is_estimated: bool = False,
-) -> BlockCosts:
-    sizes = BlockSizes(
+) -> BlockProfile:
+    return BlockProfile(
         forward_peak_bytes=forward_peak_bytes,
         saved_bytes=saved_bytes,
         saved_reads=saved_reads,
@@ -95,9 +97,12 @@ def costs_of(
         save_peak_bytes=save_peak_bytes,
         replay_peak_bytes=3,
         backward_peak_bytes=4,
+        forward=Timing(seconds, seconds),
+        replay=Timing(seconds / 2, seconds / 2),
+        backward=Timing(2 * seconds, 2 * seconds),
         input_gradients=gradients,
+        is_estimated=is_estimated,
     )
-    return BlockCosts(sizes, seconds, seconds / 2, 2 * seconds, is_estimated)
 
 
 # Gradients of positions in a block's reads: (position, number of the storage, its bytes). Block 2 gives `a` and `b` two

@@ -14,7 +14,6 @@ from tinybp_lightning.capture.torch.op_filter import filtered_by
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.runtime.torch.measure.allocator import Interval, open_trace
-from tinybp_lightning.runtime.torch.measure.chain_builder import BlockSizes
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs, fresh_leaves, has_storage
 from tinybp_lightning.runtime.torch.replay.saved_tensors import SavedTensors, discarding, never_unpacked
@@ -40,27 +39,36 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class BlockProfile:
-    """One option of a unique block: its bytes, and the seconds of running it each way, of device and host.
+    """One option of a unique block: its bytes, and the seconds of forward, early-stopped replay and backward.
 
-    `layouts`: those of the gradients that its backward makes, by position in its reads, without the contiguous ones.
+    `saved_reads` and `saved_made` are positions in its reads and in what it makes. `input_gradients`: for each position
+    in its reads that got a gradient, the number of the storage that the gradient lives on, and that storage's bytes
+    (the gradients of a concatenation's parts are views of one storage). `layouts`: of these gradients, by position,
+    without the contiguous ones. `is_estimated`: it is not compiled yet, so its peaks and seconds were not measured.
     """
 
-    sizes: BlockSizes
+    forward_peak_bytes: int
+    saved_bytes: int
+    saved_reads: tuple[int, ...]
+    saved_made: tuple[int, ...]
+    save_peak_bytes: int
+    replay_peak_bytes: int
+    backward_peak_bytes: int
     forward: Timing
     replay: Timing
     backward: Timing
+    input_gradients: tuple[tuple[int, int, int], ...] = ()
     layouts: tuple[tuple[int, Layout], ...] = ()
     is_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _BackwardRun:
-    """One measured backward: `seeded_bytes` of output gradients went in, `input_gradients` came out."""
+    """One backward: `seeded_bytes` of output gradients went in, `gradients` (by position in the reads) came out."""
 
     backward: Timing = _NOTHING
     seeded_bytes: int = 0
-    input_gradients: tuple[tuple[int, int, int], ...] = ()
-    layouts: tuple[tuple[int, Layout], ...] = ()
+    gradients: tuple[tuple[int, torch.Tensor], ...] = ()
     parameter_gradients: tuple[torch.Tensor, ...] = ()
 
 
@@ -96,11 +104,7 @@ def _layout_of(t: torch.Tensor) -> Layout | None:
 
 @dataclass(frozen=True, slots=True)
 class BlockProfiler:
-    """Runs one option of a block in every way the engine may, and reads the timer and the allocator.
-
-    `leaves`: those of the boundary before the block, and `wants` which of them want gradients; `seeds`: what the block
-    makes and gets a gradient for.
-    """
+    """Runs one option of a block; `leaves` and `wants`: of the boundary before it, and which of them want gradients."""
 
     piece: Piece
     option: int
@@ -134,7 +138,8 @@ class BlockProfiler:
             trace.abandon()
             raise
         save_peak_bytes = max(_peak(parts["save"]), saved_bytes)
-        sizes = BlockSizes(
+        numbers: dict[int, int] = {}
+        return BlockProfile(
             forward_peak_bytes=_peak(parts["forward"]),
             saved_bytes=saved_bytes,
             saved_reads=saved_reads,
@@ -142,10 +147,15 @@ class BlockProfiler:
             save_peak_bytes=save_peak_bytes,
             replay_peak_bytes=max(min(_peak(parts["replay"]), save_peak_bytes), saved_bytes),
             backward_peak_bytes=max(0, _peak(parts["backward"]) - run.seeded_bytes),
-            input_gradients=run.input_gradients,
+            forward=forward,
+            replay=replay,
+            backward=run.backward.at_most(warm).without_host(self.timer.idle_backward_s),
+            input_gradients=tuple(
+                (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes())
+                for k, g in run.gradients
+            ),
+            layouts=tuple((k, layout) for k, g in run.gradients if (layout := _layout_of(g)) is not None),
         )
-        backward = run.backward.at_most(warm).without_host(self.timer.idle_backward_s)
-        return BlockProfile(sizes, forward, replay, backward, run.layouts)
 
     def _state(self) -> list[Any]:
         return fresh_leaves(self.leaves, self.wants)
@@ -232,15 +242,10 @@ class BlockProfiler:
         timing = self.timer.time(
             lambda: grads.extend(torch.autograd.grad(loss, wanted, allow_unused=True)), is_held=is_held
         )
-        made = [(k, g) for (k, _), g in zip(reads, grads, strict=False) if g is not None]
-        numbers: dict[int, int] = {}
         return _BackwardRun(
-            backward=timing,
-            seeded_bytes=seeded_bytes,
-            input_gradients=tuple(
-                (k, numbers.setdefault(storage_key(g), len(numbers)), g.untyped_storage().nbytes()) for k, g in made
-            ),
-            layouts=tuple((k, layout) for k, g in made if (layout := _layout_of(g)) is not None),
+            timing,
+            seeded_bytes,
+            gradients=tuple((k, g) for (k, _), g in zip(reads, grads, strict=False) if g is not None),
             parameter_gradients=tuple(g for g in grads[len(reads) :] if g is not None),
         )
 

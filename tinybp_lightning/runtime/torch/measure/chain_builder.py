@@ -6,7 +6,6 @@ are alive at it, depends on the block's place in the program and is worked out h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,93 +14,64 @@ from tinybp_lightning.errors import PlanFileError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId, ValueId
 from tinybp_lightning.graph.ir import StorageKind
+from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile
+from tinybp_lightning.runtime.torch.measure.timer import Timing
 
-__all__ = ["BlockCosts", "BlockSizes", "chain_of", "check_chain_is_of"]
+__all__ = ["chain_of", "check_chain_is_of"]
 
-
-@dataclass(frozen=True, slots=True)
-class BlockSizes:
-    """The bytes of one option of a unique block.
-
-    `saved_reads` and `saved_made` are positions in its reads and in what it makes. `input_gradients`: for each position
-    in its reads that got a gradient, the number of the storage that the gradient lives on, and that storage's bytes.
-    The gradients of a concatenation's parts are views of one storage.
-    """
-
-    forward_peak_bytes: int
-    saved_bytes: int
-    saved_reads: tuple[int, ...]
-    saved_made: tuple[int, ...]
-    save_peak_bytes: int
-    replay_peak_bytes: int
-    backward_peak_bytes: int
-    input_gradients: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCosts:
-    """One option of a unique block: bytes, and seconds of forward, early-stopped replay and backward.
-
-    `is_estimated`: it is not compiled yet, so its peaks and seconds were not measured.
-    """
-
-    sizes: BlockSizes
-    forward_s: float
-    replay_s: float
-    backward_s: float
-    is_estimated: bool = False
+_Options = Sequence[BlockProfile]  # of one block
 
 
 def chain_of(
-    program: Program, costs: Sequence[Sequence[BlockCosts]], wants: Sequence[Sequence[bool]], *, counts_gradients: bool
+    program: Program, profiles: Sequence[_Options], wants: Sequence[Sequence[bool]], *, counts_gradients: bool
 ) -> Chain:
     """Return the chain of a program whose blocks were measured.
 
-    **Arguments:** `costs`: for each piece, one per option; `wants[i]`: which leaves of boundary `i` want gradients;
-    `counts_gradients`: whether parameters' gradients are part of the budget.
+    Its seconds are the device's or the host's, whichever is slower over the whole step.
+
+    **Arguments:** `wants[i]`: which leaves of boundary `i` want gradients; `counts_gradients`: whether parameters'
+    gradients are part of the budget.
     """
     frontiers, sizes, ids = _frontiers(program)
-    gradients = [_gradient_bytes(program, i, costs, wants[i]) for i in range(len(program.boundaries))]
+    gradients = [_gradient_bytes(program, i, profiles, wants[i]) for i in range(len(program.boundaries))]
     left_bytes, shared_bytes = _parameter_gradient_bytes(program)
     if not counts_gradients:
         left_bytes = [0] * len(program.pieces)
         gradients = [own + shared for own, shared in zip(gradients, shared_bytes, strict=True)]
     boundaries = tuple(Boundary(f, g) for f, g in zip(frontiers, gradients, strict=True))
+    timings = [t for first, *_ in profiles for t in (first.forward, first.backward)]
+    is_device_slower = sum(t.device_s for t in timings) >= sum(t.host_s for t in timings)
+
+    def seconds(timing: Timing) -> float:
+        return timing.device_s if is_device_slower else timing.host_s
+
+    def saved_set(p: BlockProfile, storages: set[StorageId], made_bytes: int, forward_peak_bytes: int) -> SavedSet:
+        return SavedSet(
+            name=f"{p.saved_bytes} bytes",
+            storages=tuple(sorted(storages)),
+            saved_bytes=p.saved_bytes,
+            save_peak_bytes=max(p.save_peak_bytes, forward_peak_bytes, p.saved_bytes + made_bytes),
+            replay_s=min(seconds(p.replay), seconds(p.forward)),
+            replay_peak_bytes=p.replay_peak_bytes,
+            backward_s=seconds(p.backward),
+            backward_peak_bytes=p.backward_peak_bytes,
+            is_estimated=p.is_estimated,
+        )
+
     blocks: list[Block] = []
-    for i, (piece, options) in enumerate(zip(program.pieces, costs, strict=True)):
+    for i, (piece, options) in enumerate(zip(program.pieces, profiles, strict=True)):
         before, after = program.boundaries[i], program.boundaries[i + 1]
         made = [v for v, s in zip(after, piece.state, strict=True) if s.origin == MADE]
         made_bytes = sum(sizes[s] for s in set(frontiers[i + 1]) - set(frontiers[i]))
-        forward_peak_bytes = max(made_bytes, *(c.sizes.forward_peak_bytes for c in options))
+        forward_peak_bytes = max(made_bytes, *(p.forward_peak_bytes for p in options))
         saved_sets: list[SavedSet] = []
-        for c in options:
-            values = [before[piece.reads[k].index] for k in c.sizes.saved_reads] + [made[k] for k in c.sizes.saved_made]
-            storages = tuple(sorted({ids[s] for v in values if (s := program.graph.values[v].storage) is not None}))
-            saved_sets.append(_saved_set(c, storages, made_bytes, forward_peak_bytes))
-        forward_s = max(c.forward_s for c in options)
-        blocks.append(
-            Block(
-                piece.span.name, piece.span.signature, forward_s, forward_peak_bytes, left_bytes[i], tuple(saved_sets)
-            )
-        )
+        for p in options:
+            values = [before[piece.reads[k].index] for k in p.saved_reads] + [made[k] for k in p.saved_made]
+            storages = {ids[s] for v in values if (s := program.graph.values[v].storage) is not None}
+            saved_sets.append(saved_set(p, storages, made_bytes, forward_peak_bytes))
+        name, signature, forward_s = piece.span.name, piece.span.signature, max(seconds(p.forward) for p in options)
+        blocks.append(Block(name, signature, forward_s, forward_peak_bytes, left_bytes[i], tuple(saved_sets)))
     return Chain(tuple(sizes), tuple(blocks), boundaries, workspace_bytes=_bookkeeping_bytes(program))
-
-
-def _saved_set(
-    costs: BlockCosts, storages: tuple[StorageId, ...], made_bytes: int, forward_peak_bytes: int
-) -> SavedSet:
-    sizes = costs.sizes
-    return SavedSet(
-        name=f"{sizes.saved_bytes} bytes",
-        storages=storages,
-        saved_bytes=sizes.saved_bytes,
-        save_peak_bytes=max(sizes.save_peak_bytes, forward_peak_bytes, sizes.saved_bytes + made_bytes),
-        replay_s=costs.replay_s,
-        replay_peak_bytes=sizes.replay_peak_bytes,
-        backward_s=costs.backward_s,
-        backward_peak_bytes=sizes.backward_peak_bytes,
-        is_estimated=costs.is_estimated,
-    )
 
 
 def check_chain_is_of(program: Program, chain: Chain) -> None:
@@ -146,9 +116,7 @@ def _bookkeeping_bytes(program: Program) -> int:
     return num_random * torch.get_rng_state().nbytes + sum(_dense_bytes(program, v) for v in buffers)
 
 
-def _gradient_bytes(
-    program: Program, boundary: int, costs: Sequence[Sequence[BlockCosts]], wants: Sequence[bool]
-) -> int:
+def _gradient_bytes(program: Program, boundary: int, profiles: Sequence[_Options], wants: Sequence[bool]) -> int:
     """Return the bytes of the gradients of one boundary's leaves, once every later block's backward has run.
 
     A gradient that one block made is held as that block made it, with the whole storage it lives on; one that several
@@ -157,7 +125,7 @@ def _gradient_bytes(
     total_bytes = 0
     storages: dict[tuple[int, int], int] = {}
     for value, wanted in zip(program.boundaries[boundary], wants, strict=True):
-        made = _contributions(program, boundary, value, costs) if wanted else []
+        made = _contributions(program, boundary, value, profiles) if wanted else []
         if len(made) == 1:
             (block, number, size_bytes), *_ = made
             storages[block, number] = size_bytes
@@ -167,13 +135,13 @@ def _gradient_bytes(
 
 
 def _contributions(
-    program: Program, boundary: int, value: ValueId, costs: Sequence[Sequence[BlockCosts]]
+    program: Program, boundary: int, value: ValueId, profiles: Sequence[_Options]
 ) -> list[tuple[int, int, int]]:
     """Return (block, storage number, bytes) of each gradient that blocks after `boundary` give `value`."""
     found = [
         (block, number, size_bytes)
         for block in range(boundary, len(program.pieces))
-        for position, number, size_bytes in costs[block][0].sizes.input_gradients
+        for position, number, size_bytes in profiles[block][0].input_gradients
         if program.boundaries[block][program.pieces[block].reads[position].index] == value
     ]
     if value in program.differentiated:  # the caller's own gradient for an output

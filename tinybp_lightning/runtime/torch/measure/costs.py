@@ -21,7 +21,7 @@ from tinybp_lightning.graph.ids import ValueId
 from tinybp_lightning.graph.verify import verify_chain
 from tinybp_lightning.runtime.torch.executors.executor import Executor, Forecast
 from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile, BlockProfiler, Layout, Seed
-from tinybp_lightning.runtime.torch.measure.chain_builder import BlockCosts, chain_of
+from tinybp_lightning.runtime.torch.measure.chain_builder import chain_of
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
 from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_as, random_state_now, set_random_state
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
@@ -48,12 +48,11 @@ def measure_chain(
     known: Measurements,
     kind: Costs = Costs.SECONDS,
 ) -> Chain:
-    """Return the `Chain` of a program, measured with the given values.
+    """Return the `Chain` of a program that `executor` prepared, measured with the values of its inputs.
 
-    **Arguments:** `values`: one per graph input; `executor`: prepared the program; `counts_gradients`: whether
-    parameters' gradients are part of the budget; `on_block(done, total)`: called after each block, for progress;
-    `known`: what earlier calls measured of the program in the same situation, to which this call adds; `kind`: whether
-    the chain's seconds are measured, or count operations as `count_operations` does.
+    **Arguments:** `counts_gradients`: whether parameters' gradients are part of the budget; `on_block(done, total)`:
+    called after each block; `known`: what earlier calls measured of the program in the same situation, to which this
+    call adds; `kind`: whether the chain's seconds are measured, or count operations as `count_operations` does.
     """
     random = random_state_now(devices)
     try:
@@ -66,8 +65,9 @@ def measure_chain(
             profiles, wants = walk.profile(seen, lambda done, total: None)
     finally:
         set_random_state(random)
-    costs = _timed(profiles) if kind is Costs.SECONDS else _counted(program, profiles)
-    chain = chain_of(program, costs, wants, counts_gradients=counts_gradients)
+    if kind is Costs.OPERATIONS:
+        profiles = _counted(program, profiles)
+    chain = chain_of(program, profiles, wants, counts_gradients=counts_gradients)
     verify_chain(chain)
     return chain
 
@@ -163,16 +163,15 @@ def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor
         if (forecast := executor.forecast(call)) is not None
     }
     pairs = [(measured[o], estimate) for o, estimate in estimates.items() if o in measured]
-    more_bytes = min((m.sizes.backward_peak_bytes - e.sizes.backward_peak_bytes for m, e in pairs), default=0)
+    more_bytes = min((m.backward_peak_bytes - e.backward_peak_bytes for m, e in pairs), default=0)
     more_device_s = min((m.backward.device_s - e.backward.device_s for m, e in pairs), default=0.0)
     more_host_s = min((m.backward.host_s - e.backward.host_s for m, e in pairs), default=0.0)
     slowest = measured[0].backward.plus(measured[0].forward)  # an option repeats at most the whole forward
 
     def corrected(e: BlockProfile) -> BlockProfile:
-        peak_bytes = max(0, e.sizes.backward_peak_bytes + more_bytes)
         timing = Timing(max(0.0, e.backward.device_s + more_device_s), max(0.0, e.backward.host_s + more_host_s))
-        sizes = replace(e.sizes, backward_peak_bytes=peak_bytes)
-        return replace(e, sizes=sizes, backward=timing.at_most(slowest))
+        peak_bytes = max(0, e.backward_peak_bytes + more_bytes)
+        return replace(e, backward_peak_bytes=peak_bytes, backward=timing.at_most(slowest))
 
     return tuple(measured[o] if o in measured else corrected(estimates[o]) for o in range(len(piece.calls)))
 
@@ -183,41 +182,28 @@ def _estimated(first: BlockProfile, forecast: Forecast, piece: Piece) -> BlockPr
     What option 0 saves beyond it, backward makes again and has alive at once. An option of two halves may need less, so
     all options are measured before a budget is called too small.
     """
-    remade_bytes = max(0, first.sizes.saved_bytes - forecast.saved_bytes)
-    sizes = replace(
-        first.sizes,
+    remade_bytes = max(0, first.saved_bytes - forecast.saved_bytes)
+    return replace(
+        first,
         saved_bytes=forecast.saved_bytes,
         saved_reads=tuple(k for k in forecast.saved_arguments if piece.reads[k].origin == STATE),
         saved_made=forecast.saved_results,
-        save_peak_bytes=max(first.sizes.save_peak_bytes, forecast.saved_bytes),
-        replay_peak_bytes=max(first.sizes.replay_peak_bytes, forecast.saved_bytes),
-        backward_peak_bytes=first.sizes.backward_peak_bytes + remade_bytes,
+        save_peak_bytes=max(first.save_peak_bytes, forecast.saved_bytes),
+        replay_peak_bytes=max(first.replay_peak_bytes, forecast.saved_bytes),
+        backward_peak_bytes=first.backward_peak_bytes + remade_bytes,
+        backward=first.backward.plus(first.forward, share=forecast.repeated_share),
+        is_estimated=True,
     )
-    backward = first.backward.plus(first.forward, share=forecast.repeated_share)
-    return replace(first, sizes=sizes, backward=backward, is_estimated=True)
 
 
-def _timed(profiles: _Profiles) -> list[tuple[BlockCosts, ...]]:
-    """Return every option's costs in the seconds of the device or the host, whichever is slower over the whole step."""
-    device_s = sum(first.forward.device_s + first.backward.device_s for first, *_ in profiles)
-    host_s = sum(first.forward.host_s + first.backward.host_s for first, *_ in profiles)
-
-    def seconds(timing: Timing) -> float:
-        return timing.device_s if device_s >= host_s else timing.host_s
-
-    def costs(p: BlockProfile) -> BlockCosts:
-        forward_s = seconds(p.forward)
-        return BlockCosts(
-            p.sizes, forward_s, min(seconds(p.replay), forward_s), seconds(p.backward), is_estimated=p.is_estimated
-        )
-
-    return [tuple(costs(p) for p in options) for options in profiles]
-
-
-def _counted(program: Program, profiles: _Profiles) -> list[tuple[BlockCosts, ...]]:
-    """Return the only option of every block, with its bytes as measured and its operations counted."""
+def _counted(program: Program, profiles: _Profiles) -> _Profiles:
+    """Return the only option of every block, with its operations counted in place of its seconds."""
     counts = count_operations(program.graph, [(piece.span.start, piece.span.stop) for piece in program.pieces])
+
+    def both(seconds: float) -> Timing:
+        return Timing(seconds, seconds)
+
     return [
-        (BlockCosts(only.sizes, count.forward_s, count.replay_s, count.backward_s),)
-        for (only,), count in zip(profiles, counts, strict=True)
+        (replace(only, forward=both(c.forward_s), replay=both(c.replay_s), backward=both(c.backward_s)),)
+        for (only,), c in zip(profiles, counts, strict=True)
     ]

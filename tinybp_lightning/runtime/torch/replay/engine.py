@@ -71,8 +71,8 @@ class _Stored:
         detached = [_detached(t) for t in leaves]
         return cls(detached, [t._version if isinstance(t, torch.Tensor) else None for t in detached])
 
-    def check(self, reader: str) -> None:
-        """Raise `ReplayError` if a leaf was changed in place since."""
+    def checked(self, reader: str) -> list[Any]:
+        """Return the leaves. Raises `ReplayError` if one was changed in place since."""
         for leaf, version in zip(self.leaves, self.versions, strict=True):
             if version is not None and leaf._version != version:
                 raise ReplayError(
@@ -80,15 +80,14 @@ class _Stored:
                     f"changed in place after it was stored (version {leaf._version}, expected {version}). "
                     "Use the out-of-place form of the op that changes it."
                 )
+        return self.leaves
 
 
 class Run:
     """One forward of a chain of blocks, and the backwards that follow it.
 
-    **Arguments:** `program`: what to play, each block by its option there; `inputs`: the non-boundary inputs of this
-    forward; `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what the
-    blocks save until `let_go` is called; `checks`: compare what replays save with what the first sweep saved, see
-    `CheckedSavedTensors`.
+    **Arguments:** `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what the
+    blocks save until `let_go` is called; `checks`: compare what replays save with what the first sweep saved.
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class Run:
         self._blocks: list[RunnableBlock] = []
         self._saved: dict[int, SavedTensors] = {}  # of the dropped blocks
         self._random: dict[int, RandomState] = {}
-        self._last_random: RandomState | None = None
         self._requires_grad: list[list[bool]] = []
         self._stored: dict[int, _Stored] = {}
         self._cursor: tuple[int, list[Any]] | None = None
@@ -132,7 +130,7 @@ class Run:
         index = len(self._blocks)
         self._blocks.append(block)
         if block.is_random:
-            self._random[index] = self._random_state()
+            self._random[index] = random_state_now(self._devices)
         if self.program.kept[index]:
             with closing_regions(), filtered_by(None):
                 out = block.first(state)
@@ -149,8 +147,8 @@ class Run:
             with hooks, closing_regions(), filtered_by(saved.note_skippable):
                 out = block.first(state)
             saved.close()
-        if not block.is_random and self._random.pop(index, None) is not None:
-            self._last_random = None
+        if not block.is_random:  # the first run has shown that it draws nothing
+            self._random.pop(index, None)
         self._requires_grad.append([_wants_grad(t) for t in out])
         if BoundaryId(index + 1) in self.program.stored:
             self._stored[index + 1] = _Stored.of(out)
@@ -166,13 +164,6 @@ class Run:
         """Return the bytes that block `index` gave up in the first sweep, without its `outputs`, which live on."""
         saved = self._saved.get(index)
         return 0 if saved is None else saved.dropped_bytes(outputs)
-
-    def _random_state(self) -> RandomState:
-        """Return the generators' state, as the last block's object if nothing was drawn since."""
-        now = random_state_now(self._devices)
-        if self._last_random is None or not now.same_as(self._last_random):
-            self._last_random = now
-        return self._last_random
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
@@ -261,17 +252,15 @@ class Run:
 
     def _read(self, block: BlockId) -> list[Any]:
         """Return the leaves before `block` as a first run would see them, and drop the cursor."""
-        if self._cursor is not None and self._cursor[0] == block:
-            leaves = self._cursor[1]
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None and cursor[0] == block:
+            leaves = cursor[1]
         else:
-            stored = self._stored[block]
-            stored.check(self._blocks[block].name)
-            leaves = stored.leaves
-        self._cursor = None
+            leaves = self._stored[block].checked(self._blocks[block].name)
         return fresh_leaves(leaves, self._requires_grad[block])
 
     @contextlib.contextmanager
-    def _as_first_run(self, block: int) -> Generator[None]:
+    def _as_first_run(self, block: BlockId) -> Generator[None]:
         if block in self._random:
             set_random_state(self._random[block])
         # Gradients stay enabled even where nothing is saved: without them torch would pick other kernels.

@@ -5,8 +5,8 @@ between two `Backward`s become the replay steps of the later one. The engine pla
 tensor that the later block saved. `pin_program` leaves blocks that must not run again out of the replay steps.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from tinybp_lightning.errors import ScheduleError
@@ -90,74 +90,47 @@ def replay_program_of(schedule: Schedule) -> ReplayProgram:
     return ReplayProgram(tuple(kept), tuple(options[BlockId(b)] for b in range(n)), frozenset(stored), tuple(steps))
 
 
-def _replay_steps(actions: list[Action]) -> tuple[ReplayStep, ...]:
-    """Mark each `ForwardSave` whose outputs no later action reads."""
+def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
+    """Return `program` with `blocks` pinned: the first sweep saves them and stores what follows, replays leave them."""
+    if not blocks:
+        return program
+    after = frozenset(BoundaryId(b + 1) for b in blocks if b + 1 < len(program.kept))
+    return replace(
+        program,
+        kept=tuple(kept or i in blocks for i, kept in enumerate(program.kept)),
+        stored=program.stored | after,
+        steps=tuple(_replay_steps([step.action for step in steps], blocks, after) for steps in program.steps),
+        pinned=after,
+    )
+
+
+def _replay_steps(
+    actions: Sequence[Action], pinned: Collection[int] = (), after: Collection[int] = ()
+) -> tuple[ReplayStep, ...]:
+    """Mark each `ForwardSave` whose outputs no later action reads.
+
+    Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries after them.
+    """
     steps: list[ReplayStep] = []
-    read_next: BoundaryId | None = None  # the boundary that the next action takes from the cursor
+    read_next: int | None = None  # the boundary that the next step takes from the cursor, if none is stored
     for action in reversed(actions):
         stops_early = False
         match action:
+            case Store(boundary=boundary) | Drop(boundary=boundary) if boundary in after:
+                continue
             case Store(boundary=boundary):
                 read_next = boundary
-            case Forward(block=block):
-                read_next = BoundaryId(block)
-            case ForwardSave(block=block):
-                stops_early = read_next != block + 1
-                read_next = BoundaryId(block)
             case Drop():
                 pass
+            case Forward(block=block) | ForwardSave(block=block):
+                is_read = read_next == block + 1
+                if block in pinned or not (is_read or isinstance(action, ForwardSave)):
+                    continue
+                stops_early = not is_read
+                read_next = None if block in after else block
             case Backward() | Offload() | Reload():
                 raise AssertionError(f"`{action}` stands between two backwards")
             case _:
                 assert_never(action)
         steps.append(ReplayStep(action, stops_early))
     return tuple(reversed(steps))
-
-
-def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgram:
-    """Return `program` with `blocks` pinned: the first sweep saves them and stores what follows, replays leave them."""
-    if not blocks:
-        return program
-    pinned = frozenset(blocks)
-    behind = frozenset(BoundaryId(b + 1) for b in pinned if b + 1 < len(program.kept))
-    return ReplayProgram(
-        kept=tuple(kept or i in pinned for i, kept in enumerate(program.kept)),
-        options=program.options,
-        stored=program.stored | behind,
-        steps=tuple(_around(steps, pinned, behind) for steps in program.steps),
-        pinned=behind,
-    )
-
-
-def _around(
-    steps: tuple[ReplayStep, ...], pinned: frozenset[int], behind: frozenset[BoundaryId]
-) -> tuple[ReplayStep, ...]:
-    """Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries behind."""
-    left: list[ReplayStep] = []
-    needed: BoundaryId | None = None  # the boundary that the next step takes from the cursor, if none is stored
-    for step in reversed(steps):
-        match step.action:
-            case Store(boundary=boundary) | Drop(boundary=boundary) if boundary in behind:
-                continue
-            case Store(boundary=boundary):
-                needed = boundary
-                left.append(step)
-            case Forward(block=block) if block not in pinned and needed == block + 1:
-                needed = _unless_stored(block, behind)
-                left.append(step)
-            case ForwardSave(block=block) if block not in pinned:
-                left.append(ReplayStep(step.action, stops_early=needed != block + 1))
-                needed = _unless_stored(block, behind)
-            case Forward() | ForwardSave():
-                continue
-            case Drop():
-                left.append(step)
-            case Backward() | Offload() | Reload():
-                raise AssertionError(f"`{step.action}` is not a replay step")
-            case _:
-                assert_never(step.action)
-    return tuple(reversed(left))
-
-
-def _unless_stored(boundary: int, behind: frozenset[BoundaryId]) -> BoundaryId | None:
-    return None if boundary in behind else BoundaryId(boundary)
