@@ -2,14 +2,14 @@
 
 *Position* `p` is the place after node `p`. The *frontier* at `p` is the set of activation storages that exist there
 and are still needed: made at or before `p`, and read or written after it or returned by the graph. A replay that starts
-behind `p` needs these bytes. Parameters, buffers and graph inputs exist anyway and are not counted.
+after `p` needs these bytes. Parameters, buffers and graph inputs exist anyway and are not counted.
 
 Storages are counted, not values, so a view costs nothing beside its base. One pass over the graph with difference
 arrays takes time linear in nodes plus reads. `cuts` decides which of the allowed positions to use.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -95,30 +95,23 @@ def frontier_profile(graph: Graph) -> FrontierProfile:
     **Returns:** a profile with one entry for each node; the last entry describes what the graph returns.
     """
     value_lives = _value_lives(graph)
-    storage_lives, all_made = _storage_lives(graph, value_lives)
+    made = made_at(graph)
+    storage_lives = _storage_lives(graph, made, value_lives)
     num_nodes = len(graph.nodes)
     sizes = [storage.size_bytes for storage in graph.storages]
-    local_sizes = [
-        size if life.last_use - life.made <= _LONG_LIFE else 0 for size, life in zip(sizes, storage_lives, strict=True)
-    ]
+    is_local = [life.last_use - life.made <= _LONG_LIFE for life in storage_lives]
+    local_sizes = [size if local else 0 for size, local in zip(sizes, is_local, strict=True)]
     saved = {storage for node in graph.nodes for storage in node.saved}
-    unsaved_sizes = [
-        0 if storage.id in saved else size for size, storage in zip(local_sizes, graph.storages, strict=True)
-    ]
+    unsaved_sizes = [0 if storage in saved else size for storage, size in enumerate(local_sizes)]
     elements = [0 if value.storage is None else math.prod(value.shape) for value in graph.values]
-    is_new = [False] * num_nodes
-    for life in storage_lives:
-        if life.made < life.last_use:
-            is_new[life.made] = True
-            if life.last_use < num_nodes:
-                is_new[life.last_use] = True
+    changes = {p for life in storage_lives if life.made < life.last_use for p in (life.made, life.last_use)}
     return FrontierProfile(
         width_bytes=_sum_over(num_nodes, zip(storage_lives, sizes, strict=True)),
         local_bytes=_sum_over(num_nodes, zip(storage_lives, local_sizes, strict=True)),
         unsaved_bytes=_sum_over(num_nodes, zip(storage_lives, unsaved_sizes, strict=True)),
         num_elements=_sum_over(num_nodes, zip(value_lives, elements, strict=True)),
-        is_new=tuple(is_new),
-        obstacles=_obstacles(graph, value_lives, all_made),
+        is_new=tuple(p in changes for p in range(num_nodes)),
+        obstacles=_obstacles(graph, made, value_lives),
         storage_lives=storage_lives,
         value_lives=value_lives,
     )
@@ -150,56 +143,35 @@ def _value_lives(graph: Graph) -> tuple[Life, ...]:
     return tuple(Life(m, last) if m < last else _NO_LIFE for m, last in zip(made, last_use, strict=True))
 
 
-def _storage_lives(graph: Graph, value_lives: tuple[Life, ...]) -> tuple[tuple[Life, ...], list[int]]:
-    """Return the life of each activation storage, and for every storage the position that makes it (-1: before)."""
-    num_nodes = len(graph.nodes)
-    made = [num_nodes] * len(graph.storages)
+def _storage_lives(graph: Graph, made: Mapping[StorageId, int], value_lives: Sequence[Life]) -> tuple[Life, ...]:
     last_use = [-1] * len(graph.storages)
-    for value_id in graph.inputs:
-        storage = graph.values[value_id].storage
-        if storage is not None:
-            made[storage] = -1
     for position, node in enumerate(graph.nodes):
-        for value_id in node.makes:
-            storage = graph.values[value_id].storage
-            if storage is not None:
-                made[storage] = min(made[storage], position)
-        for storage in node.writes:
-            # A write needs the buffer as a read does, even if no value names it afterwards.
-            last_use[storage] = max(last_use[storage], position)
+        for storage in node.writes:  # a write needs the buffer as a read does, even if no value names it afterwards
+            last_use[storage] = position
     for value, life in zip(graph.values, value_lives, strict=True):
         if value.storage is not None:
             last_use[value.storage] = max(last_use[value.storage], life.last_use)
-    lives = tuple(
-        Life(made[s.id], last_use[s.id])
-        if s.kind is StorageKind.ACTIVATION and made[s.id] < last_use[s.id]
-        else _NO_LIFE
+    return tuple(
+        Life(made[s.id], last_use[s.id]) if s.id in made and made[s.id] < last_use[s.id] else _NO_LIFE
         for s in graph.storages
     )
-    return lives, made
 
 
-def _obstacles(graph: Graph, value_lives: tuple[Life, ...], storage_made: list[int]) -> tuple[CutObstacle | None, ...]:
+def _obstacles(
+    graph: Graph, made: Mapping[StorageId, int], value_lives: Sequence[Life]
+) -> tuple[CutObstacle | None, ...]:
     num_nodes = len(graph.nodes)
     # The runtime guards buffers, which change once in a step; parameters change only between steps.
     guarded = [storage.kind in (StorageKind.ACTIVATION, StorageKind.INPUT) for storage in graph.storages]
-    changed = [
-        (Life(storage_made[storage], position), 1)
-        for position, node in enumerate(graph.nodes)
-        for storage in node.writes
-        if guarded[storage]
-    ]
+    writes = [(storage, position) for position, node in enumerate(graph.nodes) for storage in node.writes]
+    changed = [Life(made.get(storage, -1), position) for storage, position in writes if guarded[storage]]
     # The runtime does not guard a value that a node made *of* a buffer (`out=buffer`, a view) and that is part of a
     # boundary: if the buffer changed again, the boundary would hold the new numbers.
-    written = {storage for node in graph.nodes for storage in node.writes}
-    changed += [
-        (life, 1)
-        for value, life in zip(graph.values, value_lives, strict=True)
-        if value.storage is not None and value.storage in written and not guarded[value.storage]
-    ]
-    others = [(life, 1) for value, life in zip(graph.values, value_lives, strict=True) if value.storage is None]
-    num_changed = _sum_over(num_nodes, changed)
-    num_others = _sum_over(num_nodes, others)
+    written = {storage for storage, _ in writes if not guarded[storage]}
+    of_values = list(zip(graph.values, value_lives, strict=True))
+    changed += [life for value, life in of_values if value.storage in written]
+    others = [life for value, life in of_values if value.storage is None]
+    num_changed, num_others = (_sum_over(num_nodes, ((life, 1) for life in lives)) for lives in (changed, others))
     return tuple(
         CutObstacle.LATER_WRITE if c else CutObstacle.NOT_A_TENSOR if o else None
         for c, o in zip(num_changed, num_others, strict=True)

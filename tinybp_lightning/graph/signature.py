@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from tinybp_lightning.graph.frontier import Life, frontier_profile
 from tinybp_lightning.graph.ids import StorageId, ValueId
-from tinybp_lightning.graph.ir import Graph
+from tinybp_lightning.graph.ir import Graph, Node
 
 __all__ = ["block_signature", "graph_signature", "layout_signature"]
 
@@ -27,9 +27,9 @@ def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequenc
     """
     lives = frontier_profile(graph).value_lives if value_lives is None else value_lives
     canonical = _Canonical(graph)
-    parts: list[object] = [canonical.node(index) for index in range(start, stop)]
-    made = (value_id for node in graph.nodes[start:stop] for value_id in node.makes)
-    parts.append(canonical.values(value_id for value_id in made if lives[value_id].crosses(stop - 1)))
+    nodes = graph.nodes[start:stop]
+    parts: list[object] = [canonical.node(node) for node in nodes]
+    parts.append(canonical.values(v for node in nodes for v in node.makes if lives[v].crosses(stop - 1)))
     return _digest(parts)
 
 
@@ -38,7 +38,7 @@ def graph_signature(graph: Graph) -> str:
 
     **Returns:** 32 hexadecimal digits, the part of a plan's key that identifies the program.
     """
-    return _whole(_Canonical(graph))
+    return _Canonical(graph).whole()
 
 
 def layout_signature(graph: Graph) -> str:
@@ -46,36 +46,33 @@ def layout_signature(graph: Graph) -> str:
 
     **Returns:** 32 hexadecimal digits, equal for traces of one program with inputs of other extents.
     """
-    return _whole(_Canonical(graph, has_sizes=False))
-
-
-def _whole(canonical: "_Canonical") -> str:
-    graph = canonical.graph
-    inputs = canonical.values(graph.inputs)
-    nodes = [canonical.node(index) for index in range(len(graph.nodes))]
-    return _digest([inputs, nodes, canonical.values(graph.outputs)])
+    return _Canonical(graph, has_sizes=False).whole()
 
 
 class _Canonical:
     """Renames values and storages by first appearance, and describes each the first time it appears."""
 
-    __slots__ = ("_has_sizes", "_storages", "_values", "graph")
+    __slots__ = ("_graph", "_has_sizes", "_storages", "_values")
 
     def __init__(self, graph: Graph, *, has_sizes: bool = True) -> None:
-        self.graph = graph
+        self._graph = graph
         self._has_sizes = has_sizes
         self._values: dict[ValueId, int] = {}
         self._storages: dict[StorageId, int] = {}
 
-    def node(self, index: int) -> tuple[object, ...]:
-        node = self.graph.nodes[index]
+    def whole(self) -> str:
+        inputs = self.values(self._graph.inputs)
+        nodes = [self.node(node) for node in self._graph.nodes]
+        return _digest([inputs, nodes, self.values(self._graph.outputs)])
+
+    def node(self, node: Node) -> tuple[object, ...]:
         return (
             node.op,
             self.values(node.reads),
             self.values(node.makes),
-            self.storages(node.writes),
-            self.storages(node.saved),
-            tuple(self.storages(pair) for pair in node.copies),
+            self._storages_of(node.writes),
+            self._storages_of(node.saved),
+            tuple(self._storages_of(pair) for pair in node.copies),
             node.flops if self._has_sizes else 0,
             node.is_random,
             node.is_collective,
@@ -84,14 +81,14 @@ class _Canonical:
     def values(self, value_ids: Iterable[ValueId]) -> tuple[object, ...]:
         return tuple(self._value(value_id) for value_id in value_ids)
 
-    def storages(self, storage_ids: Iterable[StorageId]) -> tuple[object, ...]:
+    def _storages_of(self, storage_ids: Iterable[StorageId]) -> tuple[object, ...]:
         return tuple(self._storage(storage_id) for storage_id in storage_ids)
 
     def _value(self, value_id: ValueId) -> object:
         if value_id in self._values:
             return self._values[value_id]
         self._values[value_id] = len(self._values)
-        value = self.graph.values[value_id]
+        value = self._graph.values[value_id]
         storage = None if value.storage is None else self._storage(value.storage)
         shape = value.shape if self._has_sizes else len(value.shape)
         return (storage, shape, value.dtype, value.requires_grad)
@@ -100,7 +97,7 @@ class _Canonical:
         if storage_id in self._storages:
             return self._storages[storage_id]
         self._storages[storage_id] = len(self._storages)
-        storage = self.graph.storages[storage_id]
+        storage = self._graph.storages[storage_id]
         return (storage.size_bytes if self._has_sizes else 0, storage.kind.value)
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from tinybp_lightning.errors import GraphError
 from tinybp_lightning.graph.chain import Block, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId, ValueId
-from tinybp_lightning.graph.ir import Graph, Node, StorageKind, Value
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
 __all__ = ["verify_chain", "verify_graph"]
 
@@ -24,13 +24,18 @@ def verify_graph(graph: Graph) -> None:
 
     **Raises:** `GraphError` naming the first offending node, value or storage and its field.
     """
-    _check_ids("node", [node.id for node in graph.nodes])
-    _check_ids("value", [value.id for value in graph.values])
-    _check_ids("storage", [storage.id for storage in graph.storages])
+    for what, things in (("node", graph.nodes), ("value", graph.values), ("storage", graph.storages)):
+        for index, thing in enumerate(things):
+            if thing.id != index:
+                raise GraphError(f"{what} `{thing.id}` stands at index `{index}` in `{what}s`: expected `id={index}`.")
     for storage in graph.storages:
-        _check_count(f"storage `{storage.id}`", "size_bytes", storage.size_bytes)
+        _check_numbers(f"storage `{storage.id}`", size_bytes=storage.size_bytes)
     for value in graph.values:
-        _check_value(graph, value)
+        owner = f"value `{value.id}` ({value.name})"
+        if value.storage is not None:
+            _check_indices(owner, "storage", (value.storage,), "storages", len(graph.storages))
+        if any(extent < 0 for extent in value.shape):
+            raise GraphError(f"{owner} has `shape={value.shape}`: expected extents of 0 or more.")
     existing_values, existing_storages = _check_inputs(graph)
     for node in graph.nodes:
         _check_node(graph, node, existing_values, existing_storages)
@@ -40,8 +45,7 @@ def verify_graph(graph: Graph) -> None:
                 f"value `{value.id}` ({value.name}) has no maker: no node's `makes` nor the graph's `inputs` name it. "
                 "Drop it, or record the op that makes it."
             )
-    for value_id in graph.outputs:
-        _check_index("the graph", "outputs", value_id, len(graph.values), "values")
+    _check_indices("the graph", "outputs", graph.outputs, "values", len(graph.values))
 
 
 def verify_chain(chain: Chain) -> None:
@@ -60,72 +64,56 @@ def verify_chain(chain: Chain) -> None:
             f"the chain's `boundaries` has `{len(chain.boundaries)}` entries for `{len(chain.blocks)}` blocks: "
             "expected one before each block and one after the last."
         )
-    for storage, size_bytes in enumerate(chain.storage_bytes):
-        _check_count("the chain", f"storage_bytes[{storage}]", size_bytes)
+    _check_numbers("the chain", **{f"storage_bytes[{s}]": size for s, size in enumerate(chain.storage_bytes)})
     for index, boundary in enumerate(chain.boundaries):
         owner = f"boundary `{index}`"
         _check_storages(owner, boundary.storages, len(chain.storage_bytes))
-        _check_count(owner, "gradient_bytes", boundary.gradient_bytes)
+        _check_numbers(owner, gradient_bytes=boundary.gradient_bytes)
     _check_consecutive(chain)
     for index, block in enumerate(chain.blocks):
         _check_block(chain, index, block)
-    _check_count("the chain", "tail_live_bytes", chain.tail_live_bytes)
+    _check_numbers("the chain", tail_live_bytes=chain.tail_live_bytes, workspace_bytes=chain.workspace_bytes)
     _check_at_least("the chain", "tail_peak_bytes", chain.tail_peak_bytes, "tail_live_bytes", chain.tail_live_bytes)
-    _check_count("the chain", "workspace_bytes", chain.workspace_bytes)
-
-
-def _check_value(graph: Graph, value: Value) -> None:
-    owner = f"value `{value.id}` ({value.name})"
-    if value.storage is not None:
-        _check_index(owner, "storage", value.storage, len(graph.storages), "storages")
-    if any(extent < 0 for extent in value.shape):
-        raise GraphError(f"{owner} has `shape={value.shape}`: expected extents of 0 or more.")
 
 
 def _check_inputs(graph: Graph) -> tuple[set[ValueId], set[StorageId]]:
     """Check the graph's inputs and return the values and storages that exist before the first node."""
     values: set[ValueId] = set()
-    storages: set[StorageId] = set()
+    _check_indices("the graph", "inputs", graph.inputs, "values", len(graph.values))
     for value_id in graph.inputs:
-        _check_index("the graph", "inputs", value_id, len(graph.values), "values")
         if value_id in values:
             raise GraphError(f"the graph's `inputs` names value `{value_id}` twice: expected each input once.")
         values.add(value_id)
         storage = graph.values[value_id].storage
-        if storage is None:
-            continue
-        if graph.storages[storage].kind is StorageKind.ACTIVATION:
+        if storage is not None and graph.storages[storage].kind is StorageKind.ACTIVATION:
             raise GraphError(
                 f"the graph's `inputs` names value `{value_id}` on storage `{storage}` of kind `ACTIVATION`: "
                 "an input's storage belongs to the caller. Mark it `INPUT`, `BUFFER` or `PARAMETER`."
             )
-        storages.add(storage)
-    return values, storages
+    return values, {s for v in values if (s := graph.values[v].storage) is not None}
 
 
 def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[StorageId]) -> None:
     """Check `node` against the values and storages that exist before it, and add its own to them."""
     owner = f"node `{node.id}` ({node.name})"
-    _check_count(owner, "flops", node.flops)
+    _check_numbers(owner, flops=node.flops)
+    _check_indices(owner, "reads", node.reads, "values", len(graph.values))
+    _check_indices(owner, "makes", node.makes, "values", len(graph.values))
+    _check_indices(owner, "saved", node.saved, "storages", len(graph.storages))
+    _check_indices(owner, "writes", node.writes, "storages", len(graph.storages))
     for value_id in node.reads:
-        _check_index(owner, "reads", value_id, len(graph.values), "values")
         if value_id not in values:
             raise GraphError(
                 f"{owner} `reads` value `{value_id}` before it is made: expected nodes in execution order."
             )
     for value_id in node.makes:
-        _check_index(owner, "makes", value_id, len(graph.values), "values")
         if value_id in values:
             raise GraphError(
                 f"{owner} `makes` value `{value_id}`, which exists already: expected one maker for each value. "
                 "Give the result of an in-place op a value of its own on the same storage."
             )
         values.add(value_id)
-        storage = graph.values[value_id].storage
-        if storage is not None:
-            storages.add(storage)
-    for storage in node.saved:
-        _check_index(owner, "saved", storage, len(graph.storages), "storages")
+    storages |= {s for v in node.makes if (s := graph.values[v].storage) is not None}
     read = {graph.values[value_id].storage for value_id in node.reads}
     for copy, source in node.copies:
         if copy not in node.saved or source not in read:
@@ -134,7 +122,6 @@ def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[St
                 "copy of among those it reads."
             )
     for storage in node.writes:
-        _check_index(owner, "writes", storage, len(graph.storages), "storages")
         if storage not in storages:
             raise GraphError(f"{owner} `writes` storage `{storage}` before any value lives on it.")
 
@@ -155,8 +142,7 @@ def _check_consecutive(chain: Chain) -> None:
 
 def _check_block(chain: Chain, index: int, block: Block) -> None:
     owner = f"block `{index}` ({block.name})"
-    _check_seconds(owner, "forward_s", block.forward_s)
-    _check_count(owner, "parameter_gradient_bytes", block.parameter_gradient_bytes)
+    _check_numbers(owner, forward_s=block.forward_s, parameter_gradient_bytes=block.parameter_gradient_bytes)
     before = chain.boundaries[index].storages
     output_bytes = sum(chain.storage_bytes[s] for s in chain.boundaries[index + 1].storages if s not in before)
     _check_at_least(owner, "forward_peak_bytes", block.forward_peak_bytes, "its new outputs' bytes", output_bytes)
@@ -168,14 +154,10 @@ def _check_block(chain: Chain, index: int, block: Block) -> None:
 
 def _check_option(chain: Chain, block: Block, option: SavedSet, owner: str, output_bytes: int) -> None:
     _check_storages(owner, option.storages, len(chain.storage_bytes))
-    _check_count(owner, "saved_bytes", option.saved_bytes)
-    _check_count(owner, "backward_peak_bytes", option.backward_peak_bytes)
-    _check_seconds(owner, "replay_s", option.replay_s)
-    _check_seconds(owner, "backward_s", option.backward_s)
+    _check_numbers(owner, saved_bytes=option.saved_bytes, backward_peak_bytes=option.backward_peak_bytes)
+    _check_numbers(owner, replay_s=option.replay_s, backward_s=option.backward_s)
     kept_bytes = option.saved_bytes + output_bytes
-    _check_at_least(
-        owner, "save_peak_bytes", option.save_peak_bytes, "`saved_bytes` and its new outputs' bytes", kept_bytes
-    )
+    _check_at_least(owner, "save_peak_bytes", option.save_peak_bytes, "`saved_bytes` and its new outputs", kept_bytes)
     _check_at_least(owner, "replay_peak_bytes", option.replay_peak_bytes, "saved_bytes", option.saved_bytes)
     _check_at_least(owner, "save_peak_bytes", option.save_peak_bytes, "replay_peak_bytes", option.replay_peak_bytes)
     if option.replay_s > block.forward_s:
@@ -185,25 +167,16 @@ def _check_option(chain: Chain, block: Block, option: SavedSet, owner: str, outp
         )
 
 
-def _check_ids(what: str, ids: Sequence[int]) -> None:
-    for index, found in enumerate(ids):
-        if found != index:
-            raise GraphError(f"{what} `{found}` stands at index `{index}` in `{what}s`: expected `id={index}`.")
+def _check_indices(owner: str, field: str, indices: Sequence[int], of: str, length: int) -> None:
+    for index in indices:
+        if not 0 <= index < length:
+            raise GraphError(f"{owner} names `{index}` in `{field}`: expected an index into the `{length}` {of}.")
 
 
-def _check_index(owner: str, field: str, index: int, length: int, of: str) -> None:
-    if not 0 <= index < length:
-        raise GraphError(f"{owner} names `{index}` in `{field}`: expected an index into the `{length}` {of}.")
-
-
-def _check_count(owner: str, field: str, count: int) -> None:
-    if count < 0:
-        raise GraphError(f"{owner} has `{field}={count}`: expected 0 or more.")
-
-
-def _check_seconds(owner: str, field: str, seconds: float) -> None:
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise GraphError(f"{owner} has `{field}={seconds}`: expected finite seconds of 0 or more.")
+def _check_numbers(owner: str, **numbers: float) -> None:
+    for field, number in numbers.items():
+        if not (math.isfinite(number) and number >= 0):
+            raise GraphError(f"{owner} has `{field}={number}`: expected a finite number of 0 or more.")
 
 
 def _check_at_least(owner: str, field: str, found: int, floor_name: str, floor: int) -> None:
@@ -212,7 +185,6 @@ def _check_at_least(owner: str, field: str, found: int, floor_name: str, floor: 
 
 
 def _check_storages(owner: str, storages: Sequence[StorageId], length: int) -> None:
-    for storage in storages:
-        _check_index(owner, "storages", storage, length, "storages of `storage_bytes`")
+    _check_indices(owner, "storages", storages, "storages of `storage_bytes`", length)
     if any(left >= right for left, right in pairwise(storages)):
         raise GraphError(f"{owner} has `storages={tuple(storages)}`: expected ids in increasing order, each once.")

@@ -10,11 +10,11 @@ Models stack layers in a `ModuleList` or `Sequential`, so the dotted path of a r
 same set of ops; a `Sequential` of different stages does not, and its items are searched instead.
 """
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise, takewhile
 from statistics import median
 
 from tinybp_lightning.graph.frontier import FrontierProfile
@@ -96,7 +96,7 @@ def returned_midway(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
     """Return the places that make a tensor which the graph returns and also reads later (logits, then their loss).
 
     A compiled block that returns such a tensor beside its result expects a gradient for it from the caller, and makes
-    zeros of its size in backward when none comes. With a cut behind its maker, the next block provides the gradient.
+    zeros of its size in backward when none comes. With a cut after its maker, the next block provides the gradient.
     """
     read_after = {v: node.id for node in graph.nodes for v in node.reads}
     made = {v: node.id for node in graph.nodes for v in node.makes}
@@ -120,72 +120,46 @@ def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int
 
 def common_module(graph: Graph, start: int, stop: int) -> str:
     """Return the deepest module path that all nodes `start` to `stop` with a path share; empty where none does."""
-    common: list[str] | None = None
-    for node in graph.nodes[start:stop]:
-        if not node.module:
-            continue
-        path = node.module.split(".")
-        if common is None:
-            common = path
-        length = next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), None)
-        common = common[: min(len(common), len(path)) if length is None else length]
-    return ".".join(common or [])
+    paths = [node.module.split(".") for node in graph.nodes[start:stop] if node.module]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Item `index` of the container at path `container`."""
-
-    container: str
-    index: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Transition:
-    """Positions `first` to `stop` (exclusive) at which a repeated module has ended and the next has not begun.
-
-    `container` is the path of the container that is left, or entered where none is left.
-    """
-
-    container: str
-    first: int
-    stop: int
+_Item = tuple[str, str]
+"""The path of a container and an item in it."""
 
 
 def _transition_places(graph: Graph, profile: FrontierProfile, *, depth: int) -> list[tuple[str, int]]:
-    """Return the container and the cheapest allowed position of each transition between repeated modules."""
-    found: list[tuple[str, int]] = []
-    for transition in _layer_transitions(graph, depth=depth):
-        places = [p for p in range(transition.first, transition.stop) if profile.is_allowed(p)]
-        if places:
-            found.append((transition.container, min(places, key=lambda p: (*profile.cost(p), -p))))
-    return found
+    """Return the container and the cheapest allowed position of every change of repeated module.
 
-
-def _layer_transitions(graph: Graph, *, depth: int) -> list[_Transition]:
-    """Return every change of repeated module in `graph`, the first entry and the last exit included.
-
-    Nodes outside all repeated modules belong to the transition if they lie between two different modules, and to the
-    module if they lie inside one.
+    The first entry and the last exit count. A node outside all repeated modules belongs to the change if it lies
+    between two different modules, and to the module if it lies inside one. The container is the one that is left, or
+    entered where none is left.
 
     **Arguments:** `depth`: how many nested containers to look into: 1 for layers, 2 for the layers of stages.
     """
     repeated = _repeated_containers(graph)
-    transitions: list[_Transition] = []
+    found: list[tuple[str, int]] = []
+
+    def add(container: str, first: int, stop: int) -> None:
+        places = [p for p in range(first, stop) if profile.is_allowed(p)]
+        if places:
+            found.append((container, min(places, key=lambda p: (*profile.cost(p), -p))))
+
     previous: tuple[_Item, ...] = ()
-    previous_position = -1
+    last = -1
     for position, node in enumerate(graph.nodes):
-        items = tuple(item for item in _items(node.module) if item.container in repeated)[:depth]
+        items = tuple(item for item in _items(node.module) if item[0] in repeated)[:depth]
         if not items:
             continue
         if items != previous and position > 0:
             # The whole stem stands before the first item; only its very end is a transition.
-            left, first = (previous, previous_position) if previous else (items, position - 1)
-            transitions.append(_Transition(left[-1].container, first, position))
-        previous, previous_position = items, position
-    if previous and previous_position < len(graph.nodes) - 1:
-        transitions.append(_Transition(previous[-1].container, previous_position, previous_position + 1))
-    return transitions
+            left, first = (previous, last) if previous else (items, position - 1)
+            add(left[-1][0], first, position)
+        previous, last = items, position
+    if previous and last < len(graph.nodes) - 1:
+        add(previous[-1][0], last, last + 1)
+    return found
 
 
 def _items(module: str) -> Iterator[_Item]:
@@ -193,7 +167,7 @@ def _items(module: str) -> Iterator[_Item]:
     segments = module.split(".")
     for depth, segment in enumerate(segments):
         if segment.isdecimal():
-            yield _Item(".".join(segments[:depth]), segment)
+            yield ".".join(segments[:depth]), segment
 
 
 def _repeated_containers(graph: Graph) -> frozenset[str]:
@@ -201,7 +175,7 @@ def _repeated_containers(graph: Graph) -> frozenset[str]:
     for node in graph.nodes:
         for item in _items(node.module):
             ops.setdefault(item, set()).add(node.op)
-    alike = Counter((item.container, frozenset(used)) for item, used in ops.items())
+    alike = Counter((container, frozenset(used)) for (container, _), used in ops.items())
     return frozenset(container for (container, _), count in alike.items() if count > 1)
 
 
@@ -225,20 +199,9 @@ def _is_as_narrow(profile: FrontierProfile, position: int, other: int) -> bool:
 
 def _local_minima(profile: FrontierProfile) -> list[int]:
     """Return the best allowed position of each run in a local minimum of the local bytes; the ends count as higher."""
-    runs = _runs(profile)
-    widths = [profile.local_bytes[p] for p in runs]
-    minima: list[int] = []
-    first = 0
-    while first < len(runs):
-        last = first
-        while last + 1 < len(runs) and widths[last + 1] == widths[first]:
-            last += 1
-        falls = first == 0 or widths[first - 1] > widths[first]
-        rises = last + 1 == len(runs) or widths[last + 1] > widths[first]
-        if falls and rises:
-            minima.extend(runs[first : last + 1])
-        first = last + 1
-    return minima
+    levels = [list(runs) for _, runs in groupby(_runs(profile), key=lambda p: profile.local_bytes[p])]
+    widths = [math.inf, *(profile.local_bytes[runs[0]] for runs in levels), math.inf]
+    return [p for k, runs in enumerate(levels, start=1) if widths[k - 1] > widths[k] < widths[k + 1] for p in runs]
 
 
 def _runs(profile: FrontierProfile) -> list[int]:

@@ -1,9 +1,9 @@
 """Where is a graph cut into blocks, and what goes into and out of each block?
 
 A cut should be narrow, because a stored boundary costs the bytes of its frontier. `Granularity.FINE` cuts at all narrow
-places, merges light blocks into a neighbour and splits heavy ones; `Granularity.PRODUCTS` adds cuts behind
+places, merges light blocks into a neighbour and splits heavy ones; `Granularity.PRODUCTS` adds cuts after
 compute-heavy ops; `Granularity.COARSE` cuts once for each repeated module, at the narrowest places where modules do not
-repeat, and behind results that are read on. Which boundaries a plan *stores* is the planner's decision.
+repeat, and after results that are read on. Which boundaries a plan *stores* is the planner's decision.
 
 A block is *light* if it makes next to nothing (a mask, the statistics of a norm): it costs planning time and offers
 nothing to keep or drop. It is merged across the costlier of its two cuts.
@@ -50,7 +50,7 @@ _WORTHWHILE_SHARE = 0.875
 
 
 class Granularity(Enum):
-    """How many blocks: cuts behind compute-heavy ops too, at every narrow place, or one for each repeated module."""
+    """How many blocks: cuts after compute-heavy ops too, at every narrow place, or one for each repeated module."""
 
     PRODUCTS = "products"
     FINE = "fine"
@@ -192,17 +192,22 @@ def _split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
     """
     made = made_at(graph)
     found = list(cuts)
-    spans = [(before + 1, after + 1) for before, after in pairwise([-1, *cuts, len(graph.nodes) - 1])]
-    heap = [(-_total_bytes(_saved_in(graph, made, start, stop)), start, stop) for start, stop in spans]
-    heapq.heapify(heap)
+    heap: list[tuple[int, int, int, tuple[_Saved, ...]]] = []
+
+    def push(start: int, stop: int) -> None:
+        saved = _saved_in(graph, made, start, stop)
+        heapq.heappush(heap, (-sum(one.size_bytes for one in saved), start, stop, saved))
+
+    for before, after in pairwise([-1, *cuts, len(graph.nodes) - 1]):
+        push(before + 1, after + 1)
     while heap:
-        _, start, stop = heapq.heappop(heap)
-        position = _best_split(graph, profile, _saved_in(graph, made, start, stop), start, stop)
+        _, start, stop, saved = heapq.heappop(heap)
+        position = _best_split(graph, profile, saved, start, stop)
         if position is None:
             break
         found.append(position)
-        for span in ((start, position + 1), (position + 1, stop)):
-            heapq.heappush(heap, (-_total_bytes(_saved_in(graph, made, *span)), *span))
+        push(start, position + 1)
+        push(position + 1, stop)
     return tuple(sorted(found))
 
 
@@ -218,13 +223,9 @@ def _saved_in(graph: Graph, made: dict[StorageId, int], start: int, stop: int) -
     return tuple(saved.values())
 
 
-def _total_bytes(saved: Sequence[_Saved]) -> int:
-    return sum(one.size_bytes for one in saved)
-
-
 def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved], start: int, stop: int) -> int | None:
     """Return the allowed position at which to split nodes `start` to `stop`, `None` where none is worthwhile."""
-    total_bytes = _total_bytes(saved)
+    total_bytes = sum(one.size_bytes for one in saved)
     if stop - start < 2 * MIN_OPS or total_bytes == 0:
         return None
     left, right = [0] * (stop - start), [0] * (stop - start)
@@ -239,18 +240,14 @@ def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved],
     ]
     places = [p for p in range(start + MIN_OPS - 1, stop - MIN_OPS) if profile.is_allowed(p)]
     best = min(places, key=lambda p: (working[p - start], profile.num_elements[p], -p), default=None)
-    if best is None or working[best - start] > _WORTHWHILE_SHARE * total_bytes:
-        return None
-    return best
+    return best if best is not None and working[best - start] <= _WORTHWHILE_SHARE * total_bytes else None
 
 
 def _boundary_bytes(graph: Graph, profile: FrontierProfile, start: int, stop: int) -> list[int]:
     """Return for each position of nodes `start` to `stop` the bytes of its frontier that did not exist before them."""
-    made = dict.fromkeys(graph.values[v].storage for node in graph.nodes[start:stop] for v in node.makes)
     steps = [0] * (stop - start)
-    for storage in made:
-        if storage is None:
-            continue
+    for storage in {graph.values[v].storage for node in graph.nodes[start:stop] for v in node.makes} - {None}:
+        assert storage is not None
         life = profile.storage_lives[storage]
         if life.made >= start:
             steps[life.made - start] += graph.storages[storage].size_bytes

@@ -1,22 +1,18 @@
 """Which ops does a replay not need, and which compute-heavy ops would it repeat for nothing?
 
-A replay makes what autograd saved, and nothing else. An op that saves only what it reads, or a copy of it (autocast's),
-has saved before it computes; it need not compute unless something saved is made of its result. Such an op is
-*skippable*: a matrix product at the end of a block, or the first of two products that meet in a sum behind the block.
-An op that reads the result of a skippable op is skippable as well.
+An op that saves only what it reads, or a copy of it (autocast's), has saved before it computes. It is *skippable* if
+nothing saved is made of its result: a matrix product at the end of a block, and an op that reads a skippable op.
 
 A compute-heavy op (a matrix product, a convolution) saves what it reads and its backward never asks for its result, so
-a replay runs it only for tensors that are saved behind it in the same block. So blocks are cut behind compute-heavy
-ops. The result is then part of the boundary, which usually adds nothing to a saved set: the op that reads the result (a
-norm, an activation function) saves it. Selective checkpointing always keeps these results; here the planner decides.
-
-These results are wide, though: near the smallest budget there is no room for them, and narrow blocks of more ops need
-less. So these cuts are for budgets with room (`has_room_for_products`). A cut helps only where what is saved behind it
-can be made from it: `reorder` moves ops that stand in the way.
+a replay runs it only for tensors that are saved after it in the same block. So blocks are cut after compute-heavy ops.
+The result is then part of the boundary, which usually adds nothing to a saved set: the op that reads it (a norm, an
+activation function) saves it. Selective checkpointing always keeps these results; here the planner decides. They are
+wide, so these cuts are for budgets with headroom (`has_room_for_products`). `reorder` moves ops that stand in the way.
 """
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -35,10 +31,10 @@ __all__ = [
     "worthwhile_skippable_ops",
 ]
 
-# The share of what autograd saves from which on a budget has room. In transformers, ResNets and U-Nets the inputs and
-# results of compute-heavy ops are half to two thirds of it.
-_ROOM = 0.4
-# An op of fewer operations than this share of the usual compute-heavy op (a time embedding's) is light. Cuts behind
+# The share of what autograd saves from which on a budget has headroom. In transformers, ResNets and U-Nets the inputs
+# and results of compute-heavy ops are half to two thirds of it.
+_HEADROOM_SHARE = 0.4
+# An op of fewer operations than this share of the usual compute-heavy op (a time embedding's) is light. Cuts after
 # light ops are made only where they add few blocks.
 _LIGHT_SHARE = 1 / 64
 _FEW_MORE = 1.1
@@ -80,7 +76,7 @@ def skippable_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
 def worthwhile_skippable_ops(graph: Graph, start: int, stop: int) -> dict[NodeId, bool]:
     """Return the compute-heavy ops that a replay of a block would run for nothing, and the ops that read their results.
 
-    A skippable op behind the last op that saves is left out anyway; one that is not compute-heavy takes little time.
+    A skippable op after the last op that saves is left out anyway; one that is not compute-heavy takes little time.
 
     **Returns:** for each node, whether it saves no activation.
     """
@@ -98,7 +94,7 @@ def worthwhile_skippable_ops(graph: Graph, start: int, stop: int) -> dict[NodeId
 
 
 def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
-    """Return `cuts`, and cuts behind the compute-heavy ops that a replay of their block would repeat.
+    """Return `cuts`, and cuts after the compute-heavy ops that a replay of their block would repeat.
 
     A cut that is close to such a place and not narrower moves there, because a block has at least `MIN_OPS` ops. Where
     more than `_MAX_BLOCKS` blocks would result, cuts are moved but not added.
@@ -110,10 +106,11 @@ def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
     products = [node.id for node in graph.nodes if is_compute_heavy(graph, node)]
     limit = _LIGHT_SHARE * median(graph.nodes[p].flops for p in products) if products else 0
     heavy = [p for p in products if graph.nodes[p].flops >= limit]
-    finer = _cut(graph, profile, cuts, heavy, heavy, may_add=True)
+    cut = partial(_cut, graph, profile, cuts, heavy)
+    finer = cut(heavy, may_add=True)
     if len(finer) >= _MAX_BLOCKS:
-        return _cut(graph, profile, cuts, heavy, heavy, may_add=False)
-    finest = _cut(graph, profile, cuts, products, heavy, may_add=True)
+        return cut(heavy, may_add=False)
+    finest = cut(products, may_add=True)
     return finest if len(finest) <= _FEW_MORE * len(finer) else finer
 
 
@@ -124,8 +121,8 @@ def saved_bytes(graph: Graph) -> int:
 
 
 def has_room_for_products(share: float) -> bool:
-    """Return whether a budget of this share of what plain training saves has room for cuts behind compute-heavy ops."""
-    return share >= _ROOM
+    """Return whether a budget, a share of what plain training saves, has headroom for cuts after compute-heavy ops."""
+    return share >= _HEADROOM_SHARE
 
 
 def is_activation(graph: Graph, storage: StorageId) -> bool:
@@ -159,14 +156,14 @@ def _cut(
     graph: Graph,
     profile: FrontierProfile,
     cuts: Sequence[int],
-    products: Sequence[int],
     heavy: Collection[int],
+    products: Sequence[int],
     *,
     may_add: bool,
 ) -> tuple[int, ...]:
-    """Return `cuts`, each moved behind one of `products` if that is close, and with more added if `may_add`.
+    """Return `cuts`, each moved after one of `products` if that is close, and with more added if `may_add`.
 
-    A cut comes behind a light op only where it is repeated alone, or where its result does not widen the frontier.
+    A cut comes after a light op only where it is repeated alone, or where its result does not widen the frontier.
     """
     last = len(graph.nodes) - 1
     found = [-1]
@@ -175,14 +172,14 @@ def _cut(
         inside = [p for p in products if found[-1] < p < end]
         for product, following in pairwise([*inside, end]):
             start = found[-1] + 1
-            # What the next one needs is the matter of the cut behind that one.
+            # What the next one needs is the matter of the cut after that one.
             before = [p for p in inside if start <= p <= product]
             if skippable_ops(graph, start, following + 1).issuperset(before):
                 continue
             place = _place_behind(graph, profile, max([p for p in before if p in heavy] or before), end)
             if place is None:
                 continue
-            # Too close behind another cut, which may move here.
+            # Too close to the cut before it, which may move here.
             is_shift = place - start + 1 < MIN_OPS
             if is_shift and (len(found) == 1 or not _may_shift(graph, profile, found, place)):
                 continue
@@ -210,9 +207,9 @@ def _may_shift(graph: Graph, profile: FrontierProfile, cuts: Sequence[int], plac
 
 
 def _place_behind(graph: Graph, profile: FrontierProfile, product: int, stop: int) -> int | None:
-    """Return the best allowed position behind `product` and before its result is used, if any.
+    """Return the best allowed position after `product` and before its result is used, if any.
 
-    It is behind as many other compute-heavy ops as possible without a wider frontier.
+    It comes after as many other compute-heavy ops as possible without a wider frontier.
     """
     mine = {graph.values[v].storage for v in graph.nodes[product].makes}
     best, limit_bytes = None, math.inf
@@ -230,7 +227,6 @@ def _place_behind(graph: Graph, profile: FrontierProfile, product: int, stop: in
 
 def _narrowest_from(profile: FrontierProfile, product: int, stop: int) -> int | None:
     """Return the allowed position with the fewest elements in the run that begins at `product`, if any."""
-    places = [product]
-    while places[-1] + 1 < stop and not profile.is_new[places[-1] + 1]:
-        places.append(places[-1] + 1)
-    return min((p for p in places if profile.is_allowed(p)), key=lambda p: (profile.num_elements[p], -p), default=None)
+    end = next((p for p in range(product + 1, stop) if profile.is_new[p]), stop)
+    places = (p for p in range(product, end) if profile.is_allowed(p))
+    return min(places, key=lambda p: (profile.num_elements[p], -p), default=None)

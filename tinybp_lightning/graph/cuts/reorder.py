@@ -1,9 +1,9 @@
-"""Which ops can run later, so that a cut behind a compute-heavy op helps?
+"""Which ops can run later, so that a cut after a compute-heavy op helps?
 
-In `act(gate(x)) * up(x)` the activation function runs before the second matrix product, and its result is saved behind
-it: a replay that starts behind both products cannot make that result, and one that starts before them repeats the first
+In `act(gate(x)) * up(x)` the activation function runs before the second matrix product, and its result is saved after
+it: a replay that starts after both products cannot make that result, and one that starts before them repeats the first
 product. The same holds for a norm at the end of one branch of a residual block, before the convolution on the other.
-Such an op can run when its result is needed. `delay_ops` moves it there, and no bit changes.
+`delay_ops` moves such an op to where its result is needed, and no bit changes.
 
 Note [Order of gradients]
     Autograd runs backward in descending order of creation and sums the gradients of one value in that order. An op that
@@ -31,12 +31,12 @@ _MOVABLE = frozenset(
     | {"mul", "div", "truediv", "pow", "square", "exp", "log", "sqrt", "rsqrt"}
     | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 )
-# The most ops that an op moves past: those behind one residual sum. A longer move would leave the layer.
+# The most ops that an op moves past: those after one residual sum. A longer move would leave the layer.
 _WINDOW = 16
 
 
 def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
-    """Return `graph` with ops moved behind a compute-heavy op, to where their result is first read.
+    """Return `graph` with ops moved past a compute-heavy op, to where their result is first read.
 
     An op moves only if its inputs, or copies of them, are saved anyway, so that nothing lives longer, and if the move
     changes no bit. Values and storages keep their ids.
@@ -72,7 +72,7 @@ def _may_be_delayed(graph: Graph, node: Node, made: dict[StorageId, int]) -> boo
 
 
 def _may_pass(graph: Graph, node: Node, passed: Sequence[Node]) -> bool:
-    """Return whether moving `node` behind `passed` changes nothing. See Note [Order of gradients]."""
+    """Return whether moving `node` past `passed` changes nothing. See Note [Order of gradients]."""
     touched = {*_reads(graph, node), *node.writes}
     return not any(
         any(graph.values[v].storage is None for v in other.makes)  # the ends of a region
