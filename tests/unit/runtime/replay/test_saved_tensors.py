@@ -269,3 +269,26 @@ def test_what_is_held_is_there_at_once_until_it_is_released() -> None:
         pack(made.clone())
     assert torch.equal(slots[0].read("block"), leaf)
     assert torch.equal(slots[1].read("block"), made)
+
+
+def test_a_replay_that_stops_early_leaves_nothing_to_the_garbage_collector() -> None:
+    """CPython 3.12 makes a cycle of the traceback where a generator swallows the exception that stops the replay."""
+    saved = saved_by()
+    slot = saved.pack(torch.ones(3))
+    assert isinstance(slot, Slot)
+    saved.close()
+    locals_of_the_replay: list[weakref.ref[torch.Tensor]] = []
+
+    def replay(pack: Callable[[torch.Tensor], None]) -> None:
+        beside, again = torch.zeros(3), torch.ones(3)
+        locals_of_the_replay.append(weakref.ref(beside))
+        pack(again)
+        raise AssertionError("the replay went on")
+
+    gc.disable()
+    try:
+        with saved.filling(stops_early=True) as pack:
+            replay(pack)
+        assert [beside() for beside in locals_of_the_replay] == [None]
+    finally:
+        gc.enable()

@@ -22,6 +22,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -59,6 +60,32 @@ class _StopReplay(Exception):  # noqa: N818 - control flow, never an error
 
 class _StopOp(Exception):  # noqa: N818 - control flow, never an error
     """The replay has filled the last saved tensor of a skippable op; its result is not read."""
+
+
+class _Filling(contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]):
+    """Ends its body at `_StopReplay`.
+
+    It is a class because a generator that swallows an exception makes a cycle in CPython 3.12: the traceback, and with
+    it what the frames of the replay hold, would stay until the garbage collector runs.
+    """
+
+    def __init__(
+        self, saved: "SavedTensors", body: contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]
+    ) -> None:
+        self._saved = saved
+        self._body = body
+
+    def __enter__(self) -> Callable[[torch.Tensor], None]:
+        return self._body.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._body.__exit__(kind, error, trace)
+        if not isinstance(error, _StopReplay):
+            return False
+        self._saved.stop()
+        return True
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -254,14 +281,16 @@ class SavedTensors:
         for leaf, views in self._views_of_leaf.items():
             self._fill_each(views, state[leaf])
 
-    @contextlib.contextmanager
-    def filling(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], None]]:
-        """Fill the slots that are still alive with what the body, a replay, saves; yield the pack hook.
+    def filling(self, *, stops_early: bool) -> contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]:
+        """Fill the slots that are still alive with what the body, a replay, saves; the context is the pack hook.
 
         With `stops_early` the body is left at the last saved tensor that a slot waits for.
         """
         self._filled, self._is_stopped = 0, False
+        return _Filling(self, self._packing(stops_early=stops_early))
 
+    @contextlib.contextmanager
+    def _packing(self, *, stops_early: bool) -> Generator[Callable[[torch.Tensor], None]]:
         def pack(t: torch.Tensor) -> None:
             position = self._filled
             self._filled += 1
@@ -277,11 +306,12 @@ class SavedTensors:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked)
         skipping = filtered_by(self._run_skippable) if stops_early else contextlib.nullcontext()
-        try:
-            with closing_regions(), skipping, hooks:
-                yield pack
-        except _StopReplay:
-            self._is_stopped = True
+        with closing_regions(), skipping, hooks:
+            yield pack
+
+    def stop(self) -> None:
+        """Note that the replay stopped early."""
+        self._is_stopped = True
 
     def note_value(self, position: int, t: torch.Tensor) -> None:
         """Hear which tensor a replay gave `position`; only `CheckedSavedTensors` listens."""
