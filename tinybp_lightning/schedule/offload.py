@@ -41,9 +41,8 @@ from tinybp_lightning.schedule.simulator import Machine, simulate
 
 __all__ = ["Away", "Gap", "OffloadPlan", "find_gaps", "open_slots", "plan_offload", "weave", "with_boundaries_away"]
 
-_STEPS = 8
-"""How many schedules of one source are tried from the fastest down, before the search between two of them."""
-_BISECTIONS = 5
+_STEPS = 16
+"""How many schedules of one source are tried, from the fastest down."""
 _STAYING_SHARES = (1.0, 0.5, 0.25)
 """What stored boundaries weigh for the planner; the slower the link, the nearer to 1 is best."""
 _NEAR = 4
@@ -165,13 +164,7 @@ class _Search:
 
     def descend(self, source: Callable[[float], Schedule]) -> None:
         """Find about the fastest schedule of `source` that fits, from `source(1.0)`, its fastest, down."""
-        step = next((k for k in reversed(range(_STEPS + 1)) if self._is_enough(source(k / _STEPS))), None)
-        if step is None or step == _STEPS:
-            return
-        low, high = step / _STEPS, (step + 1) / _STEPS
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._is_enough(source(middle)) else (low, middle)
+        any(self._is_enough(source(k / _STEPS)) for k in reversed(range(_STEPS + 1)))
 
     def _is_enough(self, schedule: Schedule) -> bool:
         """Whether slower schedules of the source cannot help: this one fits, or is not faster than the best."""
