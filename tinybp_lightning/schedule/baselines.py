@@ -32,7 +32,6 @@ __all__ = [
     "every_sqrt_n",
     "keep_all",
     "keep_some",
-    "knapsack_blocks",
     "per_block",
     "revolve",
     "revolve_cost",
@@ -104,20 +103,12 @@ def saved_knapsack(chain: Chain, *, saved_share: float) -> Schedule:
 
     **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
     """
-    return keep_some(chain, kept=knapsack_blocks(chain, saved_share=saved_share), stored=())
-
-
-def knapsack_blocks(chain: Chain, *, saved_share: float) -> tuple[int, ...]:
-    """Return the blocks that `saved_knapsack` keeps, in order.
-
-    **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
-    """
     if not 0 <= saved_share <= 1:
         raise ConfigError(f"`saved_share={saved_share}` must be from 0 to 1: a share of what plain training saves.")
     weights = _saved_bytes(chain)
     limit_bytes = int(saved_share * sum(weights))
     values = [block.forward_s for block in chain.blocks]
-    return tuple(sorted(_knapsack(weights, values, limit_bytes)))
+    return keep_some(chain, kept=_knapsack(weights, values, limit_bytes), stored=())
 
 
 def selective(chain: Chain, *, signatures: Collection[str], k: int) -> Schedule:
@@ -143,7 +134,7 @@ def _saved_bytes(chain: Chain) -> list[int]:
     return found
 
 
-def _knapsack(weights: list[int], values: list[float], limit: int) -> list[int]:
+def _knapsack(weights: list[int], values: list[float], limit: int) -> set[int]:
     """Return the indices of the most valuable items within `limit`, weights rounded up to slots."""
     unit = max(1, ceil(limit / _KNAPSACK_SLOTS))
     num_slots = limit // unit
@@ -155,10 +146,10 @@ def _knapsack(weights: list[int], values: list[float], limit: int) -> list[int]:
         with_it[weight:] = best[: max(0, num_slots + 1 - weight)] + value
         taken.append(with_it > best)
         best = np.maximum(best, with_it)
-    left, found = num_slots, list[int]()
+    left, found = num_slots, set[int]()
     for index in reversed(range(len(weights))):
         if taken[index][left]:
-            found.append(index)
+            found.add(index)
             left -= slots[index]
     return found
 

@@ -24,6 +24,8 @@ from tinybp_lightning.schedule.actions import (
 __all__ = ["from_text", "to_text"]
 
 _WORD = re.compile(r"([FKBSDOR])(\d+)(?:\.(\d+))?")
+_OF_BLOCK = {"K": ForwardSave, "B": Backward}
+_OF_BOUNDARY = {"S": Store, "D": Drop, "O": Offload, "R": Reload}
 
 
 def to_text(schedule: Schedule) -> str:
@@ -65,23 +67,13 @@ def _word(action: Action) -> str:
 
 def _action(word: str) -> Action:
     match = _WORD.fullmatch(word)
-    if match is None or (match[3] is not None and match[1] not in "KB"):
+    if match is None or (match[3] is not None and match[1] not in _OF_BLOCK):
         raise ScheduleError(
             f"`{word}` is not an action: expected one of F, K, B, S, D, O, R and a number, such as `F3` or `K3.1`."
         )
     number, option = int(match[2]), OptionId(int(match[3] or 0))
-    match match[1]:
-        case "F":
-            return Forward(BlockId(number))
-        case "K":
-            return ForwardSave(BlockId(number), option)
-        case "B":
-            return Backward(BlockId(number), option)
-        case "S":
-            return Store(BoundaryId(number))
-        case "D":
-            return Drop(BoundaryId(number))
-        case "O":
-            return Offload(BoundaryId(number))
-        case _:
-            return Reload(BoundaryId(number))
+    if match[1] == "F":
+        return Forward(BlockId(number))
+    if match[1] in _OF_BLOCK:
+        return _OF_BLOCK[match[1]](BlockId(number), option)
+    return _OF_BOUNDARY[match[1]](BoundaryId(number))

@@ -2,10 +2,10 @@
 
 A boundary in host memory costs no device bytes and no recomputation, only a copy that runs beside compute. So a
 schedule made for a *larger* budget, which recomputes less, may keep this one once its boundaries are away. The search
-starts from such schedules: the planner's plans for larger budgets, plans for the chain in which stored boundaries weigh
-less, and one level of recomputation with boundaries stored and as many saved sets as fit. For each it puts copies where
-compute hides them, brings boundaries back later where bytes are missing, and moves single copies while that helps. The
-exact simulator judges all of them. The search is deterministic, and the plan without offload is one of the candidates.
+starts from such schedules: the planner's plans for larger budgets, and plans for the chain in which stored boundaries
+weigh less. For each it puts copies where compute hides them, or copies all boundaries; it then moves single copies of
+the best schedule while that helps. The exact simulator judges all of them. The search is deterministic, and the plan
+without offload is one of the candidates.
 
 Only boundaries move; saved sets stay. No lower bound covers schedules with offload.
 
@@ -36,27 +36,19 @@ from tinybp_lightning.schedule.actions import (
     Store,
 )
 from tinybp_lightning.schedule.arguments import check_budget, check_link
-from tinybp_lightning.schedule.baselines import keep_some, knapsack_blocks
 from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Machine, simulate
 
-__all__ = ["Away", "OffloadPlan", "find_gaps", "open_slots", "plan_offload", "weave", "with_boundaries_away"]
+__all__ = ["Away", "Gap", "OffloadPlan", "find_gaps", "open_slots", "plan_offload", "weave", "with_boundaries_away"]
 
-_STEPS = 8
-"""How many schedules of one source are tried from the fastest down, before the search between two of them."""
-_BISECTIONS = 5
-_ROUNDS = 40
-"""How often boundaries are brought back later to free bytes."""
+_STEPS = 16
+"""How many schedules of one source are tried, from the fastest down."""
 _STAYING_SHARES = (1.0, 0.5, 0.25)
 """What stored boundaries weigh for the planner; the slower the link, the nearer to 1 is best."""
-_STRIDES = (1, 2, 4)
-"""Blocks from one stored boundary to the next in schedules of one level."""
 _NEAR = 4
 """How many slots around its place and before its read a boundary's return is tried at."""
-_SHORT = 1000
-"""Actions times gaps of a schedule whose single copies are moved even if nothing fits yet."""
-_ACTIONS_EACH, _ACTIONS_AT_LAST = 10_000, 100_000
-"""Actions the simulator may play for moving single copies: of one schedule, and of the best one (a few seconds)."""
+_MOST_ACTIONS = 100_000
+"""Actions the simulator may play for moving single copies of the best schedule (a few seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +70,6 @@ class Away:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """What a woven schedule costs; `start_s[k]` and `peak_bytes[k]` are those of action `k` of the schedule before.
-
-    `excess_bytes` is the sum over actions of what exceeds the budget: 0 for a schedule that keeps it.
-    """
-
-    total_s: float
-    excess_bytes: int
-    start_s: tuple[float, ...]
-    peak_bytes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class OffloadPlan:
     """A schedule that may offload, and what it costs with this link.
 
@@ -109,13 +88,23 @@ class OffloadPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
+    """A schedule with some of its gaps used, and what it costs.
+
+    `start_s[k]` and `peak_bytes[k]` are those of `actions[k]`, the copies right before it included. `excess_bytes` is
+    the sum over actions of what exceeds the budget: 0 for a schedule that keeps it.
+    """
+
     actions: tuple[Action, ...]
     aways: tuple[Away, ...]
-    played: Played
+    total_s: float
+    excess_bytes: int
+    start_s: tuple[float, ...]
+    peak_bytes: tuple[int, ...]
 
     @property
     def cost(self) -> tuple[int, float, int]:
-        return self.played.excess_bytes, self.played.total_s, sum(one.gap.size_bytes for one in self.aways)
+        """What exceeds the budget, then seconds, then bytes moved: the least is best."""
+        return self.excess_bytes, self.total_s, sum(one.gap.size_bytes for one in self.aways)
 
 
 def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float) -> OffloadPlan:
@@ -143,7 +132,7 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     if search.best is None:
         assert search.smallest is not None, "every source gives a schedule"
         raise _too_small(planner.chain, budget_bytes, search.smallest)
-    best = search.moved(search.best, _ACTIONS_AT_LAST)
+    best = search.moved(search.best)
     schedule = Schedule(num_blocks=len(planner.chain.blocks), actions=weave(best.actions, best.aways)[0])
     timeline = simulate(planner.chain, schedule, link_bytes_per_s=link_bytes_per_s)
     return OffloadPlan(
@@ -175,61 +164,34 @@ class _Search:
 
     def descend(self, source: Callable[[float], Schedule]) -> None:
         """Find about the fastest schedule of `source` that fits, from `source(1.0)`, its fastest, down."""
-        step = next((k for k in reversed(range(_STEPS + 1)) if self._is_enough(source(k / _STEPS))), None)
-        if step is None or step == _STEPS:
-            return
-        low, high = step / _STEPS, (step + 1) / _STEPS
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._is_enough(source(middle)) else (low, middle)
+        any(self._is_enough(source(k / _STEPS)) for k in reversed(range(_STEPS + 1)))
 
     def _is_enough(self, schedule: Schedule) -> bool:
         """Whether slower schedules of the source cannot help: this one fits, or is not faster than the best."""
         plain = self._played(schedule.actions, ())
-        if self.best is not None and plain.played.total_s >= self.best.played.total_s:
+        if self.best is not None and plain.total_s >= self.best.total_s:
             return True
-        fitted = plain if plain.played.excess_bytes == 0 else self._fit(plain)
-        if self.smallest is None or _peak_bytes(fitted) < _peak_bytes(self.smallest):
+        fitted = plain if plain.excess_bytes == 0 else self._fit(plain)
+        if self.smallest is None or max(fitted.peak_bytes) < max(self.smallest.peak_bytes):
             self.smallest = fitted
-        if fitted.played.excess_bytes or (self.best is not None and fitted.cost >= self.best.cost):
+        if fitted.excess_bytes or (self.best is not None and fitted.cost >= self.best.cost):
             return False  # also if its copies make it slow: one that moves less may be faster
         self.best = fitted
         return True
 
     def _fit(self, plain: _Fitted) -> _Fitted:
-        """Send boundaries away until the budget is kept, or it is plain that this does not do."""
-        gaps, is_open = find_gaps(self._chain, plain.actions), open_slots(self._chain, plain.actions)
-        hidden = hide_copies(gaps, plain.played.start_s, is_open, link_bytes_per_s=self._link_bytes_per_s)
-        found = self._freed(self._played(plain.actions, hidden), is_open)
-        if found.played.excess_bytes:
-            found = min(found, self._played(plain.actions, [Away(gap, gap.stop) for gap in gaps]), key=_cost)
-        is_short = len(plain.actions) * len(gaps) <= _SHORT
-        if is_short or (found.played.total_s > plain.played.total_s and not found.played.excess_bytes):
-            found = self.moved(found, _ACTIONS_EACH)
-        return found
+        """Move the boundaries whose copies compute hides, or all of them if the budget needs that."""
+        gaps = find_gaps(self._chain, plain.actions)
+        hidden = _hide_copies(gaps, plain, open_slots(self._chain, plain.actions), self._link_bytes_per_s)
+        found = self._played(plain.actions, hidden)
+        if not found.excess_bytes:
+            return found
+        return min(found, self._played(plain.actions, [Away(gap, gap.stop) for gap in gaps]), key=lambda f: f.cost)
 
-    def _freed(self, found: _Fitted, is_open: Sequence[bool]) -> _Fitted:
-        """Bring boundaries back later while bytes are missing and somebody can wait; what is read last waits first."""
-        for _ in range(_ROUNDS):
-            waits = dict[Gap, int]()
-            for slot, peak_bytes in enumerate(found.played.peak_bytes):
-                missing_bytes = peak_bytes - self._budget_bytes
-                back_early = [one for one in found.aways if waits.get(one.gap, one.back) <= slot < one.gap.stop]
-                for one in sorted(back_early, key=lambda one: -one.gap.stop):
-                    if missing_bytes <= 0:
-                        break
-                    waits[one.gap] = next(k for k in range(slot + 1, one.gap.stop + 1) if is_open[k])
-                    missing_bytes -= one.gap.size_bytes
-            if not waits:
-                break
-            later = [Away(one.gap, waits.get(one.gap, one.back)) for one in found.aways]
-            found = self._played(found.actions, later)
-        return found
-
-    def moved(self, found: _Fitted, num_actions: int) -> _Fitted:
+    def moved(self, found: _Fitted) -> _Fitted:
         """Change one copy at a time while that helps: leave it out, or bring the boundary back sooner or later."""
         gaps, is_open = find_gaps(self._chain, found.actions), open_slots(self._chain, found.actions)
-        num_plays, improved = num_actions // len(found.actions), True
+        num_plays, improved = _MOST_ACTIONS // len(found.actions), True
         while improved and num_plays > 0:
             improved = False
             for gap in gaps:
@@ -245,8 +207,29 @@ class _Search:
         return found
 
     def _played(self, actions: tuple[Action, ...], aways: Sequence[Away]) -> _Fitted:
+        """Play the schedule with `aways`; it must be legal without them."""
         ordered = tuple(sorted(aways, key=lambda one: (one.gap.start, one.gap.boundary)))
-        return _Fitted(actions, ordered, play(self._machine, actions, ordered, budget_bytes=self._budget_bytes))
+        woven, place = weave(actions, ordered)
+        machine = self._machine
+        machine.reset()
+        starts, peaks = list[float](), list[int]()
+        for index in range(len(woven)):
+            starts.append(machine.start()[1])
+            machine.play(woven, index)
+            peak = machine.action_peak_bytes
+            if machine.at_tail:
+                machine.tail()
+                peak = max(peak, machine.action_peak_bytes)
+            peaks.append(peak)
+        firsts = [0, *(k + 1 for k in place[:-1])]
+        return _Fitted(
+            actions,
+            ordered,
+            total_s=machine.now_s,
+            excess_bytes=sum(max(0, peak - self._budget_bytes) for peak in peaks),
+            start_s=tuple(starts[k] for k in place),
+            peak_bytes=tuple(max(peaks[first : k + 1]) for first, k in zip(firsts, place, strict=True)),
+        )
 
 
 def _choices(gap: Gap, aways: Sequence[Away], is_open: Sequence[bool]) -> list[int | None]:
@@ -259,32 +242,20 @@ def _choices(gap: Gap, aways: Sequence[Away], is_open: Sequence[bool]) -> list[i
 
 def _sources(planner: Planner, budget_bytes: int) -> list[Callable[[float], Schedule]]:
     """Return where schedules come from: each a function of how fast they shall be, from 0 to 1."""
-    chain = planner.chain
 
     def planned(staying_share: float) -> Callable[[float], Schedule]:
-        other = planner if staying_share == 1 else Planner(with_boundaries_away(chain, staying_share=staying_share))
+        away = with_boundaries_away(planner.chain, staying_share=staying_share)
+        other = planner if staying_share == 1 else Planner(away)
         highest = other.largest_bytes
         lowest = min(highest, max(budget_bytes, other.smallest_bytes))
         return lambda share: other.plan(budget_bytes=round(lowest * (highest / max(1, lowest)) ** share)).schedule
 
-    def kept(k: int) -> Callable[[float], Schedule]:
-        stored = range(0, len(chain.blocks), k)
-        return lambda share: keep_some(chain, kept=knapsack_blocks(chain, saved_share=share), stored=stored)
-
-    return [*map(planned, _STAYING_SHARES), *(kept(k) for k in _STRIDES if k <= len(chain.blocks))]
-
-
-def _cost(fitted: _Fitted) -> tuple[int, float, int]:
-    return fitted.cost
-
-
-def _peak_bytes(fitted: _Fitted) -> int:
-    return max(fitted.played.peak_bytes)
+    return [planned(staying_share) for staying_share in _STAYING_SHARES]
 
 
 def _too_small(chain: Chain, budget_bytes: int, smallest: _Fitted) -> BudgetTooSmallError:
-    peak_bytes = _peak_bytes(smallest)
-    action = smallest.actions[smallest.played.peak_bytes.index(peak_bytes)]
+    peak_bytes = max(smallest.peak_bytes)
+    action = smallest.actions[smallest.peak_bytes.index(peak_bytes)]
     where = chain.blocks[action.block].name if isinstance(action, Forward | ForwardSave | Backward) else f"{action}"
     return BudgetTooSmallError(
         f"`budget_bytes={budget_bytes}` cannot be met with offload: the smallest schedule found needs {peak_bytes} "
@@ -375,35 +346,11 @@ def weave(actions: Sequence[Action], aways: Iterable[Away]) -> tuple[tuple[Actio
     return tuple(woven), tuple(place)
 
 
-def play(machine: Machine, actions: Sequence[Action], aways: Iterable[Away], *, budget_bytes: int) -> Played:
-    """Return what the schedule costs with `aways`; it must be legal without them."""
-    woven, place = weave(actions, aways)
-    machine.reset()
-    starts, peaks = list[float](), list[int]()
-    for index in range(len(woven)):
-        starts.append(machine.start()[1])
-        machine.play(woven, index)
-        peak = machine.action_peak_bytes
-        if machine.at_tail:
-            machine.tail()
-            peak = max(peak, machine.action_peak_bytes)
-        peaks.append(peak)
-    firsts = [0, *(k + 1 for k in place[:-1])]
-    return Played(
-        total_s=machine.now_s,
-        excess_bytes=sum(peak - budget_bytes for peak in peaks if peak > budget_bytes),
-        start_s=tuple(starts[k] for k in place),
-        peak_bytes=tuple(max(peaks[first : k + 1]) for first, k in zip(firsts, place, strict=True)),
-    )
-
-
-def hide_copies(
-    gaps: Sequence[Gap], start_s: Sequence[float], is_open: Sequence[bool], *, link_bytes_per_s: float
+def _hide_copies(
+    gaps: Sequence[Gap], plain: _Fitted, is_open: Sequence[bool], link_bytes_per_s: float
 ) -> tuple[Away, ...]:
-    """Return the gaps in which both copies fit beside compute, each boundary brought back as late as hides its copy.
-
-    **Arguments:** `gaps`: in order of their starts; `start_s`: when each action starts.
-    """
+    """Return the gaps in which both copies fit beside compute, each boundary brought back as late as hides its copy."""
+    start_s = plain.start_s
     out_free_s, leaving = 0.0, list[tuple[Gap, float]]()
     for gap in gaps:
         copy_s = gap.size_bytes / link_bytes_per_s
@@ -421,7 +368,7 @@ def hide_copies(
         if back > gap.start and start_s[back] >= left_s:
             aways.append(Away(gap, back))
             back_s = begin_s
-    return tuple(sorted(aways, key=lambda one: (one.gap.start, one.gap.boundary)))
+    return tuple(aways)
 
 
 def with_boundaries_away(chain: Chain, *, staying_share: float) -> Chain:

@@ -6,7 +6,7 @@ its own and of those to its right; bounds fall with the budget just as times do.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +73,8 @@ class Pareto:
 
     def to_json(self) -> str:
         """Return everything as JSON with sorted keys that ends in a newline; sizes in bytes, times in seconds."""
-        points = [
-            {
-                "budget_bytes": p.budget_bytes,
-                "peak_bytes": p.peak_bytes,
-                "total_s": p.total_s,
-                "recompute_s": p.recompute_s,
-                "lower_bound_s": p.lower_bound_s,
-                "gap": p.gap,
-            }
-            for p in self.points
-        ]
-        references = [
-            {"name": r.name, "peak_bytes": r.peak_bytes, "total_s": r.total_s, "recompute_s": r.recompute_s}
-            for r in self.references
-        ]
-        record = {
-            "points": points,
-            "references": references,
-            "smallest_bytes": self.smallest_bytes,
-            "plain_peak_bytes": self.plain_peak_bytes,
-            "plain_s": self.plain_s,
-            "is_estimated": self.is_estimated,
-        }
+        record = asdict(self)
+        record["points"] = [{**asdict(point), "gap": point.gap} for point in self.points]
         return json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def plot(self, path: str | Path) -> Path:
@@ -198,22 +177,17 @@ def _plot(curve: Pareto, path: Path) -> Path:
 
 def _draw(panel: Any, curve: Pareto, unit_bytes: int) -> None:
     budgets = [p.budget_bytes / unit_bytes for p in curve.points]
-    plans, bounds = (
-        _relative([p.total_s for p in curve.points], curve),
-        _relative([p.lower_bound_s for p in curve.points], curve),
-    )
+    times = [(p.total_s, p.lower_bound_s) for p in curve.points]
+    plain_s = curve.plain_s or 1.0
+    plans, bounds = ([s / plain_s for s in seconds] for seconds in zip(*times, strict=True))
     # Between two budgets the plan is that of the smaller one, and the bound that of the larger one: both are steps.
     panel.plot(budgets, plans, "o-", color="tab:blue", drawstyle="steps-post", markersize=4, label="plan")
     panel.plot(budgets, bounds, color="tab:red", drawstyle="steps-pre", linewidth=1, label="lower bound")
     floor = min([*bounds, 1.0]) - 0.05
     panel.fill_between(budgets, bounds, floor, step="pre", color="tab:red", alpha=0.12, linewidth=0)
     for reference, marker in zip(curve.references, _MARKERS, strict=True):
-        at = reference.peak_bytes / unit_bytes, reference.total_s / curve.plain_s if curve.plain_s else 1.0
+        at = reference.peak_bytes / unit_bytes, reference.total_s / plain_s
         panel.plot(*at, marker, color="0.25", markersize=7, linestyle="none", label=reference.name)
     panel.axvline(curve.smallest_bytes / unit_bytes, color="0.6", linestyle=":", linewidth=1)
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=floor)
-
-
-def _relative(seconds: Sequence[float], curve: Pareto) -> list[float]:
-    return [s / curve.plain_s if curve.plain_s else 1.0 for s in seconds]

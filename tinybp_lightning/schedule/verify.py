@@ -1,4 +1,4 @@
-"""Check that a schedule is legal on its chain: the oracle for every planner, baseline and file loader.
+"""Check that a schedule is legal on its chain: the simulator asks this before it plays one.
 
 It follows the state that `actions` documents (stored boundaries, cursor, saved sets) and nothing else: no bytes, no
 seconds. It shares no code with the simulator, so that one cannot hide the other's mistake.

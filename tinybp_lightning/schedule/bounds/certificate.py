@@ -24,32 +24,22 @@ __all__ = ["Certificate", "certify", "fastest_possible_s"]
 _Floats = NDArray[np.float64]
 _CLOSE = 1e-4
 """A bound this near the plan, relative to it, is not improved further."""
-_TIGHT = 0.005
-"""A bound this near needs no second one,"""
-_TIGHT_LONG = 0.015
-_MANY_BLOCKS = 48
-"""nor one this near on a chain of more blocks, where the second can take ten seconds."""
-_NEARLY_FULL = 0.97
-_SLOPE_SHARE = 8
-"""What a byte is worth is taken over this part of a budget."""
+_NEAR = 0.01
+"""A Lagrangian bound this near the plan needs no dynamic-programming bound beside it."""
+_COARSE_BLOCKS = 100
+"""Both bounds of a chain of more blocks are those of its coarse chain."""
 _WORK = 1e7
-"""About how many elementary steps of `bound` the search may take: a second or two."""
+"""About how many elementary steps the search for prices may take: a second or two."""
+_MOST_STEPS = 30
+"""The most steps of that search, however short the chain."""
+_LEAST_STEPS = 3
+"""The least steps of that search, however long the chain."""
 _STRIDES = 50
-_LONG_BLOCKS = 400
-"""Beyond this many blocks one evaluation takes seconds and its record hundreds of MiB: no search, and prices are those
-of the coarse chain. The dynamic-programming bound is asked only where bytes are tight, with few slots.
-"""
-_LOOSE = 0.02
-_LOWER = 0.9
-_NEAR = 0.03
-_TIGHT_BUDGET = 1.5
-"""Where a plan takes so many times the fastest step prices are loose: a long chain asks the other bound first, and
-them only if that one is not `_NEAR`.
-"""
-_COARSE_BLOCKS = 72
-"""Beyond this many blocks the dynamic-programming bound looks at a coarse chain first: it can afford more held sets."""
-_CAPPED_BLOCKS = 150
-"""And beyond this many at the whole chain only if the coarse one is too long."""
+"""The stride of `LagrangianBound` is this part of the chain."""
+_NEARLY_FULL = 0.97
+"""The first prices are on the moments at which the plan fills this share of the budget."""
+_SLOPE_SHARE = 8
+"""What a byte is worth is taken from a plan whose budget is smaller by this part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +47,9 @@ class Certificate:
     """No legal schedule without offload within `budget_bytes` takes less than `lower_bound_s`.
 
     `total_s` is the time of the plan that was certified. `prices` prove `lagrangian_bound_s`: it is
-    `LagrangianBound(relax(chain, budget_bytes=...)).price(prices).value_s`, and with all prices 0 the time of a step
-    that recomputes nothing. For a long chain it is the bound of its coarse one, each block of which has the prices of
-    all that it stands for (`coarse_spans`). `dp_bound_s` is 0 where `certify` did not ask for that bound.
+    `LagrangianBound(relax(chain, budget_bytes=...)).price(prices).value_s` up to the stride, and with all prices 0 the
+    time of a step that recomputes nothing. For a long chain, `chain` is its coarse one here. `dp_bound_s` is 0 where
+    `certify` did not ask for that bound.
     """
 
     budget_bytes: int
@@ -87,34 +77,22 @@ def certify(chain: Chain, plan: Plan, *, planner: Planner | None = None) -> Cert
 
     **Returns:** a certificate whose bound is never above the time of the best legal schedule.
     """
-    budget_bytes = plan.budget_bytes
-    num_blocks = len(chain.blocks)
+    spans = coarse_spans(chain) if len(chain.blocks) > _COARSE_BLOCKS else None
+    num_blocks = len(spans) if spans else len(chain.blocks)
     plain_s = fastest_possible_s(chain)
-    certificate = Certificate(budget_bytes, plan.total_s, plain_s, 0.0, (0.0,) * (num_blocks + 2))
+    certificate = Certificate(plan.budget_bytes, plan.total_s, plain_s, 0.0, (0.0,) * (num_blocks + 2))
     if plan.total_s <= plain_s * (1 + _CLOSE):
         return certificate
-    relaxed = relax(chain, budget_bytes=budget_bytes)
-    is_long = num_blocks > _LONG_BLOCKS
-    if is_long and plan.total_s > _TIGHT_BUDGET * plain_s:
-        dp_s = _dp_bound_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
-        certificate = replace(certificate, dp_bound_s=dp_s)
-        if dp_s >= plan.total_s * (1 - _NEAR):
-            return certificate
-    seconds_per_byte = _seconds_per_byte(planner or Planner(chain), plan)
-    first = _first_prices(chain, plan, seconds_per_byte)
-    if is_long:
-        lagrangian_s, scale = _try_scales(chain, budget_bytes, first, plan.total_s)
-        prices = scale * first
-    else:
-        lagrangian = LagrangianBound(relaxed, stride=max(1, num_blocks // _STRIDES))
-        num_steps = int(np.clip(_WORK / num_blocks**3, 3, 30))
-        lagrangian_s, prices = _search(lagrangian, first, plan.total_s, num_steps=num_steps)
+    relaxed = relax(coarsen(chain) if spans else chain, budget_bytes=plan.budget_bytes)
+    first = _first_prices(chain, plan, _seconds_per_byte(planner or Planner(chain), plan))
+    if spans:
+        first = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
+    lagrangian_s, prices = _search(relaxed, first, plan.total_s)
     if lagrangian_s > plain_s:
         certificate = replace(certificate, lagrangian_bound_s=lagrangian_s, prices=tuple(prices.tolist()))
-    near = _TIGHT if num_blocks <= _MANY_BLOCKS else _TIGHT_LONG
-    if not is_long and lagrangian_s < plan.total_s * (1 - near):
-        dp_s = _dp_bound_s(relaxed, budget_bytes=budget_bytes, limit_s=plan.total_s)
-        certificate = replace(certificate, dp_bound_s=dp_s)
+    resolution = affordable(relaxed) if lagrangian_s < plan.total_s * (1 - _NEAR) else None
+    if resolution:
+        certificate = replace(certificate, dp_bound_s=dp_bound_s(relaxed, resolution, limit_s=plan.total_s))
     return certificate
 
 
@@ -127,23 +105,10 @@ def _seconds_per_byte(planner: Planner, plan: Plan) -> float:
     return max(0.0, smaller.total_s - plan.total_s) / (plan.budget_bytes - smaller_bytes)
 
 
-def _dp_bound_s(relaxed: RelaxedChain, *, budget_bytes: int, limit_s: float) -> float:
-    """Return the dynamic-programming bound of the chain or its coarse one; 0 where it would take too long."""
-    chains = [relaxed]
-    if relaxed.num_blocks > _COARSE_BLOCKS:
-        chains.insert(0, relax(coarsen(relaxed.chain), budget_bytes=budget_bytes))
-    dp_s = 0.0
-    for asked in chains:
-        resolution = affordable(asked)
-        if resolution:
-            dp_s = max(dp_s, dp_bound_s(asked, resolution, limit_s=limit_s))
-            if relaxed.num_blocks > _CAPPED_BLOCKS or dp_s >= limit_s * (1 - _TIGHT):
-                break
-    return dp_s
-
-
-def _search(chain: LagrangianBound, first: _Floats, target_s: float, *, num_steps: int) -> tuple[float, _Floats]:
-    """Return the best value and its prices in `num_steps` steps towards `target_s`."""
+def _search(relaxed: RelaxedChain, first: _Floats, target_s: float) -> tuple[float, _Floats]:
+    """Return the best value that was found towards `target_s`, and its prices."""
+    chain = LagrangianBound(relaxed, stride=max(1, relaxed.num_blocks // _STRIDES))
+    num_steps = int(np.clip(_WORK / relaxed.num_blocks**3, _LEAST_STEPS, _MOST_STEPS))
     prices, best_s, best = first, -np.inf, first
     step, num_stalled = 1.0, 0
     for _ in range(num_steps):
@@ -160,23 +125,6 @@ def _search(chain: LagrangianBound, first: _Floats, target_s: float, *, num_step
             break
         prices = np.maximum(0.0, prices + step * missing_s / norm * excess)
     return float(best_s), best
-
-
-def _try_scales(chain: Chain, budget_bytes: int, first: _Floats, target_s: float) -> tuple[float, float]:
-    """Return the coarse chain's bound at the better of two scales of the first prices, and the scale.
-
-    The second is asked only where the first is loose.
-    """
-    spans = coarse_spans(chain)
-    lagrangian = LagrangianBound(
-        relax(coarsen(chain), budget_bytes=budget_bytes), stride=max(1, len(spans) // _STRIDES)
-    )
-    summed = np.array([0.0, *(first[start + 1 : end + 1].sum() for start, end in spans), first[-1]])
-    value_s = lagrangian.value_s(summed)
-    if value_s >= target_s * (1 - _LOOSE):
-        return value_s, 1.0
-    lower_s = lagrangian.value_s(_LOWER * summed)
-    return (lower_s, _LOWER) if lower_s > value_s else (value_s, 1.0)
 
 
 def fastest_possible_s(chain: Chain) -> float:

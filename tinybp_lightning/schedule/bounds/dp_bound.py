@@ -4,8 +4,7 @@ Prices (`lagrangian`) let a schedule be a mixture: three quarters of it store a 
 only a few boundaries fit, that is far from what can be done. This program instead gives every segment the bytes left
 and what is held from below (`live_sets`), and counts each storage exactly once. It rounds bytes left up to slots and
 what is held down, and times down to whole ticks, so the result stays a lower bound. It takes `n^4 / 24` times the
-number of slots and of held sets in steps; on a chain of equal layers, which share their costs, about `n^3 / 6` times
-the blocks of a layer.
+number of slots and of held sets in steps.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Layers, Resolution, alike, held_layers
+from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Resolution, alike
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 
 __all__ = ["dp_bound_s"]
@@ -30,16 +29,14 @@ _BUFFER = 2**16
 _UNITS_TRIED = 400
 
 
-def dp_bound_s(relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float, share_layers: bool = True) -> float:
+def dp_bound_s(relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float) -> float:
     """Return a lower bound on the seconds of every legal schedule within the budget.
 
     **Arguments:** `limit_s`: about the time of a schedule within the budget; times are counted in whole fractions of
-    it. Bounds far above it, and that of a budget no schedule meets, are infinite. `share_layers`: whether equal layers
-    are computed once; the bound is the same without, and takes longer.
+    it. Bounds far above it, and that of a budget no schedule meets, are infinite.
     """
     held = HeldSets(relaxed.chain, max_sets=resolution.max_sets)
-    layers = held_layers(relaxed, held) if share_layers else Layers(0, 0, 1)
-    return _DpBound(relaxed, held, layers, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
+    return _DpBound(relaxed, held, num_slots=resolution.num_slots, limit_s=limit_s).bound_s()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +57,13 @@ class _Costs:
 
 
 class _DpBound:
-    """The last slot has all bytes left, the first what the cheapest backward needs.
+    """The last slot has all bytes left, the first what the cheapest backward needs."""
 
-    Ends in equal layers (`layers`) share their costs with those a layer further on: `_shared`, by place in the layer.
-    What a boundary has alone, ends in the last equal layer and behind it, is given from boundary to boundary.
-    """
-
-    def __init__(
-        self, relaxed: RelaxedChain, held: HeldSets, layers: Layers, *, num_slots: int, limit_s: float
-    ) -> None:
+    def __init__(self, relaxed: RelaxedChain, held: HeldSets, *, num_slots: int, limit_s: float) -> None:
         lowest_bytes = min([held.loss_need_bytes, *held.lowest_need_bytes])
         span_bytes = relaxed.left_bytes - lowest_bytes
         self._relaxed = relaxed
         self._held = held
-        self._layers = layers
         self._tick_s = limit_s / _TICKS
         self._forward = [self._ticks(seconds) for seconds in relaxed.forward_s.tolist()]
         self._unit = _unit_bytes(held, span_bytes, num_slots)
@@ -81,11 +71,10 @@ class _DpBound:
         # Neighbours in memory: slots where there are more of them than lows, else lows.
         self._is_short = relaxed.num_blocks < 2 * self._width
         self._buffer = np.empty(_BUFFER, np.int32)
-        self._shared = dict[int, _Costs]()
 
     def bound_s(self) -> float:
         n = self._relaxed.num_blocks
-        after = self._nothing(n, n)
+        after = self._nothing(n)
         first = self._first_slot(self._held.loss_need_bytes)
         after.segment[:, :, first:], after.kept[:, :, first:] = 0, 0
         for i in reversed(range(n)):
@@ -93,15 +82,14 @@ class _DpBound:
         ticks = int(after.segment[-1, 0, -1, 0])
         return ticks * self._tick_s if ticks < _NEVER else float("inf")
 
-    def _nothing(self, i: int, first: int) -> _Costs:
-        n, passing, count = self._relaxed.num_blocks, self._held.num_passing(i), self._held.count(i)
-        return self._never(n - first + 1, n - i + 1, passing, count - passing)
-
-    def _never(self, num_ends: int, num_lows: int, num_passing: int, num_kept: int) -> _Costs:
+    def _nothing(self, i: int) -> _Costs:
+        """The costs of boundary `i` before anything is offered: all infinite."""
+        num_ends, num_passing = self._relaxed.num_blocks - i + 1, self._held.num_passing(i)
         if self._is_short:
-            segment = np.full((num_ends, num_passing, num_lows, self._width), _NEVER, np.int32).swapaxes(2, 3)
+            segment = np.full((num_ends, num_passing, num_ends, self._width), _NEVER, np.int32).swapaxes(2, 3)
         else:
-            segment = np.full((num_ends, num_passing, self._width, num_lows), _NEVER, np.int32)
+            segment = np.full((num_ends, num_passing, self._width, num_ends), _NEVER, np.int32)
+        num_kept = self._held.count(i) - num_passing
         return _Costs(segment, np.full((num_ends, num_kept, self._width), _NEVER, np.int32))
 
     def _ticks(self, seconds: float) -> int:
@@ -120,85 +108,46 @@ class _DpBound:
         """What follows, as seen from here: with `shift` slots (axis 1) held, and `ticks` to get there."""
         return np.minimum(costs[:, : self._width - shift] + np.int32(ticks), np.int32(_NEVER))
 
-    def _costs(self, i: int, own_after: _Costs) -> _Costs:
-        """Return the costs that boundary `i` does not share, given those of boundary `i + 1`."""
-        first = self._layers.first_new(i)
-        start, after = max(first, i + 1), self._with_shared(i + 1, max(first, i + 1), own_after)
-        here, forward, num_passing = self._nothing(i, first), self._forward[i], self._held.num_passing(i)
+    def _costs(self, i: int, after: _Costs) -> _Costs:
+        """Return the costs of boundary `i`, given those of boundary `i + 1`."""
+        here, forward, num_passing = self._nothing(i), self._forward[i], self._held.num_passing(i)
         for index in range(num_passing):
             target, held_bytes = self._held.after_pass(i, index)
             shift = self._shift(held_bytes)
-            here.segment[start - first :, index, shift:, 1:] = self._later(after.segment[:, target], shift, forward)
+            here.segment[1:, index, shift:, 1:] = self._later(after.segment[:, target], shift, forward)
         for index in range(self._held.count(i)):
-            self._offer_keeps(i, index, after, here.due(index), first)
+            self._offer_keeps(i, index, after, here.due(index))
         target, held_bytes = self._held.after_store(i)
-        shift = self._shift(held_bytes)
-        tops = self._later(after.segment[:, target], shift, forward)
+        tops = self._later(after.segment[:, target], self._shift(held_bytes), forward)
         # With few slots left what follows is infinite: a fork is offered from where the first end is finite.
         lowest_slots = _first_true(tops < _NEVER, width=self._width)
-        for fork in range(i + 1, self._relaxed.num_blocks + 1):
-            from_end, lowest = max(start, fork), lowest_slots[fork - i - 1]
-            lefts, kept_lefts = self._column(i, here, first, fork)
-            rights = tops[from_end - start :, lowest:, fork - i - 1]
-            self._offer_fork(here.segment[from_end - first :, ..., : fork - i], lefts, rights)
-            self._offer_fork(here.kept[from_end - first :], kept_lefts, rights, slot_axis=-1)
-            if self._held.leaves_out(i, fork):
-                self._offer_kept_holds(i, fork, after, here, first)
-        return self._share(i, here, first)
+        # With forks ascending, the costs of all ends below one are final when it is offered.
+        for k in range(1, len(here.segment)):
+            rights = tops[k - 1 :, lowest_slots[k - 1] :, k - 1]
+            self._offer_fork(here.segment[k:, ..., :k], here.segment[k - 1, ..., :k], rights)
+            self._offer_fork(here.kept[k:], here.kept[k - 1], rights, slot_axis=-1)
+            if self._held.leaves_out(i, i + k):
+                self._offer_kept_holds(i, i + k, after, here)
+        return here
 
-    def _with_shared(self, i: int, first: int, own: _Costs) -> _Costs:
-        """The costs of boundary `i` for all ends from `first` on."""
-        first_own = self._layers.first_own(i)
-        if first >= first_own:
-            return _Costs(own.segment[first - first_own :], own.kept[first - first_own :])
-        shared, all_costs = self._shared[self._layers.place(i)], self._nothing(i, first)
-        num_ends, num_lows = first_own - first, first_own - i
-        all_costs.segment[:num_ends, ..., :num_lows] = shared.segment[first - i : num_lows, ..., :num_lows]
-        all_costs.kept[:num_ends] = shared.kept[first - i : num_lows]
-        all_costs.segment[num_ends:], all_costs.kept[num_ends:] = own.segment, own.kept
-        return all_costs
-
-    def _share(self, i: int, here: _Costs, first: int) -> _Costs:
-        """Lay down what others share, and return the rest."""
-        first_own, place = self._layers.first_own(i), self._layers.place(i)
-        if first >= first_own:
-            return here
-        num_ends = first_own - i
-        if place not in self._shared:
-            # The first boundary of its place in the layers has the most ends.
-            most = self._layers.end - self._layers.first - place
-            self._shared[place] = self._never(most, most, here.segment.shape[1], here.kept.shape[1])
-        shared = self._shared[place]
-        shared.segment[first - i : num_ends, ..., :num_ends] = here.segment[: first_own - first, ..., :num_ends]
-        shared.kept[first - i : num_ends] = here.kept[: first_own - first]
-        return _Costs(here.segment[first_own - first :], here.kept[first_own - first :])
-
-    def _column(self, i: int, here: _Costs, first: int, fork: int) -> tuple[_Ticks, _Ticks]:
-        """The costs of all ends below `fork`, final since forks before it have been offered."""
-        if fork - 1 >= first:
-            return here.segment[fork - 1 - first, ..., : fork - i], here.kept[fork - 1 - first]
-        shared = self._shared[self._layers.place(i)]
-        return shared.segment[fork - 1 - i, ..., : fork - i], shared.kept[fork - 1 - i]
-
-    def _offer_keeps(self, i: int, index: int, after: _Costs, due: _Ticks, first_end: int) -> None:
+    def _offer_keeps(self, i: int, index: int, after: _Costs, due: _Ticks) -> None:
         """Offer to keep block `i`, to the costs of a set for `low = i`."""
         for keep in self._held.keeps(i, index, left_bytes=self._relaxed.left_bytes):
             first, shift = self._first_slot(keep.need_bytes), self._shift(keep.held_bytes)
-            if first_end == i:
-                alone = due[0, first:]
-                np.minimum(alone, np.int32(self._ticks(keep.replay_s + keep.backward_s)), out=alone)
+            alone = due[0, first:]
+            np.minimum(alone, np.int32(self._ticks(keep.replay_s + keep.backward_s)), out=alone)
             first = max(first, shift)
             if first >= self._width:
                 continue
             kept = self._forward[i] + self._ticks(keep.backward_s)
             part = self._later(after.due(keep.target), shift, kept)[:, first - shift :]
-            rest = due[len(due) - len(part) :, first:]
+            rest = due[1:, first:]
             np.minimum(rest, part, out=rest)
 
-    def _offer_kept_holds(self, i: int, fork: int, after: _Costs, here: _Costs, first: int) -> None:
+    def _offer_kept_holds(self, i: int, fork: int, after: _Costs, here: _Costs) -> None:
         """Offer to hold boundary `i` with less than all its storages, for ends that are all kept when they are due."""
         ways = self._held.all_kept(i, fork, left_bytes=self._relaxed.left_bytes)
-        num_passing, num_ends = self._held.num_passing(i), self._relaxed.num_blocks - max(first, fork) + 1
+        num_passing, num_ends = self._held.num_passing(i), self._relaxed.num_blocks - fork + 1
         for counted, same in alike(ways):
             lefts = np.full((self._width, len(same)), _NEVER, np.int32)
             for column, way in enumerate(same):

@@ -52,36 +52,32 @@ class LagrangianBound:
         self._first = relaxed.first_bytes
         self._forward_s = relaxed.forward_s
 
-    def value_s(self, prices: _Floats) -> float:
-        """Return a lower bound on the seconds of every legal schedule within the budget."""
-        return self._value_s(prices, _paid(prices), None)
-
     def price(self, prices: _Floats) -> Priced:
         """Return the bound that `prices` give, and the way to better ones.
 
-        **Returns:** `value_s`: a lower bound on the seconds of every legal schedule within the budget.
-        `excess_bytes`: a supergradient of the bound in the prices, up to rounding.
+        **Returns:** `value_s` bounds the seconds of every legal schedule within the budget from below. `excess_bytes`
+        is a supergradient of the bound in the prices, up to rounding.
         """
         n = self._relaxed.num_blocks
-        paid, record = _paid(prices), _Record([np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
+        paid, n = _paid(prices), self._relaxed.num_blocks
+        record = _Record([np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
         value_s = self._value_s(prices, paid, record)
         return Priced(value_s, self._used_bytes(record, prices, paid) - self._relaxed.left_bytes)
 
-    def _value_s(self, prices: _Floats, paid: _Floats, record: "_Record | None") -> float:
+    def _value_s(self, prices: _Floats, paid: _Floats, record: "_Record") -> float:
+        """Fill `record` and return the bound."""
         assert np.all(prices >= 0), "a negative price bounds nothing"
         n = self._relaxed.num_blocks
         # `segment[q, j]` and `sweep[q]` belong to boundary `i`, the last one that the loop has reached.
         segment = np.full((n + 1, n + 1), _INFINITE)
         sweep = np.full(n + 1, _INFINITE)
         sweep[n] = prices[n + 1] * self._relaxed.loss_bytes
-        if record is not None:
-            record.sweeps[n] = sweep
+        record.sweeps[n] = sweep
         for i in reversed(range(n)):
             segment, sweep = self._moves(i, segment, sweep, prices, paid)
             self._fork_segments(i, segment, paid)
             self._fork_sweep(i, segment, sweep, paid)
-            if record is not None:
-                record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
+            record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
         return float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
 
     def _moves(

@@ -4,40 +4,27 @@ Walking from boundary 0 on, what matters of the things below is their union cut 
 boundary pays for what of the held set does not go on. A boundary is held in one of two ways (proof P9): with all its
 storages, or, where the ends that it serves are all kept when the last of them is due, without what may be left out.
 Where a boundary has too many held sets, some give way to their largest known subset, which counts less.
-
-The bound computes equal layers once. Moves are compared as they are, not by keys, so its value does not change.
 """
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from itertools import groupby
 
 from tinybp_lightning.graph.chain import Chain, SavedSet
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 
-__all__ = [
-    "HeldKeep",
-    "HeldSets",
-    "KeptEnds",
-    "Layers",
-    "Resolution",
-    "affordable",
-    "alike",
-    "find_layers",
-    "held_layers",
-]
+__all__ = ["HeldKeep", "HeldSets", "KeptEnds", "Resolution", "affordable", "alike"]
 
 _Set = frozenset[int]
-_WORK = 2.5e9
-"""About how many elementary steps a bound may take: two or three seconds."""
-_MOST_WORK = 7e9
-"""And one with the fewest slots: hardly more, since where few fit most costs are infinite."""
-_MAX_BLOCKS = 420
-_SETS = (128, 64, 32, 16, 8, 4, 2)
-_MIN_SLOTS, _ENOUGH_SLOTS, _MAX_SLOTS = 32, 100, 600
+_WORK = 7e9
+"""About how many elementary steps a bound may take: a few seconds."""
+_SETS = (64, 32, 16, 8, 4, 2)
+"""The limits on held sets that are tried, from the closest bound to the fastest."""
+_MIN_SLOTS = 64
+"""With fewer slots the bound is too loose to be worth its time."""
+_MAX_SLOTS = 600
 _COUNTS = 3
 """How many ways to count less than a whole boundary are told apart, for one boundary and fork."""
-_LONGEST_PERIOD = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,54 +237,6 @@ class HeldSets:
         return [tuple(sets) for sets in passed], [tuple(sets) for sets in kept]
 
 
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """Blocks `first .. end - 1` repeat with `period`; `first == end` where nothing does.
-
-    Ends are numbered by their last block. Boundaries of equal layers share what belongs to ends in these.
-    """
-
-    first: int
-    end: int
-    period: int
-
-    def first_new(self, boundary: int) -> int:
-        """Return the first end that a boundary does not share with a later one."""
-        return max(boundary, self.end - self.period) if boundary >= self.first else boundary
-
-    def first_own(self, boundary: int) -> int:
-        """Return the first end that a boundary shares with none."""
-        return self.end if self.first <= boundary < self.end else boundary
-
-    def place(self, boundary: int) -> int:
-        """Return where in its layer a boundary is."""
-        return (boundary - self.first) % self.period
-
-
-def find_layers(signatures: Sequence[Hashable]) -> Layers:
-    """Return the longest run of equal layers: `signatures` are equal for blocks that do the same."""
-    num_blocks, best, best_length = len(signatures), Layers(0, 0, 1), 0
-    for period in range(1, min(_LONGEST_PERIOD, num_blocks // 2) + 1):
-        length = 0
-        for i in range(num_blocks - period + 1):
-            if i < num_blocks - period and signatures[i] == signatures[i + period]:
-                length += 1
-                continue
-            if length > best_length:
-                best, best_length = Layers(i - length, i + period, period), length
-            length = 0
-    return best
-
-
-def held_layers(relaxed: RelaxedChain, held: HeldSets) -> Layers:
-    """Return the longest run of blocks that repeat themselves in what `capped` may do at them."""
-    forward_s = relaxed.forward_s.tolist()
-    few = find_layers([(forward_s[i], held.after_store(i)) for i in range(held.num_blocks)])
-    if few.end - few.first < 2 * few.period + held.num_blocks // 4:
-        return Layers(0, 0, 1)  # a short run saves little, and to compare all moves takes time
-    return find_layers([_moves(relaxed, held, i) for i in range(held.num_blocks)])
-
-
 def alike(ways: list[KeptEnds]) -> list[tuple[frozenset[int], list[KeptEnds]]]:
     """Group neighbours that count the same, with ascending lows; beyond some groups what all the rest count."""
     groups = [(counted, list(same)[::-1]) for counted, same in groupby(ways, key=lambda way: way.counted)]
@@ -306,25 +245,6 @@ def alike(ways: list[KeptEnds]) -> list[tuple[frozenset[int], list[KeptEnds]]]:
         return groups
     counted = frozenset[int].intersection(*(counted for counted, _ in rest))
     return [*groups[: _COUNTS - 1], (counted, [way for _, same in reversed(rest) for way in same])]
-
-
-def _moves(relaxed: RelaxedChain, held: HeldSets, i: int) -> Hashable:
-    """All that the costs of boundary `i` depend on besides the next ones."""
-    passes = tuple(held.after_pass(i, index) for index in range(held.num_passing(i)))
-    keeps = tuple(tuple(held.keeps(i, index, left_bytes=relaxed.left_bytes)) for index in range(held.count(i)))
-    forks = [fork for fork in range(i + 1, held.num_blocks + 1) if held.leaves_out(i, fork)]
-    kept_holds = tuple((fork - i, _kept_holds(relaxed, held, i, fork)) for fork in forks)
-    return float(relaxed.forward_s[i]), passes, keeps, held.after_store(i), kept_holds
-
-
-def _kept_holds(relaxed: RelaxedChain, held: HeldSets, i: int, fork: int) -> Hashable:
-    """The holds of boundary `i` for ends before `fork` that are all kept."""
-    found: list[Hashable] = []
-    for counted, same in alike(held.all_kept(i, fork, left_bytes=relaxed.left_bytes)):
-        ways = tuple((way.low - i, way.need_bytes, way.seconds) for way in same)
-        num_sets = held.count(i) if same[0].low == i else held.num_passing(i)
-        found.append((ways, tuple(held.after_hold(i, index, counted) for index in range(num_sets))))
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,41 +258,22 @@ class Resolution:
 
 
 def affordable(relaxed: RelaxedChain) -> Resolution | None:
-    """Return the resolution that a bound of this chain can have in a few seconds; `None` if too few for a useful one.
+    """Return the resolution that a bound of this chain can have in a few seconds; `None` if it has too few slots.
 
     Held sets are worth more than slots, beyond a number of slots that tells the budget from the next.
     """
-    if relaxed.num_blocks > _MAX_BLOCKS:
-        return None
-    best, most = None, max(_SETS) + 1
     for max_sets in _SETS:
-        if max_sets >= most:
-            continue  # there are no more: the sets would be the same
-        held = HeldSets(relaxed.chain, max_sets=max_sets)
-        most = max(held.count(i) for i in range(held.num_blocks))
-        layers = held_layers(relaxed, held)
-        num_forks = _num_forks(held, layers)
-        num_slots = min(_MAX_SLOTS, int(_WORK / num_forks))
-        if num_slots >= _ENOUGH_SLOTS:
-            return Resolution(num_slots, max_sets)
-        if not best and _MOST_WORK / num_forks >= _MIN_SLOTS:
-            best = Resolution(max(num_slots, _MIN_SLOTS), max_sets)
-            if layers.end > layers.first:
-                return best
-    return best
+        num_slots = int(_WORK / _num_forks(HeldSets(relaxed.chain, max_sets=max_sets)))
+        if num_slots >= _MIN_SLOTS:
+            return Resolution(min(_MAX_SLOTS, num_slots), max_sets)
+    return None
 
 
-def _num_forks(held: HeldSets, layers: Layers) -> float:
-    """At each boundary and for each of its held sets: every end of its own with every fork before it, from every low.
-
-    The loss is one more end.
-    """
+def _num_forks(held: HeldSets) -> float:
+    """Count, at each boundary and for each of its held sets, every end with every fork before it, from every low."""
     num_forks = 1.0
     for i in range(held.num_blocks):
-        left, passing = held.num_blocks - i + 1, held.num_passing(i)
-        new = held.num_blocks - layers.first_new(i) + 1
-        # Of `left` ends the last `new` ones have each fork before them.
-        forks = sum((left - k) ** 2 / 2 for k in range(new))
-        found = passing * forks + (held.count(i) - passing) * sum(left - k for k in range(new))
+        left = held.num_blocks - i + 1
+        found = held.num_passing(i) * left**3 / 6 + (held.count(i) - held.num_passing(i)) * left**2 / 2
         num_forks += found * (2 if held.leaves_out(i, min(i + 2, held.num_blocks)) else 1)
     return num_forks

@@ -90,14 +90,9 @@ class Planner:
 
     def __init__(self, chain: Chain) -> None:
         check_chain(chain)
-        self._chain = chain
+        self.chain = chain
         self._table: Table | None = None
         self._of_units: dict[int, _Candidate] = {}
-
-    @property
-    def chain(self) -> Chain:
-        """The chain that is planned."""
-        return self._chain
 
     @property
     def smallest_bytes(self) -> int:
@@ -114,7 +109,7 @@ class Planner:
         check_budget(budget_bytes, may_be_negative=True)
         best = self._best(budget_bytes)
         if best is None:
-            raise _too_small(self._chain, self._smallest, budget_bytes)
+            raise _too_small(self.chain, self._smallest, budget_bytes)
         timeline = best.timeline
         return Plan(best.schedule, budget_bytes, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
 
@@ -128,7 +123,7 @@ class Planner:
         best = min(fitting, key=lambda c: c.cost, default=None)
         if best is self._fastest:
             return best
-        left_bytes = budget_bytes - self._chain.workspace_bytes
+        left_bytes = budget_bytes - self.chain.workspace_bytes
         # The true peak of the smallest candidate may be below the least need, which counts some storages twice.
         if left_bytes < self._min_memory.smallest_bytes and budget_bytes < self.smallest_bytes:
             return best
@@ -178,11 +173,11 @@ class Planner:
         return self._of_units[num_units]
 
     def _candidate(self, schedule: Schedule) -> _Candidate:
-        return _Candidate(schedule, simulate(self._chain, schedule))
+        return _Candidate(schedule, simulate(self.chain, schedule))
 
     @cached_property
     def _model(self) -> StateModel:
-        return StateModel(self._chain, cuts=storable_boundaries(self._chain, limit=_MAX_CUTS))
+        return StateModel(self.chain, cuts=storable_boundaries(self.chain, limit=_MAX_CUTS))
 
     @cached_property
     def _row_index(self) -> RowIndex:
@@ -214,7 +209,7 @@ class Planner:
     @cached_property
     def _fastest(self) -> _Candidate:
         """Every block keeps the option with the fastest backward: no schedule takes less time."""
-        blocks = self._chain.blocks
+        blocks = self.chain.blocks
         fastest = [min(range(len(b.options)), key=lambda o: (b.options[o].backward_s, o)) for b in blocks]
         saves = [ForwardSave(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
         backwards = [Backward(BlockId(b), OptionId(o)) for b, o in enumerate(fastest)]
@@ -222,7 +217,7 @@ class Planner:
 
     @cached_property
     def _baselines(self) -> list[_Candidate]:
-        known = [self._candidate(method(self._chain)) for method in (keep_all, per_block, every_sqrt_n)]
+        known = [self._candidate(method(self.chain)) for method in (keep_all, per_block, every_sqrt_n)]
         return [self._fastest, *known]
 
 

@@ -1,6 +1,5 @@
-"""Long chains: coarse chains to bound, equal layers computed once, and what comes of it."""
+"""Long chains: their coarse chains, and what the bounds of these are worth."""
 
-import math
 import random
 from dataclasses import replace
 from functools import cache
@@ -9,14 +8,14 @@ import pytest
 
 from benchmarks.chains import load_chain
 from benchmarks.chains.shapes import repeated
-from tests.unit.schedule.chains_by_hand import random_chain, transformer_chain
+from tests.unit.schedule.chains_by_hand import random_chain
 from tests.unit.schedule.milp import checkmate
 from tinybp_lightning.graph import Block, Boundary, Chain, SavedSet, StorageId, verify_chain
 from tinybp_lightning.schedule import Planner, certify, keep_all, simulate
 from tinybp_lightning.schedule.bounds import certificate
 from tinybp_lightning.schedule.bounds.certificate import fastest_possible_s
 from tinybp_lightning.schedule.bounds.dp_bound import dp_bound_s
-from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Layers, Resolution, find_layers, held_layers
+from tinybp_lightning.schedule.bounds.live_sets import Resolution
 from tinybp_lightning.schedule.bounds.relaxation import coarsen, relax
 
 _ROUNDING = 1 + 1e-6
@@ -82,31 +81,9 @@ def _larger(option: SavedSet) -> SavedSet:
     )
 
 
-def test_layers_end_where_a_block_differs() -> None:
-    assert find_layers("xabcabcabcaby") == Layers(1, 12, 3)
-    assert find_layers("aaaabaaa") == Layers(0, 4, 1)
-    assert find_layers("abcdefg") == Layers(0, 0, 1)
-
-
-@pytest.mark.parametrize("chain", [coarsen(_llama(11)), transformer_chain(9)], ids=["llama", "hand"])
-def test_dp_bound_is_the_same_number_with_equal_layers_shared(chain: Chain) -> None:
-    budget_bytes = Planner(chain).smallest_bytes
-    for share in (0, 20):
-        relaxed = relax(chain, budget_bytes=budget_bytes + budget_bytes * share // 100)
-        limit_s = 10.0 * sum(block.forward_s for block in chain.blocks)
-        alone = dp_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s, share_layers=False)
-        assert dp_bound_s(relaxed, Resolution(40, 8), limit_s=limit_s) == alone
-        assert 0 < alone < float("inf")
-
-
-def test_equal_layers_of_a_coarse_chain_are_found() -> None:
-    chain = coarsen(_llama(11))
-    # The two norms of a layer are gone.
-    assert len(chain.blocks) == len(_llama(11).blocks) - 2 * 11
-    relaxed = relax(chain, budget_bytes=Planner(chain).smallest_bytes)
-    layers = held_layers(relaxed, HeldSets(chain, max_sets=8))
-    assert layers.period == 5
-    assert layers.end - layers.first > 45
+def test_the_coarse_chain_of_a_llama_leaves_out_two_norms_of_each_layer() -> None:
+    chain = _llama(11)
+    assert len(coarsen(chain).blocks) == len(chain.blocks) - 2 * 11
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -127,8 +104,7 @@ def test_coarse_chains_of_the_test_above_are_shorter() -> None:
 
 def test_prices_of_the_coarse_chain_bound_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a chain of hundreds of blocks; of these few the optimum is known."""
-    monkeypatch.setattr(certificate, "_LONG_BLOCKS", 1)
-    monkeypatch.setattr(certificate, "_TIGHT_BUDGET", math.inf)
+    monkeypatch.setattr(certificate, "_COARSE_BLOCKS", 1)
     num_tight = 0
     for seed in range(40):
         chain = _with_norms(random.Random(seed), 4)
@@ -136,7 +112,7 @@ def test_prices_of_the_coarse_chain_bound_the_whole_one(monkeypatch: pytest.Monk
         for budget_bytes, best_s in _optima(seed):
             found = certify(chain, planner.plan(budget_bytes=budget_bytes), planner=planner)
             assert found.lagrangian_bound_s <= best_s * _ROUNDING
-            assert len(found.prices) == len(chain.blocks) + 2
+            assert len(found.prices) == len(coarsen(chain).blocks) + 2
             num_tight += found.lagrangian_bound_s > fastest_possible_s(chain) * (1 + 1e-6)
     assert num_tight > 10
 
