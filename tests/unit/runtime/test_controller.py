@@ -442,6 +442,6 @@ def test_the_loop_runs_what_the_reducer_decides_and_tells_what_was_measured() ->
         state = after(state, seen)
         assert control.report == state.active.report
     assert control.state.phase is Phase.STEADY
-    assert control.tighten(1.0)
-    assert not control.tighten(1.0)
+    assert control.observe(OutOfMemory(1.0))
+    assert not control.observe(OutOfMemory(1.0))
     assert control.report.predicted_peak_bytes == control.smallest_bytes < middle_bytes(CHAIN)

@@ -41,7 +41,6 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Timeline, simulate
 
 __all__ = [
-    "ActivePlan",
     "CalibrationState",
     "Decision",
     "Observation",
@@ -49,7 +48,6 @@ __all__ = [
     "OptionsMeasured",
     "OutOfMemory",
     "Phase",
-    "PlannerOf",
     "StepEnded",
     "Task",
     "calibrate",
@@ -97,7 +95,6 @@ class ActivePlan:
 
     @property
     def schedule(self) -> Schedule:
-        """What it runs, as the planner wrote it."""
         return self.report.schedule
 
 
@@ -227,10 +224,10 @@ def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf)
     """
     decision: Decision | None
     match seen:
-        case StepEnded(measurement=None):
+        case StepEnded(measurement=StepMeasurement() as measured, is_whole=is_whole):
+            state, decision = _after_measured_step(state, measured, is_whole, planner_of)
+        case StepEnded():
             state, decision = _after_unmeasured_step(state, planner_of)
-        case StepEnded(measurement=measurement, is_whole=is_whole):
-            state, decision = _after_measured_step(state, measurement, is_whole, planner_of)
         case OptionsMeasured(chain=chain):
             state = replace(state, chain=with_measured(state.chain, chain))
             if state.phase is Phase.CALIBRATE:
@@ -391,10 +388,7 @@ def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> C
 def _with_residual(
     state: CalibrationState, schedule: Schedule, peak_bytes: int, *, may_shrink: bool
 ) -> CalibrationState:
-    """Learn the workspace with which the predicted peak of `schedule` is the measured `peak_bytes`.
-
-    **Arguments:** `may_shrink`: whether a smaller workspace is learned too.
-    """
+    """Learn the workspace with which `schedule` is predicted to peak at `peak_bytes`; a smaller one if `may_shrink`."""
     residual_bytes = peak_bytes - simulate(state.chain, schedule).peak_bytes
     if residual_bytes <= 0 and not may_shrink:
         return state
@@ -415,10 +409,7 @@ def _plain_peak(state: CalibrationState) -> int:
 
 
 def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> CalibrationState:
-    """Choose the plan of the first step, and leave a margin for what the model does not see. See Note [Calibration].
-
-    It uses measured options only: it runs once, and is small enough where it fits.
-    """
+    """Choose the plan of the first step (Note [Calibration]), by measured options only: it runs once."""
     part = measured_part(replace(state.chain, workspace_bytes=state.base_bytes))
     plain_bytes = _plain_peak(state)
     budget_bytes = state.limit.bytes_for(plain_bytes)
@@ -465,10 +456,7 @@ def _budget(state: CalibrationState, planner_of: PlannerOf) -> int:
 
 
 def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) -> tuple[Schedule, bool]:
-    """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits.
-
-    **Raises:** `BudgetTooSmallError`, in terms of the user's budget, where none fits and all options are measured.
-    """
+    """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits."""
     planner = planner_of(state.chain)
     try:
         return prefer_measured(planner.plan(budget_bytes=budget_bytes), state.chain, planner_of).schedule, False
@@ -481,15 +469,15 @@ def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) 
 def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -> BudgetTooSmallError:
     """Return the planner's error in terms of the user's budget, of which `budget_bytes` were left to plan with."""
     budget = task.budget
-    taken_bytes = 0 if budget.size_bytes is None else max(0, budget.size_bytes - budget_bytes)
-    smallest_bytes = error.smallest_bytes + taken_bytes
+    user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
+    smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
+    message = (
+        f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{task.target}`: the smallest "
+        f"plan for this step needs {smallest_bytes} bytes, set by {error.bottleneck}. Raise the budget or lower the "
+        "batch size."
+    )
     return BudgetTooSmallError(
-        f"`{budget.kind.value}={budget.text!r}` ({budget_bytes + taken_bytes} bytes) cannot be met by "
-        f"`{task.target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
-        f"{error.bottleneck}. Raise the budget or lower the batch size.",
-        budget_bytes=budget_bytes + taken_bytes,
-        smallest_bytes=smallest_bytes,
-        bottleneck=error.bottleneck,
+        message, budget_bytes=user_bytes, smallest_bytes=smallest_bytes, bottleneck=error.bottleneck
     )
 
 

@@ -22,6 +22,7 @@ from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
+from tinybp_lightning.runtime.torch.controller import OutOfMemory
 from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
@@ -112,8 +113,8 @@ class Target:
         return 0 if self._control is None else self._control.smallest_bytes
 
     def tighten(self, share: float) -> bool:
-        """Tighten the plans of the inputs last seen, as `ControlLoop.tighten` does; return whether one changed."""
-        return self._control is not None and self._control.tighten(share)
+        """Lower the peak of the plan for the inputs last seen by `share`, if a plan can, and cap all later ones."""
+        return self._control is not None and self._control.observe(OutOfMemory(share))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -188,6 +189,13 @@ class Dispatcher:
     that of everything that is trained together with the module, if the budget counts it.
     """
 
+    # What a copy begins with.
+    observers: tuple[Observer, ...] = ()
+    target: Target | None = None
+    step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
+    _on_claim: "Callable[[Dispatcher], None] | None" = None
+    _optimizer_state: OptimizerState | None = None
+
     def __init__(
         self,
         module: nn.Module,
@@ -202,8 +210,6 @@ class Dispatcher:
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
-        self.target: Target | None = None
-        self.step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
         module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,12 +267,7 @@ class Dispatcher:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
         self.config = state["config"]
-        self.observers = ()
         self._own_forward = state["own_forward"]
-        self._on_claim = None
-        self._optimizer_state = None
-        self.target = None
-        self.step_snapshot = None
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:

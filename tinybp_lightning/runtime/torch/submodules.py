@@ -31,7 +31,7 @@ from tinybp_lightning.runtime.torch.replay.ambient import autocast_now, device_t
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
-from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
+from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state
 from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
@@ -297,7 +297,7 @@ class ModuleSteps:
         autocast, checks = autocast_now(device_type_of(devices)), self._context.config.check
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time, checks=checks)
         forward.runs.append(run)
-        before = python_state(module) if first_time else {}
+        before: PythonState = python_state(module) if first_time else {}
         run.begin(leaves)
         run.sweep(block, list(leaves))
         result, block.result = block.result, None

@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import Task, unmeasured_options
+from tinybp_lightning.runtime.torch.controller import OptionsMeasured, Task, unmeasured_options
 from tinybp_lightning.runtime.torch.executors import EXECUTORS
 from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
@@ -192,8 +192,7 @@ class TracedModule:
     def _plan(self, forward: _Forward, *, may_trace: bool) -> _Planned | None:
         """Start the control loop of a situation; return `None` if nothing is known and nothing can be measured now.
 
-        **Arguments:** `may_trace`: whether this thread holds the lock. Another thread that holds it may release it and
-        take it again while this one measures.
+        Without `may_trace`, another thread holds the lock, and may take it again while this one measures.
         """
         context = self._context
         headroom = Headroom(context.config, forward.device, forward.tensors, context.memory)
@@ -300,7 +299,7 @@ class TracedModule:
                 progress.stage("compiling", total=len(program.pieces))
                 self._executor.prepare_options(self._preparation(program, forward, progress), wanted)
                 if unmeasured:
-                    control.learn_options(self._measure(planned, forward, progress))
+                    control.observe(OptionsMeasured(self._measure(planned, forward, progress)))
         return planned
 
     def _cache_entry(self, pieces: _Pieces, forward: _Forward) -> CacheEntry | None:
@@ -346,7 +345,7 @@ _ARGUMENT = object()
 
 
 def _constants(module: fx.GraphModule) -> list[Any]:
-    """Return the graph's inputs in the order of `Graph.inputs`: constants, and `_ARGUMENT` where Dynamo passes one."""
+    """Return the graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one."""
     constants: list[Any] = []
     for n in module.graph.nodes:
         if n.op == "placeholder":
