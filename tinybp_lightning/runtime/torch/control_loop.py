@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import Costs, HCBConfig
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
@@ -18,7 +18,6 @@ from tinybp_lightning.runtime.torch.controller import (
     Task,
     calibrate,
     start,
-    start_from_cache,
 )
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor
@@ -54,26 +53,24 @@ class ControlLoop:
 
     def __init__(
         self,
-        task: Task,
+        context: TargetContext,
         found: Chain | MeasuredPlan,
         *,
         headroom: Headroom,
         device: torch.device,
-        observers: Sequence[Observer],
+        costs: Costs = Costs.SECONDS,
         cached_from: str = "cached",
         note_plan: Callable[[MeasuredPlan, bool], None] | None = None,
     ) -> None:
         self._headroom = headroom
         self._device = device
-        self._observers = observers
+        self._observers = context.observers
         self._note_plan = note_plan
         self._num_steps = 0
         # Of the last two chains, all options and the measured ones: a planner's tables serve every budget.
         self._planner_of = lru_cache(maxsize=2)(Planner)
-        if isinstance(found, MeasuredPlan):
-            self.state = start_from_cache(task, found, cached_from, headroom.read(), self._planner_of)
-        else:
-            self.state = start(task, found, headroom.read(), self._planner_of)
+        task = Task(context.name, context.config.budget, costs)
+        self.state = start(task, found, headroom.read(), self._planner_of, cached_from=cached_from)
         headroom.share(self.state.limit)
 
     @property
@@ -99,9 +96,8 @@ class ControlLoop:
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
         """Start to follow a step."""
         self.refresh()
-        return StepMonitor(
-            self._device, parameters, self.state.task.budget, wants_trace=self.state.phase is not Phase.STEADY
-        )
+        wants_trace = self.state.phase is not Phase.STEADY
+        return StepMonitor(self._device, parameters, self.state.task.budget, wants_trace=wants_trace)
 
     def end_step(self, monitor: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
         """Learn from a step that has ended (`is_whole`: it ran all blocks), and tell the observers about it."""

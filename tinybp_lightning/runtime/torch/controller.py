@@ -53,7 +53,6 @@ __all__ = [
     "calibrate",
     "small_schedule",
     "start",
-    "start_from_cache",
     "unmeasured_options",
 ]
 
@@ -184,33 +183,27 @@ class Decision:
 _Next = tuple[CalibrationState, Decision | None]
 
 
-def start(task: Task, chain: Chain, limit: Limit, planner_of: PlannerOf) -> CalibrationState:
-    """Return the state before the first step of a chain that was just measured.
-
-    **Raises:** `BudgetTooSmallError` where no plan fits.
-    """
-    state = CalibrationState(task, limit, chain, chain.workspace_bytes)
-    return _with_plain_peak(_with_first_plan(state, planner_of))
-
-
-def start_from_cache(
-    task: Task, cached: MeasuredPlan, reason: str, limit: Limit, planner_of: PlannerOf
+def start(
+    task: Task, found: Chain | MeasuredPlan, limit: Limit, planner_of: PlannerOf, *, cached_from: str = "cached"
 ) -> CalibrationState:
-    """Return the state before the first step that runs a cached plan, or another one by what was learned with it.
+    """Return the state before the first step: of a chain that was just measured, or of a cached plan with its chain.
 
-    **Arguments:** `reason`: where the plan is from, for reports.
+    **Arguments:** `cached_from`: where a cached plan is from, for reports.
 
-    **Raises:** `BudgetTooSmallError` where no plan fits by the cached costs.
+    **Raises:** `BudgetTooSmallError` where no plan fits by the costs of `found`.
     """
-    chain, schedule = cached.chain, cached.plan.schedule
+    if isinstance(found, Chain):
+        state = CalibrationState(task, limit, found, found.workspace_bytes)
+        return _with_plain_peak(_with_first_plan(state, planner_of))
+    chain, schedule = found.chain, found.plan.schedule
     state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
     # If plain training seemed to fit and was not chosen, a step had shown that it does not.
-    state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > cached.plan.budget_bytes)
+    state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > found.plan.budget_bytes)
     budget_bytes = _budget(state, planner_of)
-    if cached.suits(budget_bytes):
-        state = replace(state, plan=_active_plan(state, schedule, budget_bytes, reason), cached=cached)
+    if found.suits(budget_bytes):
+        state = replace(state, plan=_active_plan(state, schedule, budget_bytes, cached_from), cached=found)
     else:
-        state = replace(state, plan=_for_budget(state, reason, planner_of))
+        state = replace(state, plan=_for_budget(state, cached_from, planner_of))
     return _with_plain_peak(state)
 
 

@@ -41,18 +41,11 @@ _MAX_TRACES = 8
 class Target:
     """One module trained under height-compressed backpropagation: its traced graphs, or its module steps."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        plain: Callable[..., Any],
-        config: HCBConfig,
-        observers: Sequence[Observer],
-        memory: TargetMemory,
-    ) -> None:
-        self.name = type(module).__name__
+    def __init__(self, module: nn.Module, plain: Callable[..., Any], context: TargetContext) -> None:
+        self.name = context.name
         self._module = module
         self._plain = plain
-        self._context = TargetContext(self.name, config, tuple(observers), memory, PlanCache(config))
+        self._context = context
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
@@ -223,8 +216,9 @@ class Dispatcher:
             refuse_unrepeatable(self.module)
             if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
                 self._optimizer_state = OptimizerState(self.module.parameters())  # the module was copied or unpickled
-            memory = TargetMemory(self._optimizer_state)
-            self.target = Target(self.module, self.plain, self.config, self.observers, memory)
+            name, memory = type(self.module).__name__, TargetMemory(self._optimizer_state)
+            context = TargetContext(name, self.config, self.observers, memory, PlanCache(self.config))
+            self.target = Target(self.module, self.plain, context)
             if self._on_claim is not None:
                 self._on_claim(self)
         refuse_capture()

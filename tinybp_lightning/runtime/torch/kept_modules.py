@@ -21,7 +21,6 @@ from tinybp_lightning.graph.ir import Graph
 
 __all__ = [
     "blocks_of_modules",
-    "has_kept",
     "is_kept",
     "keep",
     "pin_chain",
@@ -58,11 +57,6 @@ def keep(module: M) -> M:
 def is_kept(module: nn.Module) -> bool:
     """Return whether `module` itself was marked."""
     return getattr(module, _MARK, False) is True
-
-
-def has_kept(module: nn.Module) -> bool:
-    """Return whether `module` or a part of it was marked."""
-    return any(is_kept(part) for part in module.modules())
 
 
 def synchronises_ranks(module: nn.Module) -> bool:

@@ -23,8 +23,7 @@ from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.calls import CallCost, DroppedStep, LargestStep
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import Task
-from tinybp_lightning.runtime.torch.kept_modules import has_kept, is_kept, synchronises_ranks
+from tinybp_lightning.runtime.torch.kept_modules import is_kept, synchronises_ranks
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
 from tinybp_lightning.runtime.torch.replay.ambient import autocast_now, device_type_of, random_state_now
@@ -81,7 +80,7 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
         if is_split(module):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}", child)
-        elif not sharded or (_is_sharded(module) and not has_kept(module)):
+        elif not sharded or (_is_sharded(module) and not any(is_kept(m) for m in module.modules())):
             units[name] = module
 
     for child_name, child in root.named_children():
@@ -207,7 +206,13 @@ class ModuleSteps:
             self._monitor.abandon()
         device = self._parameters[0].device
         self._open = forward = _OpenForward()
-        self._monitor = monitor = self._begin(device)
+        if self.control is not None:
+            monitor = self.control.begin_step(self._parameters)
+        else:
+            stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
+            budget = self._context.config.budget
+            monitor = StepMonitor(device, self._parameters, budget, wants_trace=self._has_blocks)
+        self._monitor = monitor
         try:
             result = self._plain(*args, **kwargs)
         except BaseException:
@@ -219,12 +224,6 @@ class ModuleSteps:
         calls, stats = forward.calls, [run.stats for run in forward.runs]
         monitor.forward_ended(outputs, lambda monitor: self._ended(monitor, calls, stats, device))
         return result
-
-    def _begin(self, device: torch.device) -> StepMonitor:
-        if self.control is not None:
-            return self.control.begin_step(self._parameters)
-        stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
-        return StepMonitor(device, self._parameters, self._context.config.budget, wants_trace=self._has_blocks)
 
     def _ended(self, monitor: StepMonitor, calls: list[CallCost], stats: list[RunStats], device: torch.device) -> None:
         largest = self._largest.with_calls(calls).without(self._kept)
@@ -254,13 +253,8 @@ class ModuleSteps:
     def _plan_for(self, largest: LargestStep, device: torch.device) -> None:
         """Plan for the largest step that has been seen; if no plan fits, the last one stays in force."""
         context, tensors = self._context, [*self._parameters, *self._module.buffers()]
-        self.control = ControlLoop(
-            Task(context.name, context.config.budget),
-            largest.chain(self._dropped),
-            headroom=Headroom(context.config, device, tensors, context.memory),
-            device=device,
-            observers=context.observers,
-        )
+        headroom = Headroom(context.config, device, tensors, context.memory)
+        self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
         self._largest = largest
 
     def _interceptor(self, unit: _Unit) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import OptionsMeasured, Task, unmeasured_options
+from tinybp_lightning.runtime.torch.controller import OptionsMeasured, unmeasured_options
 from tinybp_lightning.runtime.torch.executors import EXECUTORS
 from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
@@ -72,15 +72,11 @@ class _Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The graph's pieces, prepared for one autocast; gradients that are there change no kernel.
-
-    `pinned`: blocks that run once. `key`: for the plan cache; `None` with pinned blocks, as the planner then sees
-    another chain than the program's own.
-    """
+    """The graph's pieces, prepared for one autocast. `pinned`: blocks that run once."""
 
     program: Program
     pinned: frozenset[int]
-    key: ProgramKey | None
+    key: ProgramKey | None  # `None` with pinned blocks: the planner then sees another chain than the program's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +195,18 @@ class TracedModule:
         with planning_progress(context.name) as progress:
             pieces = self._prepared(forward, headroom, progress)
             planned = self._planned.setdefault(forward.situation, _Planned(pieces))
-            entry = self._cache_entry(pieces, forward)
-            loop = partial(
-                ControlLoop,
-                Task(context.name, context.config.budget, Costs(context.config.costs)),
-                headroom=headroom,
-                device=forward.device,
-                observers=context.observers,
-            )
+            entry = None
+            if pieces.key is not None:
+                key = plan_key(
+                    pieces.key,
+                    context.config,
+                    device=forward.device,
+                    autocast=forward.situation.autocast,
+                    has_gradients=forward.situation.has_gradients,
+                )
+                entry = context.plans.look_up(pieces.program, pieces.key.layout, key)
+            costs = Costs(context.config.costs)
+            loop = partial(ControlLoop, context, headroom=headroom, device=forward.device, costs=costs)
             progress.stage("planning")
             control = None if entry is None else self._from_cache(loop, entry, headroom)
             if control is None:
@@ -301,20 +301,6 @@ class TracedModule:
                 if unmeasured:
                     control.observe(OptionsMeasured(self._measure(planned, forward, progress)))
         return planned
-
-    def _cache_entry(self, pieces: _Pieces, forward: _Forward) -> CacheEntry | None:
-        """Return what the cache knows of the program in this situation; `None` for one that is not cached."""
-        if pieces.key is None:
-            return None
-        situation = forward.situation
-        key = plan_key(
-            pieces.key,
-            self._context.config,
-            device=forward.device,
-            autocast=situation.autocast,
-            has_gradients=situation.has_gradients,
-        )
-        return self._context.plans.look_up(pieces.program, pieces.key.layout, key)
 
     def _from_cache(
         self, loop: Callable[..., ControlLoop], entry: CacheEntry, headroom: Headroom

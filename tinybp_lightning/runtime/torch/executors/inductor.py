@@ -138,7 +138,7 @@ def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[Call, ...]
     """Return the options beside option 0. Those that cannot be forecast are compiled at once."""
     if not all(t.device.type in _OPTION_DEVICES for t in arguments if isinstance(t, torch.Tensor)):
         return ()
-    forecasts = _forecasts(_unboxed(piece.module), arguments, _parameters(piece, arguments))
+    forecasts = _forecasts(piece, arguments)
     if forecasts is None:
         return tuple(_compile(piece, arguments, share) for share in _SHARES)
     return tuple(_FurtherOption(share, forecast) for share, forecast in zip(_SHARES, forecasts, strict=True))
@@ -195,14 +195,12 @@ def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _forecasts(
-    module: fx.GraphModule, arguments: Sequence[Any], parameters: frozenset[int]
-) -> tuple[Forecast, ...] | None:
+def _forecasts(piece: Piece, arguments: Sequence[Any]) -> tuple[Forecast, ...] | None:
     """Return one forecast for each further option, or `None` for a piece whose partition does not show them.
 
     That is a piece without backward, one that changes its arguments, and one that the compiler gives more arguments.
     """
-    tracer = _Tracer()
+    module, tracer = _unboxed(piece.module), _Tracer()
     compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
     with inductor_config.patch(custom_partitioner_fn=tracer), functorch_config.patch(enable_autograd_cache=False):
         compile_graph(module, list(arguments), inner_compile=_uncompiled)
@@ -218,7 +216,7 @@ def _forecasts(
     repeated_anyway = repeated_share(plain_forward, plain_backward)
     forecasts: list[Forecast] = []
     for share in _SHARES:
-        forward, backward = ClosurePartitioner(share, parameters)(_copy(joint), (), **options)
+        forward, backward = ClosurePartitioner(share, _parameters(piece, arguments))(_copy(joint), (), **options)
         repeats = max(0.0, repeated_share(forward, backward) - repeated_anyway)
         forecasts.append(Forecast(*_saved(forward, len(returned)), repeats))
     return tuple(forecasts)
