@@ -74,8 +74,7 @@ class PlanReport:
 class StepMeasurement:
     """A traced step, in bytes above what was alive when it began; parameter gradients that it made are left out.
 
-    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
-    `backward_start_bytes` are the levels at those two moments.
+    `tail_peak_bytes` is the most between the forward's end and backward's first block, whose levels stand beside it.
     """
 
     peak_bytes: int

@@ -81,10 +81,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ActivePlan:
-    """The plan that the next step runs.
+    """The plan that the next step runs. `optimizer_bytes`: the optimizer state that was set aside for it.
 
-    `optimizer_bytes`: the optimizer state that was set aside for it. `needs_all_options`: it exceeds the budget by
-    estimated costs, and all options must be measured before that can be said for certain.
+    `needs_all_options`: it exceeds the budget by estimated costs, so all options must be measured to be certain.
     """
 
     report: PlanReport
@@ -237,14 +236,10 @@ def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf)
 
 
 def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
-    """Return the options (block and number) that must be measured before the active plan runs.
-
-    These are the estimated ones that the plan uses, or all, where no plan is known to fit. The first step's plan uses
-    measured options only.
-    """
+    """Return the options (block and number) that must be measured before the active plan runs."""
     if state.active.needs_all_options:
         return estimated_options(state.chain)
-    if state.phase is Phase.CALIBRATE:
+    if state.phase is Phase.CALIBRATE:  # the first step's plan uses measured options only
         return frozenset()
     return options_to_measure(state.chain, state.active.schedule)
 
@@ -475,12 +470,7 @@ def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -
 
 
 def _active_plan(
-    state: CalibrationState,
-    schedule: Schedule,
-    budget_bytes: int,
-    reason: str,
-    *,
-    needs_all_options: bool = False,
+    state: CalibrationState, schedule: Schedule, budget_bytes: int, reason: str, *, needs_all_options: bool = False
 ) -> ActivePlan:
     timeline = simulate(state.chain, schedule)
     report = PlanReport(

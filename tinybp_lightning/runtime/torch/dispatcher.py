@@ -232,10 +232,8 @@ class Dispatcher:
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        if self._own_forward is not None:
-            return self._own_forward
         forward = cast("Callable[..., Any]", type(self.module).forward)
-        return MethodType(forward, self.module)
+        return self._own_forward or MethodType(forward, self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -244,9 +242,8 @@ class Dispatcher:
     def remove(self) -> None:
         """Put the module's forward back as it was."""
         if self.module.__dict__.get("forward") is self:
-            if self._own_forward is None:
-                del self.module.__dict__["forward"]
-            else:
+            del self.module.__dict__["forward"]
+            if self._own_forward is not None:
                 self.module.__dict__["forward"] = self._own_forward
         if self.target is not None:
             self.target.close()

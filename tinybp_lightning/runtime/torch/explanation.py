@@ -13,16 +13,7 @@ from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.schedule import (
-    Certificate,
-    Pareto,
-    Plan,
-    certify,
-    keep_all,
-    pareto,
-    simulate,
-    to_text,
-)
+from tinybp_lightning.schedule import Certificate, Pareto, Plan, certify, keep_all, pareto, simulate, to_text
 from tinybp_lightning.schedule.arguments import check_path
 
 __all__ = ["Explanation", "explain"]

@@ -19,14 +19,7 @@ from tinybp_lightning.graph.chain import Block, Boundary, Chain
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph
 
-__all__ = [
-    "blocks_of_modules",
-    "is_kept",
-    "keep",
-    "pin_chain",
-    "pinned_paths",
-    "synchronises_ranks",
-]
+__all__ = ["blocks_of_modules", "is_kept", "keep", "pin_chain", "pinned_paths", "synchronises_ranks"]
 
 M = TypeVar("M", bound=nn.Module)
 _MARK = "_tbp_is_kept"

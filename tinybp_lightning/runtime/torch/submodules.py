@@ -67,11 +67,10 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
 
     def is_split(module: nn.Module) -> bool:
         inside = [c for c in module.modules() if c is not module]
-        if not sharded and any(is_kept(c) for c in inside):
-            return True
         if sharded:
             return not _is_sharded(module) and any(_is_sharded(c) for c in inside)
-        return isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
+        is_repeated = isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
+        return is_repeated or any(is_kept(c) for c in inside)
 
     def visit(name: str, module: nn.Module) -> None:
         if id(module) in seen or is_kept(module) or next(module.parameters(), None) is None:
@@ -108,10 +107,7 @@ class _Unit:
 
 @dataclass(eq=False)
 class _ModuleBlock:
-    """One call of a unit, runnable again. `is_random` until the first run has shown that it draws nothing.
-
-    `volatile`: the buffers that a run may change.
-    """
+    """One call of a unit, runnable again. `volatile`: the buffers that a run may change."""
 
     name: str
     unit: _Unit
@@ -119,7 +115,7 @@ class _ModuleBlock:
     externals: NonBoundaryInputs
     devices: Sequence[torch.device]
     volatile: set[str]
-    is_random: bool = True
+    is_random: bool = True  # until the first run has shown that it draws nothing
     is_out_of_place: bool = False  # nobody has looked
     snapshots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     result: Any = None
@@ -258,7 +254,6 @@ class ModuleSteps:
         self._largest = largest
 
     def _interceptor(self, unit: _Unit) -> Callable[..., Any]:
-        """Return what stands in the unit's `_compiled_call_impl`."""
         return lambda *args, **kwargs: self._intercept(unit, args, kwargs)
 
     def _intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
@@ -268,7 +263,10 @@ class ModuleSteps:
             return unit.impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         started = time.perf_counter()
-        cost = CallCost(unit.name, forward.num_calls[unit.name], sum(map(_size_bytes, leaves)))
+        input_bytes = sum(
+            t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor)
+        )  # sparse as dense
+        cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
         forward.num_calls[unit.name] += 1
         forward.calls.append(cost)
         if self._keeps(cost) or not self._is_replayable(unit, leaves):
@@ -325,11 +323,6 @@ class ModuleSteps:
             ("not replayed", unit.name), f"`{self._context.name}.{unit.name}` is not replayed: it {why}."
         )
         return False
-
-
-def _size_bytes(leaf: Any) -> int:
-    """Return the bytes of a tensor's elements, counting a sparse one as dense; 0 for anything else."""
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else 0
 
 
 def _sum(stats: Sequence[RunStats]) -> RunStats:

@@ -90,15 +90,12 @@ class _Planned:
 
 
 class TracedModule:
-    """One captured graph, planned on its first call.
+    """One captured graph, planned on its first call. `pinned_paths`: of the modules that run once."""
 
-    **Arguments:** `kept`: the paths of the modules that run once.
-    """
-
-    def __init__(self, module: fx.GraphModule, context: TargetContext, kept: Sequence[str] = ()) -> None:
+    def __init__(self, module: fx.GraphModule, context: TargetContext, pinned_paths: Sequence[str] = ()) -> None:
         self._module = module
         self._context = context
-        self._kept = tuple(kept)
+        self._pinned_paths = pinned_paths
         self._executor = EXECUTORS[context.config.executor]
         self._constants = _constants(module)
         self._cut: Cut | None = None
@@ -238,7 +235,9 @@ class TracedModule:
         prepared = self._executor.prepare(self._preparation(program, forward, progress))
         if prepared is not program:
             self._context.plans.num_compiled += 1
-        pinned = blocks_of_modules(program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._kept)
+        pinned = blocks_of_modules(
+            program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._pinned_paths
+        )
         pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
         self._pieces[forward.situation.autocast] = pieces
         return pieces

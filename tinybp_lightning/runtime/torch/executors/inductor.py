@@ -55,10 +55,7 @@ class InductorExecutor(Executor):
         return Cut(cut_program(capture.module, capture.graph, granularity=Granularity.COARSE))
 
     def prepare(self, asked: Preparation) -> Program:
-        """Return the program with every piece compiled.
-
-        Runs each piece once, so that it is compiled here and not under the engine's hooks. Generators are put back.
-        """
+        """Return the program compiled: each piece runs once, so that it is not compiled under the engine's hooks."""
         pieces = asked.program.pieces
         num_equal = Counter(piece.span.signature for piece in pieces)
         compiled: dict[tuple[Any, ...], tuple[Call, ...]] = {}
@@ -181,14 +178,12 @@ def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
-    """Return the same graph with ordinary arguments, as the compiler expects, and values named by position.
-
-    The tracer numbers names through the whole forward, so the code of equal pieces would differ.
-    """
+    """Return the same graph with ordinary arguments, as the compiler expects, and values named by position."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for position, node in enumerate(module.graph.nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+        # The tracer numbers names through the whole forward, so the code of equal pieces would differ.
         name = node.name if node.op == "placeholder" else f"v{position}"
         copied[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         copied[node].meta = dict(node.meta)
