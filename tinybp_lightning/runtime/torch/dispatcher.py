@@ -232,8 +232,9 @@ class Dispatcher:
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        forward = cast("Callable[..., Any]", type(self.module).forward)
-        return self._own_forward or MethodType(forward, self.module)
+        if self._own_forward is not None:
+            return self._own_forward
+        return MethodType(cast("Callable[..., Any]", type(self.module).forward), self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:

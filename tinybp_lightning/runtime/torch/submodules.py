@@ -263,9 +263,8 @@ class ModuleSteps:
             return unit.impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         started = time.perf_counter()
-        input_bytes = sum(
-            t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor)
-        )  # sparse as dense
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        input_bytes = sum(t.numel() * t.element_size() for t in tensors)  # a sparse tensor counts as dense
         cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
         forward.num_calls[unit.name] += 1
         forward.calls.append(cost)

@@ -235,9 +235,8 @@ class TracedModule:
         prepared = self._executor.prepare(self._preparation(program, forward, progress))
         if prepared is not program:
             self._context.plans.num_compiled += 1
-        pinned = blocks_of_modules(
-            program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._pinned_paths
-        )
+        spans = [(p.span.start, p.span.stop) for p in program.pieces]
+        pinned = blocks_of_modules(program.graph, spans, self._pinned_paths)
         pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
         self._pieces[forward.situation.autocast] = pieces
         return pieces
