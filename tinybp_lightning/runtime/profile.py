@@ -12,8 +12,6 @@ from tinybp_lightning.schedule.actions import Schedule
 
 __all__ = ["Limit", "Observer", "PlanCounts", "PlanReport", "StepMeasurement", "StepProfile", "check_observers"]
 
-_OBSERVER_METHODS = ("on_plan", "on_replay")
-
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -76,8 +74,7 @@ class PlanReport:
 class StepMeasurement:
     """A traced step, in bytes above what was alive when it began; parameter gradients that it made are left out.
 
-    `tail_peak_bytes` is the most between the forward's end and backward's first block; `forward_end_bytes` and
-    `backward_start_bytes` are the levels at those two moments.
+    `tail_peak_bytes` is the most between the forward's end and backward's first block, whose levels stand beside it.
     """
 
     peak_bytes: int
@@ -144,11 +141,9 @@ class Observer(Protocol):
 
     def on_plan(self, plan: PlanReport) -> None:
         """Hear of a plan that was made or repaired."""
-        ...
 
     def on_replay(self, profile: StepProfile) -> None:
         """Hear of a step whose backward has ended."""
-        ...
 
 
 def check_observers(observers: object) -> None:
@@ -156,7 +151,7 @@ def check_observers(observers: object) -> None:
     if isinstance(observers, (str, bytes)) or not isinstance(observers, Sequence):
         raise ConfigError(f"`observers={observers!r}` is not a sequence: write `observers=[observer]`.")
     for observer in cast("Sequence[Any]", observers):
-        missing = [name for name in _OBSERVER_METHODS if not callable(getattr(observer, name, None))]
+        missing = [name for name in ("on_plan", "on_replay") if not callable(getattr(observer, name, None))]
         if missing or isinstance(observer, type):
             what = f"a method `{missing[0]}`" if missing else "an instance: it is a class"
             raise ConfigError(

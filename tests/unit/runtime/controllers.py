@@ -8,8 +8,10 @@ import torch
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Limit
-from tinybp_lightning.runtime.torch.control_loop import ControlLoop
+from tinybp_lightning.runtime.torch.cache.memory import PlanCache
+from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.controller import Task
+from tinybp_lightning.runtime.torch.measure.memory_limit import TargetMemory
 from tinybp_lightning.schedule.measured import MeasuredPlan
 from tinybp_lightning.schedule.planner.planner import Planner
 
@@ -41,7 +43,9 @@ def task_of(budget_bytes: int) -> Task:
 def control_loop_of(found: Chain | MeasuredPlan, budget_bytes: int) -> ControlLoop:
     """Return a control loop with so many bytes."""
     headroom = cast("Any", _FixedHeadroom(budget_bytes))
-    return ControlLoop(task_of(budget_bytes), found, headroom=headroom, device=torch.device("cpu"), observers=[])
+    config = HCBConfig(activation_budget=budget_bytes, plan_cache=False)
+    context = TargetContext("net", config, (), TargetMemory(None), PlanCache(config))
+    return ControlLoop(context, found, headroom=headroom, device=torch.device("cpu"))
 
 
 def middle_bytes(chain: Chain) -> int:

@@ -29,7 +29,6 @@ from tinybp_lightning.runtime.torch.controller import (
     calibrate,
     small_schedule,
     start,
-    start_from_cache,
     unmeasured_options,
 )
 from tinybp_lightning.runtime.torch.executors.options import estimated_options
@@ -294,7 +293,7 @@ def cached_plan() -> MeasuredPlan:
 
 
 def cached_state(budget_bytes: int = BUDGET) -> CalibrationState:
-    return start_from_cache(task_of(budget_bytes), cached_plan(), "cached", Limit(budget_bytes), Planner)
+    return start(task_of(budget_bytes), cached_plan(), Limit(budget_bytes), Planner, cached_from="cached")
 
 
 def test_a_cached_plan_runs_at_once_and_is_accepted_where_its_first_step_fits() -> None:
@@ -442,6 +441,6 @@ def test_the_loop_runs_what_the_reducer_decides_and_tells_what_was_measured() ->
         state = after(state, seen)
         assert control.report == state.active.report
     assert control.state.phase is Phase.STEADY
-    assert control.tighten(1.0)
-    assert not control.tighten(1.0)
+    assert control.observe(OutOfMemory(1.0))
+    assert not control.observe(OutOfMemory(1.0))
     assert control.report.predicted_peak_bytes == control.smallest_bytes < middle_bytes(CHAIN)

@@ -19,10 +19,9 @@ _LARGER = 1.02
 
 @dataclass(slots=True)
 class CallCost:
-    """One intercepted call, measured while it ran. `number`: which call of `unit` in the step it is.
+    """The intercepted call `number` of `unit` in a step, measured while it ran.
 
-    `input_bytes` are those of its tensor arguments. If it `is_dropped`, `saved_bytes` is what it saved for backward and
-    `guard_bytes` what is kept to replay it; otherwise both are 0.
+    If it `is_dropped`, `saved_bytes` is what it saved for backward and `guard_bytes` what is kept to replay it.
     """
 
     unit: str

@@ -6,22 +6,18 @@ from functools import lru_cache
 
 import torch
 
-from tinybp_lightning.config import HCBConfig
+from tinybp_lightning.config import Costs, HCBConfig
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.controller import (
-    CalibrationState,
     Observation,
     OptimizerStateSeen,
-    OptionsMeasured,
-    OutOfMemory,
     Phase,
     StepEnded,
     Task,
     calibrate,
     start,
-    start_from_cache,
 )
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor
@@ -57,83 +53,58 @@ class ControlLoop:
 
     def __init__(
         self,
-        task: Task,
+        context: TargetContext,
         found: Chain | MeasuredPlan,
         *,
         headroom: Headroom,
         device: torch.device,
-        observers: Sequence[Observer],
+        costs: Costs = Costs.SECONDS,
         cached_from: str = "cached",
         note_plan: Callable[[MeasuredPlan, bool], None] | None = None,
     ) -> None:
         self._headroom = headroom
         self._device = device
-        self._observers = observers
+        self._observers = context.observers
         self._note_plan = note_plan
         self._num_steps = 0
         # Of the last two chains, all options and the measured ones: a planner's tables serve every budget.
         self._planner_of = lru_cache(maxsize=2)(Planner)
-        if isinstance(found, MeasuredPlan):
-            self._state = start_from_cache(task, found, cached_from, headroom.read(), self._planner_of)
-        else:
-            self._state = start(task, found, headroom.read(), self._planner_of)
-        headroom.share(self._state.limit)
+        task = Task(context.name, context.config.budget, costs)
+        self.state = start(task, found, headroom.read(), self._planner_of, cached_from=cached_from)
+        headroom.share(self.state.limit)
 
     @property
     def program(self) -> ReplayProgram:
         """What the next step replays."""
-        return self._state.active.program
+        return self.state.active.program
 
     @property
     def report(self) -> PlanReport:
         """The plan in force."""
-        return self._state.active.report
+        return self.state.active.report
 
     @property
     def smallest_bytes(self) -> int:
         """The peak of the smallest plan, as far as is known now."""
-        return self._planner_of(self._state.chain).smallest_bytes
-
-    @property
-    def state(self) -> CalibrationState:
-        """Everything that is known about the chain."""
-        return self._state
-
-    def learn_options(self, measured: Chain) -> None:
-        """Plan again with the options that were measured since: `measured` is the same chain with fewer estimates.
-
-        **Raises:** `BudgetTooSmallError` where no plan fits and all options are measured.
-        """
-        self._observe(OptionsMeasured(measured))
+        return self._planner_of(self.state.chain).smallest_bytes
 
     def refresh(self) -> None:
         """Plan again if the optimizer's state has been seen since."""
-        if self._headroom.optimizer_bytes != self._state.active.optimizer_bytes:
-            self._observe(OptimizerStateSeen())
-
-    def tighten(self, share: float) -> bool:
-        """Run a plan whose peak is lower by `share` (1.0: the smallest), and none that needs more from now on.
-
-        **Returns:** whether there was one; if not, the plan in force stays.
-        """
-        return self._observe(OutOfMemory(share))
+        if self._headroom.optimizer_bytes != self.state.active.optimizer_bytes:
+            self.observe(OptimizerStateSeen())
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
         """Start to follow a step."""
         self.refresh()
-        return StepMonitor(
-            self._device, parameters, self._state.task.budget, wants_trace=self._state.phase is not Phase.STEADY
-        )
+        wants_trace = self.state.phase is not Phase.STEADY
+        return StepMonitor(self._device, parameters, self.state.task.budget, wants_trace=wants_trace)
 
     def end_step(self, monitor: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
-        """Learn from a step that has ended, and tell the observers about it and about a new plan.
-
-        **Arguments:** `is_whole`: whether the step ran all blocks.
-        """
+        """Learn from a step that has ended (`is_whole`: it ran all blocks), and tell the observers about it."""
         self._num_steps += 1
         ran, measured = self.report, monitor.measured
         profile = StepProfile(
-            target=self._state.task.target,
+            target=self.state.task.target,
             step=self._num_steps,
             predicted_peak_bytes=ran.predicted_peak_bytes,
             measured_peak_bytes=None if measured is None else measured.peak_bytes,
@@ -145,18 +116,23 @@ class ControlLoop:
             plan_summary=ran.summary,
         )
         if measured is not None and not monitor.is_disturbed:
-            self._observe(StepEnded(measured, is_whole))
-        elif self._state.phase is not Phase.STEADY and not monitor.is_lost:
-            self._observe(StepEnded(None))  # if its trace was lost, the next step is measured instead
+            self.observe(StepEnded(measured, is_whole))
+        elif self.state.phase is not Phase.STEADY and not monitor.is_lost:
+            self.observe(StepEnded(None))  # if its trace was lost, the next step is measured instead
         for observer in self._observers:
             observer.on_replay(profile)
         return profile
 
-    def _observe(self, seen: Observation) -> bool:
-        """Let the controller decide, and act on it; return whether another plan is in force."""
-        state = replace(self._state, limit=self._headroom.read())
-        self._state, decision = calibrate(state, seen, self._planner_of)
-        self._headroom.share(self._state.limit)
+    def observe(self, seen: Observation) -> bool:
+        """Let the controller decide, and act on it.
+
+        **Returns:** whether it chose a plan; if not, the plan in force stays.
+
+        **Raises:** `BudgetTooSmallError` where no plan fits any more.
+        """
+        state = replace(self.state, limit=self._headroom.read())
+        self.state, decision = calibrate(state, seen, self._planner_of)
+        self._headroom.share(self.state.limit)
         if decision is None:
             return False
         for observer in self._observers:

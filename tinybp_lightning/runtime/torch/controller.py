@@ -41,7 +41,6 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Timeline, simulate
 
 __all__ = [
-    "ActivePlan",
     "CalibrationState",
     "Decision",
     "Observation",
@@ -49,13 +48,11 @@ __all__ = [
     "OptionsMeasured",
     "OutOfMemory",
     "Phase",
-    "PlannerOf",
     "StepEnded",
     "Task",
     "calibrate",
     "small_schedule",
     "start",
-    "start_from_cache",
     "unmeasured_options",
 ]
 
@@ -84,10 +81,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ActivePlan:
-    """The plan that the next step runs.
+    """The plan that the next step runs. `optimizer_bytes`: the optimizer state that was set aside for it.
 
-    `optimizer_bytes`: the optimizer state that was set aside for it. `needs_all_options`: it exceeds the budget by
-    estimated costs, and all options must be measured before that can be said for certain.
+    `needs_all_options`: it exceeds the budget by estimated costs, so all options must be measured to be certain.
     """
 
     report: PlanReport
@@ -97,7 +93,6 @@ class ActivePlan:
 
     @property
     def schedule(self) -> Schedule:
-        """What it runs, as the planner wrote it."""
         return self.report.schedule
 
 
@@ -187,33 +182,27 @@ class Decision:
 _Next = tuple[CalibrationState, Decision | None]
 
 
-def start(task: Task, chain: Chain, limit: Limit, planner_of: PlannerOf) -> CalibrationState:
-    """Return the state before the first step of a chain that was just measured.
-
-    **Raises:** `BudgetTooSmallError` where no plan fits.
-    """
-    state = CalibrationState(task, limit, chain, chain.workspace_bytes)
-    return _with_plain_peak(_with_first_plan(state, planner_of))
-
-
-def start_from_cache(
-    task: Task, cached: MeasuredPlan, reason: str, limit: Limit, planner_of: PlannerOf
+def start(
+    task: Task, found: Chain | MeasuredPlan, limit: Limit, planner_of: PlannerOf, *, cached_from: str = "cached"
 ) -> CalibrationState:
-    """Return the state before the first step that runs a cached plan, or another one by what was learned with it.
+    """Return the state before the first step: of a chain that was just measured, or of a cached plan with its chain.
 
-    **Arguments:** `reason`: where the plan is from, for reports.
+    **Arguments:** `cached_from`: where a cached plan is from, for reports.
 
-    **Raises:** `BudgetTooSmallError` where no plan fits by the cached costs.
+    **Raises:** `BudgetTooSmallError` where no plan fits by the costs of `found`.
     """
-    chain, schedule = cached.chain, cached.plan.schedule
+    if isinstance(found, Chain):
+        state = CalibrationState(task, limit, found, found.workspace_bytes)
+        return _with_plain_peak(_with_first_plan(state, planner_of))
+    chain, schedule = found.chain, found.plan.schedule
     state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
     # If plain training seemed to fit and was not chosen, a step had shown that it does not.
-    state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > cached.plan.budget_bytes)
+    state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > found.plan.budget_bytes)
     budget_bytes = _budget(state, planner_of)
-    if cached.suits(budget_bytes):
-        state = replace(state, plan=_active_plan(state, schedule, budget_bytes, reason), cached=cached)
+    if found.suits(budget_bytes):
+        state = replace(state, plan=_active_plan(state, schedule, budget_bytes, cached_from), cached=found)
     else:
-        state = replace(state, plan=_for_budget(state, reason, planner_of))
+        state = replace(state, plan=_for_budget(state, cached_from, planner_of))
     return _with_plain_peak(state)
 
 
@@ -227,10 +216,10 @@ def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf)
     """
     decision: Decision | None
     match seen:
-        case StepEnded(measurement=None):
+        case StepEnded(measurement=StepMeasurement() as measured, is_whole=is_whole):
+            state, decision = _after_measured_step(state, measured, is_whole, planner_of)
+        case StepEnded():
             state, decision = _after_unmeasured_step(state, planner_of)
-        case StepEnded(measurement=measurement, is_whole=is_whole):
-            state, decision = _after_measured_step(state, measurement, is_whole, planner_of)
         case OptionsMeasured(chain=chain):
             state = replace(state, chain=with_measured(state.chain, chain))
             if state.phase is Phase.CALIBRATE:
@@ -247,14 +236,10 @@ def calibrate(state: CalibrationState, seen: Observation, planner_of: PlannerOf)
 
 
 def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
-    """Return the options (block and number) that must be measured before the active plan runs.
-
-    These are the estimated ones that the plan uses, or all, where no plan is known to fit. The first step's plan uses
-    measured options only.
-    """
+    """Return the options (block and number) that must be measured before the active plan runs."""
     if state.active.needs_all_options:
         return estimated_options(state.chain)
-    if state.phase is Phase.CALIBRATE:
+    if state.phase is Phase.CALIBRATE:  # the first step's plan uses measured options only
         return frozenset()
     return options_to_measure(state.chain, state.active.schedule)
 
@@ -391,10 +376,7 @@ def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> C
 def _with_residual(
     state: CalibrationState, schedule: Schedule, peak_bytes: int, *, may_shrink: bool
 ) -> CalibrationState:
-    """Learn the workspace with which the predicted peak of `schedule` is the measured `peak_bytes`.
-
-    **Arguments:** `may_shrink`: whether a smaller workspace is learned too.
-    """
+    """Learn the workspace with which `schedule` is predicted to peak at `peak_bytes`; a smaller one if `may_shrink`."""
     residual_bytes = peak_bytes - simulate(state.chain, schedule).peak_bytes
     if residual_bytes <= 0 and not may_shrink:
         return state
@@ -415,10 +397,7 @@ def _plain_peak(state: CalibrationState) -> int:
 
 
 def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> CalibrationState:
-    """Choose the plan of the first step, and leave a margin for what the model does not see. See Note [Calibration].
-
-    It uses measured options only: it runs once, and is small enough where it fits.
-    """
+    """Choose the plan of the first step (Note [Calibration]), by measured options only: it runs once."""
     part = measured_part(replace(state.chain, workspace_bytes=state.base_bytes))
     plain_bytes = _plain_peak(state)
     budget_bytes = state.limit.bytes_for(plain_bytes)
@@ -465,10 +444,7 @@ def _budget(state: CalibrationState, planner_of: PlannerOf) -> int:
 
 
 def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) -> tuple[Schedule, bool]:
-    """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits.
-
-    **Raises:** `BudgetTooSmallError`, in terms of the user's budget, where none fits and all options are measured.
-    """
+    """Return the fastest schedule within the budget, and whether all options must be measured to know if any fits."""
     planner = planner_of(state.chain)
     try:
         return prefer_measured(planner.plan(budget_bytes=budget_bytes), state.chain, planner_of).schedule, False
@@ -481,25 +457,20 @@ def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) 
 def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -> BudgetTooSmallError:
     """Return the planner's error in terms of the user's budget, of which `budget_bytes` were left to plan with."""
     budget = task.budget
-    taken_bytes = 0 if budget.size_bytes is None else max(0, budget.size_bytes - budget_bytes)
-    smallest_bytes = error.smallest_bytes + taken_bytes
+    user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
+    smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
+    message = (
+        f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{task.target}`: the smallest "
+        f"plan for this step needs {smallest_bytes} bytes, set by {error.bottleneck}. Raise the budget or lower the "
+        "batch size."
+    )
     return BudgetTooSmallError(
-        f"`{budget.kind.value}={budget.text!r}` ({budget_bytes + taken_bytes} bytes) cannot be met by "
-        f"`{task.target}`: the smallest plan for this step needs {smallest_bytes} bytes, set by "
-        f"{error.bottleneck}. Raise the budget or lower the batch size.",
-        budget_bytes=budget_bytes + taken_bytes,
-        smallest_bytes=smallest_bytes,
-        bottleneck=error.bottleneck,
+        message, budget_bytes=user_bytes, smallest_bytes=smallest_bytes, bottleneck=error.bottleneck
     )
 
 
 def _active_plan(
-    state: CalibrationState,
-    schedule: Schedule,
-    budget_bytes: int,
-    reason: str,
-    *,
-    needs_all_options: bool = False,
+    state: CalibrationState, schedule: Schedule, budget_bytes: int, reason: str, *, needs_all_options: bool = False
 ) -> ActivePlan:
     timeline = simulate(state.chain, schedule)
     report = PlanReport(

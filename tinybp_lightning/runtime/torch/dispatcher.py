@@ -22,6 +22,7 @@ from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
+from tinybp_lightning.runtime.torch.controller import OutOfMemory
 from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
@@ -40,18 +41,11 @@ _MAX_TRACES = 8
 class Target:
     """One module trained under height-compressed backpropagation: its traced graphs, or its module steps."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        plain: Callable[..., Any],
-        config: HCBConfig,
-        observers: Sequence[Observer],
-        memory: TargetMemory,
-    ) -> None:
-        self.name = type(module).__name__
+    def __init__(self, module: nn.Module, plain: Callable[..., Any], context: TargetContext) -> None:
+        self.name = context.name
         self._module = module
         self._plain = plain
-        self._context = TargetContext(self.name, config, tuple(observers), memory, PlanCache(config))
+        self._context = context
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
@@ -112,8 +106,8 @@ class Target:
         return 0 if self._control is None else self._control.smallest_bytes
 
     def tighten(self, share: float) -> bool:
-        """Tighten the plans of the inputs last seen, as `ControlLoop.tighten` does; return whether one changed."""
-        return self._control is not None and self._control.tighten(share)
+        """Lower the peak of the plan for the inputs last seen by `share`, if a plan can, and cap all later ones."""
+        return self._control is not None and self._control.observe(OutOfMemory(share))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
@@ -188,6 +182,13 @@ class Dispatcher:
     that of everything that is trained together with the module, if the budget counts it.
     """
 
+    # What a copy begins with.
+    observers: tuple[Observer, ...] = ()
+    target: Target | None = None
+    step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
+    _on_claim: "Callable[[Dispatcher], None] | None" = None
+    _optimizer_state: OptimizerState | None = None
+
     def __init__(
         self,
         module: nn.Module,
@@ -202,8 +203,6 @@ class Dispatcher:
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
-        self.target: Target | None = None
-        self.step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
         module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,8 +216,9 @@ class Dispatcher:
             refuse_unrepeatable(self.module)
             if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
                 self._optimizer_state = OptimizerState(self.module.parameters())  # the module was copied or unpickled
-            memory = TargetMemory(self._optimizer_state)
-            self.target = Target(self.module, self.plain, self.config, self.observers, memory)
+            name, memory = type(self.module).__name__, TargetMemory(self._optimizer_state)
+            context = TargetContext(name, self.config, self.observers, memory, PlanCache(self.config))
+            self.target = Target(self.module, self.plain, context)
             if self._on_claim is not None:
                 self._on_claim(self)
         refuse_capture()
@@ -234,8 +234,7 @@ class Dispatcher:
         """The forward that was there before."""
         if self._own_forward is not None:
             return self._own_forward
-        forward = cast("Callable[..., Any]", type(self.module).forward)
-        return MethodType(forward, self.module)
+        return MethodType(cast("Callable[..., Any]", type(self.module).forward), self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -244,9 +243,8 @@ class Dispatcher:
     def remove(self) -> None:
         """Put the module's forward back as it was."""
         if self.module.__dict__.get("forward") is self:
-            if self._own_forward is None:
-                del self.module.__dict__["forward"]
-            else:
+            del self.module.__dict__["forward"]
+            if self._own_forward is not None:
                 self.module.__dict__["forward"] = self._own_forward
         if self.target is not None:
             self.target.close()
@@ -261,12 +259,7 @@ class Dispatcher:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
         self.config = state["config"]
-        self.observers = ()
         self._own_forward = state["own_forward"]
-        self._on_claim = None
-        self._optimizer_state = None
-        self.target = None
-        self.step_snapshot = None
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:

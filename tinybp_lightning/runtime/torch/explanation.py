@@ -13,17 +13,7 @@ from tinybp_lightning.config import Costs
 from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.runtime.profile import PlanCounts, PlanReport
 from tinybp_lightning.runtime.torch.api import targets
-from tinybp_lightning.schedule import (
-    Certificate,
-    Pareto,
-    Plan,
-    Schedule,
-    certify,
-    keep_all,
-    pareto,
-    simulate,
-    to_text,
-)
+from tinybp_lightning.schedule import Certificate, Pareto, Plan, certify, keep_all, pareto, simulate, to_text
 from tinybp_lightning.schedule.arguments import check_path
 
 __all__ = ["Explanation", "explain"]
@@ -164,19 +154,16 @@ def _plan_data(plan: PlanReport) -> dict[str, object]:
 
 
 def _plot_plan(panel: Any, plan: PlanReport) -> None:
-    _plot_schedule(panel, plan, keep_all(plan.chain), "plain training", "0.7")
-    _plot_schedule(panel, plan, plan.schedule, "this plan", "tab:blue")
+    shown = ((keep_all(plan.chain), "plain training", "0.7"), (plan.schedule, "this plan", "tab:blue"))
+    for schedule, label, color in shown:
+        moments = simulate(plan.chain, schedule).moments
+        times = [t * 1e3 for m in moments for t in (m.start_s, m.end_s)]
+        sizes = [s / _MIB for m in moments for s in (m.peak_bytes, m.peak_bytes)]
+        panel.fill_between(times, sizes, step=None, alpha=0.35, color=color, linewidth=0)
+        panel.plot(times, sizes, color=color, linewidth=1, label=label)
     panel.axhline(plan.budget_bytes / _MIB, color="tab:red", linestyle="--", linewidth=1, label="budget")
     panel.set_title(plan.summary, fontsize=9)
     panel.set_xlabel("time in the step, predicted (ms)")
     panel.set_ylabel("activations (MiB)")
     panel.set_ylim(bottom=0)
     panel.legend(loc="upper right", fontsize=8)
-
-
-def _plot_schedule(panel: Any, plan: PlanReport, schedule: Schedule, label: str, color: str) -> None:
-    moments = simulate(plan.chain, schedule).moments
-    times = [t * 1e3 for m in moments for t in (m.start_s, m.end_s)]
-    sizes = [s / _MIB for m in moments for s in (m.peak_bytes, m.peak_bytes)]
-    panel.fill_between(times, sizes, step=None, alpha=0.35, color=color, linewidth=0)
-    panel.plot(times, sizes, color=color, linewidth=1, label=label)

@@ -19,15 +19,7 @@ from tinybp_lightning.graph.chain import Block, Boundary, Chain
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph
 
-__all__ = [
-    "blocks_of_modules",
-    "has_kept",
-    "is_kept",
-    "keep",
-    "pin_chain",
-    "pinned_paths",
-    "synchronises_ranks",
-]
+__all__ = ["blocks_of_modules", "is_kept", "keep", "pin_chain", "pinned_paths", "synchronises_ranks"]
 
 M = TypeVar("M", bound=nn.Module)
 _MARK = "_tbp_is_kept"
@@ -60,11 +52,6 @@ def is_kept(module: nn.Module) -> bool:
     return getattr(module, _MARK, False) is True
 
 
-def has_kept(module: nn.Module) -> bool:
-    """Return whether `module` or a part of it was marked."""
-    return any(is_kept(part) for part in module.modules())
-
-
 def synchronises_ranks(module: nn.Module) -> bool:
     """Return whether `module` has a `SyncBatchNorm` that talks to other ranks: they would not answer a replay."""
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -74,11 +61,8 @@ def synchronises_ranks(module: nn.Module) -> bool:
 def pinned_paths(root: nn.Module) -> tuple[str, ...]:
     """Return every path under `root` to a module that runs once; `""` is `root` itself."""
     parts = cast("Iterator[tuple[str, nn.Module]]", root.named_modules(remove_duplicate=False))
-    return tuple(
-        path
-        for path, part in parts
-        if is_kept(part) or (isinstance(part, nn.SyncBatchNorm) and synchronises_ranks(part))
-    )
+    syncs = synchronises_ranks(root)
+    return tuple(path for path, part in parts if is_kept(part) or (isinstance(part, nn.SyncBatchNorm) and syncs))
 
 
 def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: Collection[str]) -> frozenset[int]:
@@ -89,12 +73,8 @@ def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: C
     return frozenset(
         block
         for block, (start, stop) in enumerate(spans)
-        if any(_is_below(node.module, path) for node in graph.nodes[start:stop] for path in paths)
+        if any(not path or f"{n.module}.".startswith(f"{path}.") for n in graph.nodes[start:stop] for path in paths)
     )
-
-
-def _is_below(module: str, path: str) -> bool:
-    return not path or module == path or module.startswith(f"{path}.")
 
 
 def pin_chain(chain: Chain, blocks: Collection[int]) -> Chain:

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Generator, Hashable
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -12,21 +13,21 @@ from tinybp_lightning.errors import HCBWarning
 __all__ = ["PlanningProgress", "WarnOnce", "planning_progress"]
 
 
+@dataclass(frozen=True, slots=True)
 class PlanningProgress:
     """Shows the stages of planning: `tracing`, `compiling`, `measuring` block by block, `planning`."""
 
-    def __init__(self, bar: Progress, task: TaskID, target: str) -> None:
-        self._bar = bar
-        self._task = task
-        self._target = target
+    bar: Progress
+    task: TaskID
+    target: str
 
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin a stage of `total` parts (unknown if `None`)."""
-        self._bar.reset(self._task, total=total, description=f"hcb: {name} {self._target}")
+        self.bar.reset(self.task, total=total, description=f"hcb: {name} {self.target}")
 
     def advance(self, done: int, total: int) -> None:
         """Show that `done` of `total` parts are ready."""
-        self._bar.update(self._task, completed=done, total=total)
+        self.bar.update(self.task, completed=done, total=total)
 
 
 @contextlib.contextmanager

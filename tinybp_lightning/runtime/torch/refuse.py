@@ -44,26 +44,21 @@ def refuse_wrong_options(config: object, observers: object, *, discover: object)
 def refuse_unsupported(root: nn.Module) -> None:
     """Raise `UnsupportedModuleError` if `root` has a part of a kind that the engine does not train."""
     for name, part in cast("Iterator[tuple[str, nn.Module]]", root.named_modules()):
-        kind = type(part).__name__
-        shown = f"`{name}` (`{kind}`)" if name else f"`{kind}`"
-        if isinstance(part, torch.jit.ScriptModule):
-            raise UnsupportedModuleError(
-                f"{shown} is TorchScript, which runs outside of Python: pass the eager module."
-            )
-        if isinstance(part, nn.DataParallel):
-            raise UnsupportedModuleError(
-                f"{shown} copies its module in every forward, and each copy would need a plan: use "
-                "DistributedDataParallel."
-            )
-        if type(part).__module__.startswith("torch.ao.nn.quantized"):
-            raise UnsupportedModuleError(
-                f"{shown} is quantised and has no backward: train the float module and quantise it afterwards."
-            )
-        if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
-            raise UnsupportedModuleError(
-                f"{shown} observes ranges while it runs, and a replay would update them again: leave it out "
-                "of the module that is put under the budget."
-            )
+        if (why := _why_unsupported(part)) is not None:
+            kind = type(part).__name__
+            raise UnsupportedModuleError(f"`{name}` (`{kind}`) {why}" if name else f"`{kind}` {why}")
+
+
+def _why_unsupported(part: nn.Module) -> str | None:
+    if isinstance(part, torch.jit.ScriptModule):
+        return "is TorchScript, which runs outside of Python: pass the eager module."
+    if isinstance(part, nn.DataParallel):
+        return "copies its module in every forward, and each copy would need a plan: use DistributedDataParallel."
+    if type(part).__module__.startswith("torch.ao.nn.quantized"):
+        return "is quantised and has no backward: train the float module and quantise it afterwards."
+    if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
+        return "observes ranges while it runs, and a replay would update them again: leave it out of the module."
+    return None
 
 
 def refuse_capture() -> None:
@@ -85,12 +80,11 @@ def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:
 def refuse_unrepeatable(module: nn.Module) -> None:
     """Raise `UnsupportedModuleError` if some part of `module` cannot be run twice with the same result, or at all."""
     refuse_unsupported(module)
-    parts = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
-    for name, part in parts:
+    for name, part in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
         parameter = next(part.parameters(), None)
         if parameter is not None and redraws_dropout(part, parameter.device):
             raise UnsupportedModuleError(
-                f"`{name or module.__class__.__name__}` is `{part.extra_repr()}` "
-                "on CUDA: cuDNN cannot draw its dropout mask again, so a replay would give "
-                "wrong gradients. Stack single-layer recurrent layers with nn.Dropout between them."
+                f"`{name or module.__class__.__name__}` is `{part.extra_repr()}` on CUDA: cuDNN cannot draw its "
+                "dropout mask again, so a replay would give wrong gradients. Stack single-layer recurrent layers with "
+                "nn.Dropout between them."
             )

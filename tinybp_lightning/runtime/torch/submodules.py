@@ -23,15 +23,14 @@ from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.calls import CallCost, DroppedStep, LargestStep
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import Task
-from tinybp_lightning.runtime.torch.kept_modules import has_kept, is_kept, synchronises_ranks
+from tinybp_lightning.runtime.torch.kept_modules import is_kept, synchronises_ranks
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
 from tinybp_lightning.runtime.torch.replay.ambient import autocast_now, device_type_of, random_state_now
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
-from tinybp_lightning.runtime.torch.side_effects import changed_state, python_state
+from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state
 from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
@@ -68,11 +67,10 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
 
     def is_split(module: nn.Module) -> bool:
         inside = [c for c in module.modules() if c is not module]
-        if not sharded and any(is_kept(c) for c in inside):
-            return True
         if sharded:
             return not _is_sharded(module) and any(_is_sharded(c) for c in inside)
-        return isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
+        is_repeated = isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
+        return is_repeated or any(is_kept(c) for c in inside)
 
     def visit(name: str, module: nn.Module) -> None:
         if id(module) in seen or is_kept(module) or next(module.parameters(), None) is None:
@@ -81,7 +79,7 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
         if is_split(module):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}", child)
-        elif not sharded or (_is_sharded(module) and not has_kept(module)):
+        elif not sharded or (_is_sharded(module) and not any(is_kept(m) for m in module.modules())):
             units[name] = module
 
     for child_name, child in root.named_children():
@@ -109,10 +107,7 @@ class _Unit:
 
 @dataclass(eq=False)
 class _ModuleBlock:
-    """One call of a unit, runnable again. `is_random` until the first run has shown that it draws nothing.
-
-    `volatile`: the buffers that a run may change.
-    """
+    """One call of a unit, runnable again. `volatile`: the buffers that a run may change."""
 
     name: str
     unit: _Unit
@@ -120,7 +115,7 @@ class _ModuleBlock:
     externals: NonBoundaryInputs
     devices: Sequence[torch.device]
     volatile: set[str]
-    is_random: bool = True
+    is_random: bool = True  # until the first run has shown that it draws nothing
     is_out_of_place: bool = False  # nobody has looked
     snapshots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     result: Any = None
@@ -207,7 +202,13 @@ class ModuleSteps:
             self._monitor.abandon()
         device = self._parameters[0].device
         self._open = forward = _OpenForward()
-        self._monitor = monitor = self._begin(device)
+        if self.control is not None:
+            monitor = self.control.begin_step(self._parameters)
+        else:
+            stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
+            budget = self._context.config.budget
+            monitor = StepMonitor(device, self._parameters, budget, wants_trace=self._has_blocks)
+        self._monitor = monitor
         try:
             result = self._plain(*args, **kwargs)
         except BaseException:
@@ -219,12 +220,6 @@ class ModuleSteps:
         calls, stats = forward.calls, [run.stats for run in forward.runs]
         monitor.forward_ended(outputs, lambda monitor: self._ended(monitor, calls, stats, device))
         return result
-
-    def _begin(self, device: torch.device) -> StepMonitor:
-        if self.control is not None:
-            return self.control.begin_step(self._parameters)
-        stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
-        return StepMonitor(device, self._parameters, self._context.config.budget, wants_trace=self._has_blocks)
 
     def _ended(self, monitor: StepMonitor, calls: list[CallCost], stats: list[RunStats], device: torch.device) -> None:
         largest = self._largest.with_calls(calls).without(self._kept)
@@ -254,17 +249,11 @@ class ModuleSteps:
     def _plan_for(self, largest: LargestStep, device: torch.device) -> None:
         """Plan for the largest step that has been seen; if no plan fits, the last one stays in force."""
         context, tensors = self._context, [*self._parameters, *self._module.buffers()]
-        self.control = ControlLoop(
-            Task(context.name, context.config.budget),
-            largest.chain(self._dropped),
-            headroom=Headroom(context.config, device, tensors, context.memory),
-            device=device,
-            observers=context.observers,
-        )
+        headroom = Headroom(context.config, device, tensors, context.memory)
+        self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
         self._largest = largest
 
     def _interceptor(self, unit: _Unit) -> Callable[..., Any]:
-        """Return what stands in the unit's `_compiled_call_impl`."""
         return lambda *args, **kwargs: self._intercept(unit, args, kwargs)
 
     def _intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
@@ -274,7 +263,9 @@ class ModuleSteps:
             return unit.impl(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         started = time.perf_counter()
-        cost = CallCost(unit.name, forward.num_calls[unit.name], sum(map(_size_bytes, leaves)))
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        input_bytes = sum(t.numel() * t.element_size() for t in tensors)  # a sparse tensor counts as dense
+        cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
         forward.num_calls[unit.name] += 1
         forward.calls.append(cost)
         if self._keeps(cost) or not self._is_replayable(unit, leaves):
@@ -297,7 +288,7 @@ class ModuleSteps:
         autocast, checks = autocast_now(device_type_of(devices)), self._context.config.check
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time, checks=checks)
         forward.runs.append(run)
-        before = python_state(module) if first_time else {}
+        before: PythonState = python_state(module) if first_time else {}
         run.begin(leaves)
         run.sweep(block, list(leaves))
         result, block.result = block.result, None
@@ -331,11 +322,6 @@ class ModuleSteps:
             ("not replayed", unit.name), f"`{self._context.name}.{unit.name}` is not replayed: it {why}."
         )
         return False
-
-
-def _size_bytes(leaf: Any) -> int:
-    """Return the bytes of a tensor's elements, counting a sparse one as dense; 0 for anything else."""
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else 0
 
 
 def _sum(stats: Sequence[RunStats]) -> RunStats:

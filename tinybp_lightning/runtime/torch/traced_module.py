@@ -26,7 +26,7 @@ from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import Task, unmeasured_options
+from tinybp_lightning.runtime.torch.controller import OptionsMeasured, unmeasured_options
 from tinybp_lightning.runtime.torch.executors import EXECUTORS
 from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
@@ -72,15 +72,11 @@ class _Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The graph's pieces, prepared for one autocast; gradients that are there change no kernel.
-
-    `pinned`: blocks that run once. `key`: for the plan cache; `None` with pinned blocks, as the planner then sees
-    another chain than the program's own.
-    """
+    """The graph's pieces, prepared for one autocast. `pinned`: blocks that run once."""
 
     program: Program
     pinned: frozenset[int]
-    key: ProgramKey | None
+    key: ProgramKey | None  # `None` with pinned blocks: the planner then sees another chain than the program's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +90,12 @@ class _Planned:
 
 
 class TracedModule:
-    """One captured graph, planned on its first call.
+    """One captured graph, planned on its first call. `pinned_paths`: of the modules that run once."""
 
-    **Arguments:** `kept`: the paths of the modules that run once.
-    """
-
-    def __init__(self, module: fx.GraphModule, context: TargetContext, kept: Sequence[str] = ()) -> None:
+    def __init__(self, module: fx.GraphModule, context: TargetContext, pinned_paths: Sequence[str] = ()) -> None:
         self._module = module
         self._context = context
-        self._kept = tuple(kept)
+        self._pinned_paths = pinned_paths
         self._executor = EXECUTORS[context.config.executor]
         self._constants = _constants(module)
         self._cut: Cut | None = None
@@ -192,22 +185,25 @@ class TracedModule:
     def _plan(self, forward: _Forward, *, may_trace: bool) -> _Planned | None:
         """Start the control loop of a situation; return `None` if nothing is known and nothing can be measured now.
 
-        **Arguments:** `may_trace`: whether this thread holds the lock. Another thread that holds it may release it and
-        take it again while this one measures.
+        Without `may_trace`, another thread holds the lock, and may take it again while this one measures.
         """
         context = self._context
         headroom = Headroom(context.config, forward.device, forward.tensors, context.memory)
         with planning_progress(context.name) as progress:
             pieces = self._prepared(forward, headroom, progress)
             planned = self._planned.setdefault(forward.situation, _Planned(pieces))
-            entry = self._cache_entry(pieces, forward)
-            loop = partial(
-                ControlLoop,
-                Task(context.name, context.config.budget, Costs(context.config.costs)),
-                headroom=headroom,
-                device=forward.device,
-                observers=context.observers,
-            )
+            entry = None
+            if pieces.key is not None:
+                key = plan_key(
+                    pieces.key,
+                    context.config,
+                    device=forward.device,
+                    autocast=forward.situation.autocast,
+                    has_gradients=forward.situation.has_gradients,
+                )
+                entry = context.plans.look_up(pieces.program, pieces.key.layout, key)
+            costs = Costs(context.config.costs)
+            loop = partial(ControlLoop, context, headroom=headroom, device=forward.device, costs=costs)
             progress.stage("planning")
             control = None if entry is None else self._from_cache(loop, entry, headroom)
             if control is None:
@@ -239,7 +235,8 @@ class TracedModule:
         prepared = self._executor.prepare(self._preparation(program, forward, progress))
         if prepared is not program:
             self._context.plans.num_compiled += 1
-        pinned = blocks_of_modules(program.graph, [(p.span.start, p.span.stop) for p in program.pieces], self._kept)
+        spans = [(p.span.start, p.span.stop) for p in program.pieces]
+        pinned = blocks_of_modules(program.graph, spans, self._pinned_paths)
         pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
         self._pieces[forward.situation.autocast] = pieces
         return pieces
@@ -300,22 +297,8 @@ class TracedModule:
                 progress.stage("compiling", total=len(program.pieces))
                 self._executor.prepare_options(self._preparation(program, forward, progress), wanted)
                 if unmeasured:
-                    control.learn_options(self._measure(planned, forward, progress))
+                    control.observe(OptionsMeasured(self._measure(planned, forward, progress)))
         return planned
-
-    def _cache_entry(self, pieces: _Pieces, forward: _Forward) -> CacheEntry | None:
-        """Return what the cache knows of the program in this situation; `None` for one that is not cached."""
-        if pieces.key is None:
-            return None
-        situation = forward.situation
-        key = plan_key(
-            pieces.key,
-            self._context.config,
-            device=forward.device,
-            autocast=situation.autocast,
-            has_gradients=situation.has_gradients,
-        )
-        return self._context.plans.look_up(pieces.program, pieces.key.layout, key)
 
     def _from_cache(
         self, loop: Callable[..., ControlLoop], entry: CacheEntry, headroom: Headroom
@@ -346,7 +329,7 @@ _ARGUMENT = object()
 
 
 def _constants(module: fx.GraphModule) -> list[Any]:
-    """Return the graph's inputs in the order of `Graph.inputs`: constants, and `_ARGUMENT` where Dynamo passes one."""
+    """Return the graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one."""
     constants: list[Any] = []
     for n in module.graph.nodes:
         if n.op == "placeholder":

@@ -9,7 +9,7 @@ from tests.unit.schedule.chains_by_hand import transformer_chain
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Block, Chain, SavedSet
 from tinybp_lightning.graph.ids import OptionId
-from tinybp_lightning.runtime.torch.controller import unmeasured_options
+from tinybp_lightning.runtime.torch.controller import OptionsMeasured, unmeasured_options
 from tinybp_lightning.runtime.torch.executors.options import (
     estimated_options,
     measured_part,
@@ -169,7 +169,7 @@ def test_a_later_plan_too_has_all_options_measured_before_a_budget_is_called_too
     known = measured_plan(estimated, keep_all(estimated), headroom_bytes=2 * Planner(estimated).largest_bytes)
     control = control_loop_of(known, budget_bytes)
     assert unmeasured_options(control.state) == estimated_options(estimated)
-    control.learn_options(measured)
+    control.observe(OptionsMeasured(measured))
     assert control.report.predicted_peak_bytes <= budget_bytes
 
 
@@ -182,11 +182,11 @@ def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
     budget_bytes = int(1.05 * smallest_bytes)
     control = control_loop_of(estimated, budget_bytes)
     assert unmeasured_options(control.state) == estimated_options(estimated)
-    control.learn_options(measured)
+    control.observe(OptionsMeasured(measured))
     assert not unmeasured_options(control.state)
     assert control.report.predicted_peak_bytes <= budget_bytes
 
     control = control_loop_of(estimated, smallest_bytes // 2)
     with pytest.raises(BudgetTooSmallError) as caught:
-        control.learn_options(measured)
+        control.observe(OptionsMeasured(measured))
     assert caught.value.smallest_bytes == pytest.approx(1.03 * smallest_bytes, rel=0.01)

@@ -8,8 +8,4 @@ from tinybp_lightning.runtime.torch.executors.inductor import InductorExecutor
 
 __all__ = ["EXECUTORS"]
 
-EXECUTORS: Mapping[str, Executor] = {
-    "auto": EagerExecutor(),
-    "eager": EagerExecutor(),
-    "inductor": InductorExecutor(),
-}
+EXECUTORS: Mapping[str, Executor] = {"auto": EagerExecutor(), "eager": EagerExecutor(), "inductor": InductorExecutor()}

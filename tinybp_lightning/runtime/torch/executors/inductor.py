@@ -21,7 +21,7 @@ Private API: `torch._functorch.partitioners`, `torch._inductor.compile_fx.compil
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,43 +55,35 @@ class InductorExecutor(Executor):
         return Cut(cut_program(capture.module, capture.graph, granularity=Granularity.COARSE))
 
     def prepare(self, asked: Preparation) -> Program:
-        """Return the program with every piece compiled.
-
-        Runs each piece once, so that it is compiled here and not under the engine's hooks. Generators are put back.
-        """
-        program = asked.program
-        num_equal = Counter(piece.span.signature for piece in program.pieces)
+        """Return the program compiled: each piece runs once, so that it is not compiled under the engine's hooks."""
+        pieces = asked.program.pieces
+        num_equal = Counter(piece.span.signature for piece in pieces)
         compiled: dict[tuple[Any, ...], tuple[Call, ...]] = {}
-        pieces: list[Piece] = []
+        keys: list[tuple[Any, ...]] = []
 
         def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
-            key = _key(piece, arguments)
+            keys.append(key := _key(piece, arguments))
             if key not in compiled:
                 further = _further_options(piece, arguments) if num_equal[piece.span.signature] > 1 else ()
                 compiled[key] = (_compile(piece, arguments, None), *further)
-            pieces.append(replace(piece, calls=compiled[key], is_compiled=True))
-            asked.on_piece(len(pieces), len(program.pieces))
             return compiled[key][0]
 
-        _walk(program.pieces, asked, visit)
-        return replace(program, pieces=tuple(pieces))
+        _walk(pieces, asked, visit)
+        ready = (replace(p, calls=compiled[key], is_compiled=True) for p, key in zip(pieces, keys, strict=True))
+        return replace(asked.program, pieces=tuple(ready))
 
     def prepare_options(self, asked: Preparation, wanted: Collection[tuple[int, int]]) -> None:
         """Compile the options in `wanted`, for all equal pieces."""
-        pieces = asked.program.pieces[: max((i for i, _ in wanted), default=-1) + 1]
-        done = 0
+        pieces = asked.program.pieces
+        calls = {pieces[i].calls[option] for i, option in wanted}
 
         def visit(piece: Piece, arguments: Sequence[Any]) -> Call:
-            nonlocal done
-            for i, option in sorted(wanted):
-                call = piece.calls[option] if i == done else None
-                if isinstance(call, _FurtherOption) and not call.is_compiled:
-                    call.compile(arguments)
-            done += 1
-            asked.on_piece(done, len(pieces))
+            for call in piece.calls:
+                if call in calls and isinstance(call, _FurtherOption) and call.compiled is None:
+                    call.compiled = _compile(piece, arguments, call.share)
             return piece.calls[0]
 
-        _walk(pieces, asked, visit)
+        _walk(pieces[: max((i for i, _ in wanted), default=-1) + 1], asked, visit)
 
     def forecast(self, call: Call) -> Forecast | None:
         """Return the forecast of a further option."""
@@ -99,32 +91,24 @@ class InductorExecutor(Executor):
 
     def is_ready(self, call: Call) -> bool:
         """Return whether `call` is compiled."""
-        return call.is_compiled if isinstance(call, _FurtherOption) else True
+        return not isinstance(call, _FurtherOption) or call.compiled is not None
 
     def code_of(self, piece: Piece) -> Hashable:
         """Return the compiled functions: pieces of one signature may differ in constants or strides."""
         return piece.calls
 
 
+@dataclass(eq=False)
 class _FurtherOption:
     """An option of all equal pieces. It has a forecast from the beginning, and can be called once it is compiled."""
 
-    def __init__(self, piece: Piece, share: float, forecast: Forecast) -> None:
-        self._piece = piece
-        self._share = share
-        self._call: Call | None = None
-        self.forecast = forecast
-
-    @property
-    def is_compiled(self) -> bool:
-        return self._call is not None
-
-    def compile(self, arguments: Sequence[Any]) -> None:
-        self._call = _compile(self._piece, arguments, self._share)
+    share: float
+    forecast: Forecast
+    compiled: Call | None = None
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
-        assert self._call is not None, "options are compiled before a step uses them"
-        return self._call(arguments)
+        assert self.compiled is not None, "options are compiled before a step uses them"
+        return self.compiled(arguments)
 
 
 def _walk(pieces: Sequence[Piece], asked: Preparation, visit: Callable[[Piece, Sequence[Any]], Call]) -> None:
@@ -132,12 +116,13 @@ def _walk(pieces: Sequence[Piece], asked: Preparation, visit: Callable[[Piece, S
     values, random = asked.externals().values, random_state_now(asked.devices)
     try:
         state: list[Any] = []
-        for piece in pieces:
+        for done, piece in enumerate(pieces, start=1):
             arguments = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in piece.reads]
             call = visit(piece, arguments)
             with torch.enable_grad():
                 made = call(list(arguments))
             state = [_leaf(made[s.index] if s.origin == MADE else state[s.index]) for s in piece.state]
+            asked.on_piece(done, len(pieces))
     finally:
         set_random_state(random)
 
@@ -150,10 +135,10 @@ def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[Call, ...]
     """Return the options beside option 0. Those that cannot be forecast are compiled at once."""
     if not all(t.device.type in _OPTION_DEVICES for t in arguments if isinstance(t, torch.Tensor)):
         return ()
-    forecasts = _forecasts(_unboxed(piece.module), arguments, _parameters(piece, arguments))
+    forecasts = _forecasts(piece, arguments)
     if forecasts is None:
         return tuple(_compile(piece, arguments, share) for share in _SHARES)
-    return tuple(_FurtherOption(piece, share, f) for share, f in zip(_SHARES, forecasts, strict=True))
+    return tuple(_FurtherOption(share, forecast) for share, forecast in zip(_SHARES, forecasts, strict=True))
 
 
 def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> Call:
@@ -193,28 +178,24 @@ def _key(piece: Piece, arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _unboxed(module: fx.GraphModule) -> fx.GraphModule:
-    """Return the same graph with ordinary arguments, as the compiler expects, and values named by position.
-
-    The tracer numbers names through the whole forward, so the code of equal pieces would differ.
-    """
+    """Return the same graph with ordinary arguments, as the compiler expects, and values named by position."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for position, node in enumerate(module.graph.nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+        # The tracer numbers names through the whole forward, so the code of equal pieces would differ.
         name = node.name if node.op == "placeholder" else f"v{position}"
         copied[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         copied[node].meta = dict(node.meta)
     return fx.GraphModule(module, graph)
 
 
-def _forecasts(
-    module: fx.GraphModule, arguments: Sequence[Any], parameters: frozenset[int]
-) -> tuple[Forecast, ...] | None:
+def _forecasts(piece: Piece, arguments: Sequence[Any]) -> tuple[Forecast, ...] | None:
     """Return one forecast for each further option, or `None` for a piece whose partition does not show them.
 
     That is a piece without backward, one that changes its arguments, and one that the compiler gives more arguments.
     """
-    tracer = _Tracer()
+    module, tracer = _unboxed(piece.module), _Tracer()
     compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
     with inductor_config.patch(custom_partitioner_fn=tracer), functorch_config.patch(enable_autograd_cache=False):
         compile_graph(module, list(arguments), inner_compile=_uncompiled)
@@ -230,7 +211,7 @@ def _forecasts(
     repeated_anyway = repeated_share(plain_forward, plain_backward)
     forecasts: list[Forecast] = []
     for share in _SHARES:
-        forward, backward = ClosurePartitioner(share, parameters)(_copy(joint), (), **options)
+        forward, backward = ClosurePartitioner(share, _parameters(piece, arguments))(_copy(joint), (), **options)
         repeats = max(0.0, repeated_share(forward, backward) - repeated_anyway)
         forecasts.append(Forecast(*_saved(forward, len(returned)), repeats))
     return tuple(forecasts)

@@ -1,9 +1,8 @@
 """Choose what a compiled block saves: the ops that a closure selects, instead of torch's own partitioner.
 
-AOTAutograd traces forward and backward of a block together and lets a partitioner divide the joint graph. Ours
-describes the forward's ops (`BlockOps`), takes a corner of `saved_ops_frontier` and tags every op that backward needs
-as saved or recomputed. Torch's partitioner obeys the tags and does the rest. Random ops are never repeated: their
-results are saved.
+AOTAutograd lets a partitioner divide the joint graph of forward and backward. Ours takes a corner of
+`saved_ops_frontier` and tags every op that backward needs as saved or recomputed; torch's partitioner obeys the tags.
+Random ops are never repeated: their results are saved.
 
 Private API: `torch._functorch.partitioners`, `torch._inductor.custom_graph_pass` (torch 2.11 to 2.14).
 """

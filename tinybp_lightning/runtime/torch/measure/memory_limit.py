@@ -169,7 +169,13 @@ class Headroom:
 
     def __call__(self, plain_peak_bytes: int) -> int:
         """Return the headroom, given the predicted peak of plain training."""
-        return self.read().bytes_for(self._shared.largest_plain_peak(plain_peak_bytes))
+        budget = self._budget
+        if budget.kind is BudgetKind.ACTIVATION:
+            if budget.fraction is None:
+                return budget.size_bytes or 0
+            return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
+        taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
+        return limit_bytes(budget, self._device) - taken_bytes
 
     @property
     def cap_bytes(self) -> int | None:
@@ -195,10 +201,9 @@ class Headroom:
 
     def read(self) -> Limit:
         """Return the limit as it is now."""
-        size_bytes, fraction = self._budget.size_bytes, self._budget.fraction
-        if self._budget.kind is BudgetKind.MEMORY:
-            taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
-            size_bytes, fraction = limit_bytes(self._budget, self._device) - taken_bytes, None
+        budget = self._budget
+        fraction = budget.fraction if budget.kind is BudgetKind.ACTIVATION else None
+        size_bytes = None if fraction is not None else self(0)
         largest_bytes = self._shared.largest_plain_peak(0)
         return Limit(size_bytes, fraction, largest_bytes, self._shared.cap_bytes, self.optimizer_bytes)
 
