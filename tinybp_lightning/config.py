@@ -8,7 +8,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -33,11 +33,7 @@ __all__ = [
 MAX_LIVE_GRAPHS = 16
 """How many graphs of one module (one for each shape of its inputs) hold plans and compiled pieces at a time."""
 
-_UNITS = {
-    "B": 1,
-    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", start=1)},
-    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", start=1)},
-}
+_UNITS = {"B": 1} | {f"{p}{b}": k**i for b, k in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", start=1)}
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([A-Za-z%]*)\s*", re.IGNORECASE)
 _FORMS = 'an int (bytes), a size such as "20GiB" or "512MB", a share such as "30%", or "auto"'
 
@@ -84,13 +80,12 @@ class HCBConfig:
 
     - `memory_budget`: limit for *all* device bytes of this process in a training step (parameters, gradients,
       optimizer state and activations). `None` means `"auto"` unless `activation_budget` is given.
-    - `activation_budget`: limit for activations alone: the bytes that a step allocates, without the gradients of
-      parameters. A share is of what plain training would need. Give one of the two budgets.
+    - `activation_budget`: limit for what a step allocates besides the gradients of parameters. A share is of what plain
+      training would need. Give one of the two budgets.
     - `executor`: `"eager"` runs the user's own kernels and gives the bits of plain training; `"inductor"` compiles each
       unique block; `"auto"` means `"eager"`.
-    - `optimizer_state_bytes`: bytes to set aside for optimizer state that does not exist yet when the first step is
-      planned. `None` assumes two copies of the trainable parameters until the real state exists. Only `memory_budget`
-      uses it.
+    - `optimizer_state_bytes`: bytes that `memory_budget` sets aside for optimizer state before the first step. `None`
+      assumes two copies of the trainable parameters until the real state exists.
     - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device with a smaller plan and runs the same step
       again; nothing is lost. `"raise"` raises the error. `"replan"` works where the step's bounds are known: in
       Lightning's automatic optimization and in `tbp.run_step`.
@@ -164,18 +159,17 @@ def refuse_unknown_options(names: Iterable[str], *, also_known: Iterable[str] = 
             raise ConfigError(f"`{name}` is not an option. {hint}")
 
 
-def _naming_misspelt(init: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `HCBConfig.__init__` so that an unknown option is answered with the closest known one."""
-
-    @functools.wraps(init)
-    def checked(self: HCBConfig, *args: Any, **options: Any) -> None:
-        refuse_unknown_options(options)
-        init(self, *args, **options)
-
-    return checked
+_init = HCBConfig.__init__
 
 
-HCBConfig.__init__ = _naming_misspelt(HCBConfig.__init__)
+@functools.wraps(_init)
+def _init_or_name_misspelt(self: HCBConfig, *args: Any, **options: Any) -> None:
+    """Answer an unknown option with the closest known one."""
+    refuse_unknown_options(options)
+    _init(self, *args, **options)
+
+
+HCBConfig.__init__ = _init_or_name_misspelt
 
 
 def check_config(value: object) -> None:
@@ -189,15 +183,15 @@ def config_from(arguments: Mapping[str, Any]) -> HCBConfig:
 
     An option that has its default value counts as not given: a command line passes every default explicitly.
 
-    **Raises:** `ConfigError` for `config` together with a single option; what `HCBConfig` raises.
+    **Raises:** `ConfigError` for `config` together with a single option.
     """
     config: HCBConfig | None = arguments["config"]
     check_config(config)
     if config is None:
         return HCBConfig(**{option.name: arguments[option.name] for option in _OPTIONS})
-    for name, default in ((option.name, option.default) for option in _OPTIONS):
-        value = arguments[name]
-        if type(value) is not type(default) or value != default:
+    for option in _OPTIONS:
+        name, value = option.name, arguments[option.name]
+        if type(value) is not type(option.default) or value != option.default:
             raise ConfigError(
                 f"`{name}={value!r}` was given together with `config`: pass one of them. `config` has a field `{name}`."
             )
@@ -205,10 +199,7 @@ def config_from(arguments: Mapping[str, Any]) -> HCBConfig:
 
 
 def parse_budget(value: int | str, kind: BudgetKind) -> Budget:
-    """Return the `Budget` that a user's `value` stands for.
-
-    **Raises:** `BudgetError` naming the value, the accepted forms and the fix.
-    """
+    """Return the `Budget` that a user's `value` stands for, or raise `BudgetError`."""
     shown = f"`{kind.value}={value!r}`"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise BudgetError(f"{shown} has type {type(value).__name__}: expected {_FORMS}.")

@@ -1,9 +1,8 @@
 """Can this graph be height-compressed: is it long and skinny, and what are the obstacles?
 
-Height compression trades the *sum* of all activations for frontiers: a plan holds a few boundaries and the working set
-of one block. It pays where the widest frontier is a small share of what plain training keeps and there are many narrow
-cuts. The diagnosis names the obstacles: the widest point and its op, and storages that cross many layers, which every
-boundary in between has to hold. Terms are defined in `docs/theory.md`.
+Height compression trades the *sum* of all activations for frontiers. It pays where the widest frontier is a small share
+of what plain training keeps and there are many narrow cuts. Obstacles are the widest point and its op, and storages
+that cross many layers, which every boundary in between has to hold. Terms are defined in `docs/theory.md`.
 """
 
 from bisect import bisect_left
@@ -22,24 +21,24 @@ SKINNY_RATIO = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class WidestOp:
-    """The op with the largest working set: the activation storages it reads, makes and saves, each counted once."""
-
+class _Place:
     node: NodeId
     name: str
     op: str
     module: str
+
+
+@dataclass(frozen=True, slots=True)
+class WidestOp(_Place):
+    """The op with the largest working set: the activation storages it reads, makes and saves, each counted once."""
+
     working_set_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class WidestPoint:
-    """The position with the widest frontier. `name`, `op` and `module` are those of the node before it."""
+class WidestPoint(_Place):
+    """The position with the widest frontier, after the node that is named."""
 
-    node: NodeId
-    name: str
-    op: str
-    module: str
     width_bytes: int
 
 
@@ -82,23 +81,21 @@ class Diagnosis:
 
 
 def diagnose(graph: Graph) -> Diagnosis:
-    """Return how well the shape of `graph` suits height compression, and the obstacles.
-
-    **Arguments:** `graph`: one that `verify_graph` accepts.
-    """
+    """Return how well the shape of `graph`, which `verify_graph` accepts, suits height compression."""
     profile = frontier_profile(graph)
     activations = [storage for storage in graph.storages if storage.kind is StorageKind.ACTIVATION]
     total_bytes = sum(storage.size_bytes for storage in activations)
     saved = {storage for node in graph.nodes for storage in node.saved}
-    widest = _widest_point(graph, profile)
+    node = max(graph.nodes, key=lambda node: profile.width_bytes[node.id], default=None)
+    widest_bytes = 0 if node is None else profile.width_bytes[node.id]
     narrow_cuts = choose_cuts(graph, granularity=Granularity.FINE)
     layer_cuts = choose_cuts(graph, granularity=Granularity.COARSE)
     return Diagnosis(
         total_bytes=total_bytes,
         saved_bytes=sum(storage.size_bytes for storage in activations if storage.id in saved),
-        widest=widest,
+        widest=None if node is None else WidestPoint(node.id, node.name, node.op, node.module, widest_bytes),
         widest_op=widest_op(graph),
-        frontier_ratio=widest.width_bytes / total_bytes if widest is not None and total_bytes else 0.0,
+        frontier_ratio=widest_bytes / total_bytes if total_bytes else 0.0,
         num_narrow_cuts=len(narrow_cuts),
         num_layer_cuts=len(layer_cuts),
         widest_cut_bytes=max((profile.width_bytes[cut] for cut in narrow_cuts), default=0),
@@ -109,20 +106,12 @@ def diagnose(graph: Graph) -> Diagnosis:
 def widest_op(graph: Graph) -> WidestOp | None:
     """Return the op of `graph` with the largest working set, the first of several; `None` for a graph without ops.
 
-    Its working set is a lower bound on the peak of any plan: the op runs at least once, and all that it reads, makes
-    and saves is alive while it runs.
+    Its working set is a lower bound on the peak of any plan: all of it is alive while the op runs.
     """
     if not graph.nodes:
         return None
     widest = max(graph.nodes, key=lambda node: _working_set_bytes(graph, node))
     return WidestOp(widest.id, widest.name, widest.op, widest.module, _working_set_bytes(graph, widest))
-
-
-def _widest_point(graph: Graph, profile: FrontierProfile) -> WidestPoint | None:
-    if not graph.nodes:
-        return None
-    node = max(graph.nodes, key=lambda node: profile.width_bytes[node.id])
-    return WidestPoint(node.id, node.name, node.op, node.module, profile.width_bytes[node.id])
 
 
 def _long_skips(graph: Graph, profile: FrontierProfile, layer_cuts: tuple[NodeId, ...]) -> tuple[LongSkip, ...]:
@@ -136,6 +125,5 @@ def _long_skips(graph: Graph, profile: FrontierProfile, layer_cuts: tuple[NodeId
 
 
 def _working_set_bytes(graph: Graph, node: Node) -> int:
-    named = {graph.values[value_id].storage for value_id in (*node.reads, *node.makes)}
-    held = [graph.storages[storage] for storage in named.union(node.saved) if storage is not None]
-    return sum(storage.size_bytes for storage in held if storage.kind is StorageKind.ACTIVATION)
+    held = graph.storages_of((*node.reads, *node.makes)).union(node.saved)
+    return sum(graph.storages[s].size_bytes for s in held if graph.storages[s].kind is StorageKind.ACTIVATION)

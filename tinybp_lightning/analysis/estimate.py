@@ -13,7 +13,7 @@ from tinybp_lightning.errors import ConfigError, GraphError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.cuts.products import skippable_ops
-from tinybp_lightning.graph.ids import StorageId, ValueId
+from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 from tinybp_lightning.graph.verify import verify_chain
 
@@ -57,12 +57,9 @@ def estimate_chain(
     bytes_per_s: float = _BYTES_PER_S,
     granularity: Granularity = Granularity.FINE,
 ) -> Chain:
-    """Return the chain of `graph`, cut as it would be for training, with estimated costs.
+    """Return the chain of `graph`, cut as it would be for training, with estimated costs and one option for each block.
 
-    **Arguments:** `graph`: one that `verify_graph` accepts, with at least one node; `flops_per_s`, `bytes_per_s`: what
-    the device does in a second.
-
-    **Returns:** a chain that `verify_chain` accepts, for `plan`, `simulate` and `pareto`; one option for each block.
+    **Arguments:** `flops_per_s`, `bytes_per_s`: what the device does in a second.
 
     **Raises:** `ConfigError` for an argument of a wrong type or a rate that is not above 0; `GraphError` for a graph
     without nodes.
@@ -80,7 +77,7 @@ def estimate_chain(
         raise GraphError(f"graph `{graph.name}` has `nodes=()`: expected at least one node to make a block of.")
     estimate = _Estimate(graph, flops_per_s, bytes_per_s)
     spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
-    frontiers = [_storages(graph, values) for values in (spans[0].inputs, *(span.outputs for span in spans))]
+    frontiers = [graph.storages_of(values) for values in (spans[0].inputs, *(span.outputs for span in spans))]
     # A chain names the storages of its boundaries alone.
     ids = {s: StorageId(k) for k, s in enumerate(dict.fromkeys(s for f in frontiers for s in sorted(f)))}
     blocks = tuple(
@@ -143,7 +140,7 @@ class _Estimate:
 
     def _peak_bytes(self, nodes: Sequence[Node], before: Set[StorageId], *, kept: Set[StorageId]) -> int:
         """Return the most new bytes alive at once: a storage that is not `kept` is freed after its last use."""
-        uses = [_touched(self._graph, node) for node in nodes]
+        uses = [self._touched(node) for node in nodes]
         last_use = {s: k for k, touched in enumerate(uses) for s in touched}
         alive: set[StorageId] = set()
         peak_bytes = 0
@@ -157,31 +154,26 @@ class _Estimate:
         """Return the most bytes above the saved set and output gradients, which are freed as backward passes them."""
         backwards = list(enumerate(nodes))[::-1]
         first_saved = {s: k for k, node in backwards for s in node.saved}
-        made_at = {s: k for k, node in backwards for s in _storages(self._graph, node.makes)}
+        made_at = {s: k for k, node in backwards for s in self._graph.storages_of(node.makes)}
         alive = set(after)
         new_bytes = peak_bytes = 0
         for k, node in backwards:
-            fresh = _storages(self._graph, node.reads) - alive
+            fresh = self._graph.storages_of(node.reads) - alive
             alive |= fresh
             new_bytes += sum(self.gradients[s] for s in fresh)
             peak_bytes = max(peak_bytes, new_bytes)
-            gone = {s for s in _storages(self._graph, node.makes) & alive if made_at[s] == k}
+            gone = {s for s in self._graph.storages_of(node.makes) & alive if made_at[s] == k}
             alive -= gone
             new_bytes -= sum(self.gradients[s] for s in gone)
             new_bytes -= sum(self.sizes[s] for s in node.saved if s in own and first_saved[s] == k)
         return peak_bytes
 
+    def _touched(self, node: Node) -> set[StorageId]:
+        return self._graph.storages_of((*node.reads, *node.makes)) | set(node.saved)
+
     def _seconds(self, node: Node) -> float:
-        read, made = _storages(self._graph, node.reads), _storages(self._graph, node.makes)
+        read, made = self._graph.storages_of(node.reads), self._graph.storages_of(node.makes)
         is_view = made <= read and not node.writes and not node.flops
-        moved = set[StorageId]() if is_view else read | made | set(node.saved)
+        moved = () if is_view else self._touched(node)
         moved_bytes = sum(self._graph.storages[s].size_bytes for s in moved)
         return max(node.flops / self._flops_per_s, moved_bytes / self._bytes_per_s)
-
-
-def _storages(graph: Graph, values: Iterable[ValueId]) -> set[StorageId]:
-    return {s for v in values if (s := graph.values[v].storage) is not None}
-
-
-def _touched(graph: Graph, node: Node) -> set[StorageId]:
-    return _storages(graph, (*node.reads, *node.makes)) | set(node.saved)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestOp, WidestPoint, diagnose
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.signature import graph_signature
@@ -18,6 +17,7 @@ from tinybp_lightning.graph.signature import graph_signature
 __all__ = ["MAX_ROWS", "BlockGroup", "GraphReport", "format_bytes", "report_graph"]
 
 MAX_ROWS = 12
+_Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,14 @@ class GraphReport:
 
     def to_text(self) -> str:
         """Return the report as aligned plain text that ends in a newline."""
-        parts = [f"{self.name}: {_verdict(self.diagnosis)}", _aligned(_facts(self))]
-        for title, table in _tables(self):
-            parts.append(f"{title}\n{_aligned(table)}")
-        return "\n\n".join(parts) + "\n"
+        tables = (f"{title}\n{_aligned(table)}" for title, table in _tables(self))
+        return "\n\n".join([f"{self.name}: {_verdict(self.diagnosis)}", _aligned(_facts(self)), *tables]) + "\n"
 
     def to_markdown(self) -> str:
         """Return the report as Markdown that ends in a newline."""
-        parts = [f"## {_escape(self.name)}", f"{_verdict(self.diagnosis)}", _piped([("", ""), *_facts(self)])]
-        for title, table in _tables(self):
-            parts.append(f"### {title}\n\n{_piped(table)}")
-        return "\n\n".join(parts) + "\n"
+        head = (f"## {_escape(self.name)}", _verdict(self.diagnosis), _piped([("", ""), *_facts(self)]))
+        tables = (f"### {title}\n\n{_piped(table)}" for title, table in _tables(self))
+        return "\n\n".join([*head, *tables]) + "\n"
 
     def to_json(self) -> str:
         """Return everything in the report as JSON with sorted keys that ends in a newline."""
@@ -79,22 +76,20 @@ class GraphReport:
 
 
 def report_graph(graph: Graph) -> GraphReport:
-    """Return the report on `graph`.
-
-    **Arguments:** `graph`: one that `verify_graph` accepts, with at least one node.
-
-    **Raises:** `GraphError` for a graph without nodes.
-    """
+    """Return the report on `graph`, or raise `GraphError` if it has no nodes."""
     blocks = cut_blocks(graph, choose_cuts(graph, granularity=Granularity.FINE))
+    owned_bytes = dict.fromkeys(StorageKind, 0)
+    for storage in graph.storages:
+        owned_bytes[storage.kind] += storage.size_bytes
     return GraphReport(
         name=graph.name,
         signature=graph_signature(graph),
         num_ops=len(graph.nodes),
         num_random_ops=sum(node.is_random for node in graph.nodes),
         num_collective_ops=sum(node.is_collective for node in graph.nodes),
-        parameter_bytes=_owned_bytes(graph, StorageKind.PARAMETER),
-        buffer_bytes=_owned_bytes(graph, StorageKind.BUFFER),
-        input_bytes=_owned_bytes(graph, StorageKind.INPUT),
+        parameter_bytes=owned_bytes[StorageKind.PARAMETER],
+        buffer_bytes=owned_bytes[StorageKind.BUFFER],
+        input_bytes=owned_bytes[StorageKind.INPUT],
         diagnosis=diagnose(graph),
         num_blocks=len(blocks),
         groups=_groups(graph, blocks),
@@ -110,37 +105,32 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.2f} TiB"
 
 
-def _owned_bytes(graph: Graph, kind: StorageKind) -> int:
-    return sum(storage.size_bytes for storage in graph.storages if storage.kind is kind)
-
-
 def _groups(graph: Graph, blocks: Sequence[BlockSpan]) -> tuple[BlockGroup, ...]:
-    profile = frontier_profile(graph)
     alike: dict[str, list[BlockSpan]] = {}
     for block in blocks:
         alike.setdefault(block.signature, []).append(block)
-    groups = [_group(graph, profile, same) for same in alike.values()]
+    groups = (_group(graph, same) for same in alike.values())
     return tuple(sorted(groups, key=lambda group: -group.num_blocks * group.saved_bytes))
 
 
-def _group(graph: Graph, profile: FrontierProfile, same: Sequence[BlockSpan]) -> BlockGroup:
+def _group(graph: Graph, same: Sequence[BlockSpan]) -> BlockGroup:
     first = same[0]
     nodes = graph.nodes[first.start : first.stop]
-    before = set(profile.storages_at(first.start - 1)) if first.start else set[StorageId]()
-    made = {graph.values[value_id].storage for node in nodes for value_id in node.makes}
+    before = graph.storages_of(first.inputs)
+    made = graph.storages_of(v for node in nodes for v in node.makes)
     saved = {storage for node in nodes for storage in node.saved}
     return BlockGroup(
         signature=first.signature,
         num_blocks=len(same),
         first=first.name,
         num_ops=first.stop - first.start,
-        input_bytes=sum(graph.storages[storage].size_bytes for storage in before),
-        made_bytes=_new_bytes(graph, {storage for storage in made if storage is not None} - before),
-        saved_bytes=_new_bytes(graph, saved - before),
+        input_bytes=_activation_bytes(graph, before),
+        made_bytes=_activation_bytes(graph, made - before),
+        saved_bytes=_activation_bytes(graph, saved - before),
     )
 
 
-def _new_bytes(graph: Graph, storages: Set[StorageId]) -> int:
+def _activation_bytes(graph: Graph, storages: Set[StorageId]) -> int:
     return sum(graph.storages[s].size_bytes for s in storages if graph.storages[s].kind is StorageKind.ACTIVATION)
 
 
@@ -152,7 +142,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
     )
 
 
-def _facts(report: GraphReport) -> list[tuple[str, ...]]:
+def _facts(report: GraphReport) -> list[_Row]:
     diagnosis = report.diagnosis
     facts = [
         ("ops", f"{report.num_ops} ({report.num_random_ops} random, {report.num_collective_ops} collective)"),
@@ -177,37 +167,35 @@ def _place(where: WidestPoint | WidestOp) -> str:
     return f"{where.name} ({where.op} in {where.module or 'the top module'})"
 
 
-def _tables(report: GraphReport) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Yield a title and a table, with the header as its first row, for every list in `report` that is not empty."""
-    skips, groups = report.diagnosis.long_skips, report.groups
-    if groups:
-        header = ("blocks", "first", "ops", "before", "made", "saved")
-        yield _title("Blocks by structure", len(groups)), [header, *map(_group_row, groups[:MAX_ROWS])]
-    if skips:
-        header = ("bytes", "layer cuts crossed", "made by", "module")
-        yield _title("Storages that cross several layer cuts", len(skips)), [header, *map(_skip_row, skips[:MAX_ROWS])]
+def _tables(report: GraphReport) -> Iterator[tuple[str, list[_Row]]]:
+    """Yield a title and a table, with the header as its first row, for every list that is not empty."""
+    header = ("blocks", "first", "ops", "before", "made", "saved")
+    yield from _table("Blocks by structure", header, [*map(_group_row, report.groups)])
+    header = ("bytes", "layer cuts crossed", "made by", "module")
+    yield from _table("Storages that cross several layer cuts", header, [*map(_skip_row, report.diagnosis.long_skips)])
 
 
-def _title(title: str, num_rows: int) -> str:
-    return title if num_rows <= MAX_ROWS else f"{title} ({MAX_ROWS} of {num_rows})"
+def _table(title: str, header: _Row, rows: Sequence[_Row]) -> Iterator[tuple[str, list[_Row]]]:
+    if rows:
+        yield title if len(rows) <= MAX_ROWS else f"{title} ({MAX_ROWS} of {len(rows)})", [header, *rows[:MAX_ROWS]]
 
 
-def _group_row(group: BlockGroup) -> tuple[str, ...]:
+def _group_row(group: BlockGroup) -> _Row:
     sizes = (group.input_bytes, group.made_bytes, group.saved_bytes)
     return (f"{group.num_blocks}", group.first, f"{group.num_ops}", *map(format_bytes, sizes))
 
 
-def _skip_row(skip: LongSkip) -> tuple[str, ...]:
+def _skip_row(skip: LongSkip) -> _Row:
     return format_bytes(skip.size_bytes), f"{skip.num_cuts}", f"{skip.op} ({skip.made_by})", skip.module
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[_Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-def _piped(rows: Sequence[tuple[str, ...]]) -> str:
+def _piped(rows: Sequence[_Row]) -> str:
     header, *body = (f"| {' | '.join(map(_escape, row))} |" for row in rows)
     return "\n".join([header, f"|{'---|' * len(rows[0])}", *body])
 

@@ -1,11 +1,8 @@
 """What does the planner see? A chain of blocks, the states between them, and their costs.
 
 A `Chain` is cut from a `Graph` (or recorded from module calls) and carries measured costs. Boundary `i` is the state
-before block `i`: the step starts from boundary 0, and the last block returns boundary `n`. A boundary is a *frontier*,
-the set of storages that later blocks still read. A skip connection belongs to every boundary that it crosses, but as it
-is one `StorageId`, it is counted once.
-
-Terms are defined in `docs/theory.md`. Times are seconds, sizes are bytes.
+before block `i`: a *frontier*, the set of storages that later blocks still read. A skip connection belongs to every
+boundary that it crosses, but as it is one `StorageId`, it is counted once. Terms are defined in `docs/theory.md`.
 """
 
 from dataclasses import dataclass

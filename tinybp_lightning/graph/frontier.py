@@ -2,10 +2,7 @@
 
 *Position* `p` is the place after node `p`. The *frontier* at `p` is the set of activation storages that exist there
 and are still needed: made at or before `p`, and read or written after it or returned by the graph. A replay that starts
-after `p` needs these bytes. Parameters, buffers and graph inputs exist anyway and are not counted.
-
-Storages are counted, not values, so a view costs nothing beside its base. One pass over the graph with difference
-arrays takes time linear in nodes plus reads. `cuts` decides which of the allowed positions to use.
+after `p` needs these bytes. Storages are counted, not values, so a view costs nothing beside its base.
 """
 
 import math
@@ -74,10 +71,6 @@ class FrontierProfile:
         """Return whether the graph may be cut after node `position`."""
         return self.obstacles[position] is None
 
-    def storages_at(self, position: int) -> tuple[StorageId, ...]:
-        """Return the frontier after node `position`, in id order."""
-        return tuple(StorageId(s) for s, life in enumerate(self.storage_lives) if life.crosses(position))
-
 
 # A storage that crosses more positions than this is long-lived: more than the ops between two residual sums of a
 # transformer or a convolution net, fewer than those under a skip of a U-Net.
@@ -88,12 +81,7 @@ _NO_LIFE = Life(made=-1, last_use=-1)
 
 
 def frontier_profile(graph: Graph) -> FrontierProfile:
-    """Return what is alive after each node of `graph` and where it may be cut.
-
-    **Arguments:** `graph`: one that `verify_graph` accepts.
-
-    **Returns:** a profile with one entry for each node; the last entry describes what the graph returns.
-    """
+    """Return what is alive after each node of `graph`, which `verify_graph` accepts, and where it may be cut."""
     value_lives = _value_lives(graph)
     made = made_at(graph)
     storage_lives = _storage_lives(graph, made, value_lives)

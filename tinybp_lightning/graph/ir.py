@@ -4,6 +4,7 @@ A `Graph` is the framework-free record of a traced forward. Memory belongs to st
 buffer are two `Value`s on one `Storage`, which is counted once. A graph holds no tensors and does not say what to keep.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -80,3 +81,7 @@ class Graph:
     storages: tuple[Storage, ...]
     inputs: tuple[ValueId, ...]
     outputs: tuple[ValueId, ...]
+
+    def storages_of(self, values: Iterable[ValueId]) -> set[StorageId]:
+        """Return the storages of those `values` that are tensors."""
+        return {s for v in values if (s := self.values[v].storage) is not None}

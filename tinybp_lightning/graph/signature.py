@@ -2,10 +2,8 @@
 
 A signature hashes ops, shapes, dtypes, storage sizes and kinds, the alias, write and save patterns, gradient flags and
 the dataflow relative to the block's start. It leaves out names, module paths, positions and *which* weights are read,
-so that the layers of a stack have one signature and are measured, planned and compiled once.
-
-The record, and so the hash, has no constants that `Node.op` does not name (an epsilon, a dropout rate). So blocks of
-equal signature may share costs and plans; to share *code*, compare the code too.
+so that the layers of a stack share it. The record, and so the hash, has no constants that `Node.op` does not name (an
+epsilon, a dropout rate): blocks of equal signature may share costs and plans; to share *code*, compare the code too.
 """
 
 import hashlib
@@ -19,11 +17,9 @@ __all__ = ["block_signature", "graph_signature", "layout_signature"]
 
 
 def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequence[Life] | None = None) -> str:
-    """Return the structural hash of nodes `start` to `stop` (exclusive) of `graph`.
+    """Return the structural hash of nodes `start` to `stop` (exclusive) of `graph`: 32 hexadecimal digits.
 
     **Arguments:** `value_lives`: those of `frontier_profile(graph)`, which is called if they are not given.
-
-    **Returns:** 32 hexadecimal digits, equal for blocks that differ only in names, places and weights.
     """
     lives = frontier_profile(graph).value_lives if value_lives is None else value_lives
     canonical = _Canonical(graph)
@@ -34,18 +30,12 @@ def block_signature(graph: Graph, start: int, stop: int, *, value_lives: Sequenc
 
 
 def graph_signature(graph: Graph) -> str:
-    """Return the structural hash of the whole `graph`, its inputs and outputs in order included.
-
-    **Returns:** 32 hexadecimal digits, the part of a plan's key that identifies the program.
-    """
+    """Return the structural hash of the whole `graph`, its inputs and outputs in order included."""
     return _Canonical(graph).whole()
 
 
 def layout_signature(graph: Graph) -> str:
-    """Return a hash of `graph` that leaves sizes out: extents, storage bytes and flops.
-
-    **Returns:** 32 hexadecimal digits, equal for traces of one program with inputs of other extents.
-    """
+    """Return a hash of `graph` that leaves sizes out: it is equal for traces of one program on other extents."""
     return _Canonical(graph, has_sizes=False).whole()
 
 

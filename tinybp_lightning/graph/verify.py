@@ -90,7 +90,7 @@ def _check_inputs(graph: Graph) -> tuple[set[ValueId], set[StorageId]]:
                 f"the graph's `inputs` names value `{value_id}` on storage `{storage}` of kind `ACTIVATION`: "
                 "an input's storage belongs to the caller. Mark it `INPUT`, `BUFFER` or `PARAMETER`."
             )
-    return values, {s for v in values if (s := graph.values[v].storage) is not None}
+    return values, graph.storages_of(values)
 
 
 def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[StorageId]) -> None:
@@ -113,7 +113,7 @@ def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[St
                 "Give the result of an in-place op a value of its own on the same storage."
             )
         values.add(value_id)
-    storages |= {s for v in node.makes if (s := graph.values[v].storage) is not None}
+    storages |= graph.storages_of(node.makes)
     read = {graph.values[value_id].storage for value_id in node.reads}
     for copy, source in node.copies:
         if copy not in node.saved or source not in read:

@@ -10,31 +10,26 @@ import sys
 from typing import Any
 
 from tinybp_lightning.errors import MissingPackageError
-from tinybp_lightning.integrations._shared.import_hook import ADAPTERS, Adapter
+from tinybp_lightning.integrations._shared.import_hook import ADAPTERS
 
 __all__ = ["resolve_strategy"]
 
 
 def resolve_strategy() -> type[Any]:
-    """Import and return the `HCBStrategy` class of the Lightning that this process uses.
+    """Import and return the `HCBStrategy` class of the Lightning that is imported, or else of the first one installed.
 
-    **Returns:** the class for `lightning.pytorch` or for `pytorch_lightning`, whichever one is imported; when both or
-    neither are, for the first of them that is installed. The class trees are separate: a program that uses both
-    imports its class from `integrations.lightning_unified` or `integrations.lightning_classic`.
+    The class trees are separate: a program that uses both Lightnings imports its class from
+    `integrations.lightning_unified` or `integrations.lightning_classic`.
 
     **Raises:** `MissingPackageError` when neither package is installed.
     """
     imported = [adapter for adapter in ADAPTERS if sys.modules.get(adapter.package) is not None]
     for adapter in imported if len(imported) == 1 else ADAPTERS:
-        if _is_installed(adapter):
+        root = adapter.package.partition(".")[0]
+        # Neither look-up runs any code of the package.
+        if sys.modules.get(root) is not None or importlib.util.find_spec(root) is not None:
             return importlib.import_module(adapter.module).HCBStrategy
     raise MissingPackageError(
         "`HCBStrategy` needs `lightning` or `pytorch_lightning`, and neither is installed. "
         "Install one (`pip install 'tinybp-lightning[lightning]'`), or use `tinybp_lightning.hcb(model)` without it."
     )
-
-
-def _is_installed(adapter: Adapter) -> bool:
-    """Return whether the adapter's distribution is present, without running any of its code."""
-    root = adapter.package.partition(".")[0]
-    return sys.modules.get(root) is not None or importlib.util.find_spec(root) is not None

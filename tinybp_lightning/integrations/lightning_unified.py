@@ -32,8 +32,7 @@ class HCBDDPStrategy(ManyDevicesMixin, DDPStrategy):
 class HCBStrategy(AutoMixin, SingleDeviceStrategy):
     """Height-compressed backpropagation on the devices the Trainer has: `Trainer(strategy="hcb")`.
 
-    On several devices it becomes an `HCBDDPStrategy` when the Trainer is built; it keeps `DDPStrategy`'s options for
-    that case.
+    On several devices it becomes an `HCBDDPStrategy`, with `DDPStrategy`'s options, when the Trainer is built.
     """
 
     _step_log_type = HCBStepLog

@@ -55,7 +55,8 @@ def test_profile_is_the_definition(graph: Graph) -> None:
     profile = frontier_profile(graph)
     positions = range(len(graph.nodes))
     frontiers = [frontier_by_definition(graph, p) for p in positions]
-    assert [profile.storages_at(p) for p in positions] == frontiers
+    lives = list(enumerate(profile.storage_lives))
+    assert [tuple(s for s, life in lives if life.crosses(p)) for p in positions] == frontiers
     assert list(profile.width_bytes) == [sum(graph.storages[s].size_bytes for s in f) for f in frontiers]
     crossing = [tuple(v for v, life in enumerate(profile.value_lives) if life.crosses(p)) for p in positions]
     assert crossing == [values_by_definition(graph, p) for p in positions]

@@ -24,7 +24,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from torch._dynamo.variables.torch import tracing_state_functions
 
 from tinybp_lightning.capture.torch.higher_order import as_plain_calls
 from tinybp_lightning.capture.torch.masks import mask_functions
-from tinybp_lightning.capture.torch.modes import modes_set_aside
+from tinybp_lightning.capture.torch.private import modes_set_aside
 from tinybp_lightning.errors import CaptureError
 
 __all__ = ["CannotTraceError", "Tracer"]
@@ -50,11 +50,7 @@ _NUMBERS = itertools.count()
 
 
 class CannotTraceError(CaptureError):
-    """Dynamo cannot make one graph of the forward; `reason` is its first line."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """Dynamo cannot make one graph of the forward; the message is the first line of its reason."""
 
 
 class Tracer:
@@ -77,7 +73,7 @@ class Tracer:
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # `torch.compile` returns the forward itself
             raise CannotTraceError("`TORCHDYNAMO_DISABLE=1` switches the tracer off")
         try:
-            with _ONE_AT_A_TIME, _switched_on(), _as_it_runs(mask_functions(self._forward, args, kwargs)), _quiet():
+            with _ONE_AT_A_TIME, _tracing(self._forward, args, kwargs):
                 return self._compiled(*args, **kwargs)
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
             raise CannotTraceError(str(error).strip().splitlines()[0]) from error
@@ -87,9 +83,7 @@ def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return `forward` in a function that shares its code object with no other.
 
     Dynamo counts recompilations by code object, and wraps all forwards that it does not trace itself
-    (`nn.Sequential.forward`) into one function (pytorch issue 124269). Past its limit, which the user's own
-    `torch.compile` may reach after some models under a budget, it skips that code for good, and every later trace
-    would fail.
+    (`nn.Sequential.forward`) into one function (pytorch issue 124269). Past its limit it would skip that code for good.
     """
 
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -100,31 +94,34 @@ def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _as_it_runs(more: Sequence[tuple[str, str, Callable[..., Any]]]) -> Generator[None]:
-    """Tell the traced code that it is not being compiled. See Note [As it runs]."""
-    answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
-    original = dynamo_torch.tracing_state_functions
-    dynamo_torch.tracing_state_functions = lambda: answers
-    replaced = [(sys.modules.get(module), name, new) for module, name, new in (*_REPLACED, *more)]
-    replaced = [(module, name, new, getattr(module, name)) for module, name, new in replaced if hasattr(module, name)]
-    try:
-        for module, name, new, _ in replaced:
-            setattr(module, name, new)
-        yield
-    finally:
-        dynamo_torch.tracing_state_functions = original
-        for module, name, _, old in replaced:
-            setattr(module, name, old)
+def _tracing(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None]:
+    """Trace the path of eager mode, even if the user has switched compilers off: nothing is compiled here.
 
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Suppress Dynamo's own warnings during a trace: they do not concern the user."""
-    with warnings.catch_warnings():
+    A forward that ran plainly because of `TORCH_COMPILE_DISABLE` or `set_stance` would silently ignore its budget.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_set_aside())
+        stack.enter_context(_settings())
+        if eval_frame._stance.stance != "default":
+            stack.enter_context(torch.compiler.set_stance("default"))
+        # See Note [As it runs].
+        answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
+        _replace(stack, dynamo_torch, "tracing_state_functions", lambda: answers)
+        for module, name, new in (*_REPLACED, *mask_functions(forward, args, kwargs)):
+            if hasattr(owner := sys.modules.get(module), name):
+                _replace(stack, owner, name, new)
+        # Dynamo's own warnings do not concern the user.
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
         yield
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> None:
+    """Set an attribute until `stack` is left."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, new)
 
 
 class _Functions(str):
@@ -139,21 +136,6 @@ class _Functions(str):
 
     def __contains__(self, item: object) -> bool:
         return item in self._members
-
-
-@contextlib.contextmanager
-def _switched_on() -> Generator[None]:
-    """Trace even if the user has switched compilers off or has dispatch modes: nothing is compiled here.
-
-    `TORCH_COMPILE_DISABLE` and `torch.compiler.set_stance` are meant for the user's own compiled calls. A forward that
-    ran plainly because of them would silently ignore its budget.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(modes_set_aside())
-        stack.enter_context(_settings())
-        if eval_frame._stance.stance != "default":
-            stack.enter_context(torch.compiler.set_stance("default"))
-        yield
 
 
 def _settings() -> Any:
@@ -172,14 +154,6 @@ def _settings() -> Any:
         skip_nnmodule_hook_guards=False,
         ignore_logging_functions=_Functions(found),
     )
-
-
-def _yes(*_: Any) -> bool:
-    return True
-
-
-def _no(*_: Any) -> bool:
-    return False
 
 
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:
@@ -214,8 +188,8 @@ def _constant(node: fx.Node) -> Any:
 # nothing.
 _REPLACED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.masking_utils", "find_packed_sequence_indices", _no_packed_sequences),
-    ("transformers.modeling_utils", "is_tracing", _yes),
-    ("transformers.utils.import_utils", "is_cuda_stream_capturing", _no),
-    ("transformers.utils.import_utils", "is_xpu_stream_capturing", _no),
-    ("transformers.utils.output_capturing", "is_torchdynamo_compiling", _yes),
+    ("transformers.modeling_utils", "is_tracing", lambda *_: True),
+    ("transformers.utils.import_utils", "is_cuda_stream_capturing", lambda *_: False),
+    ("transformers.utils.import_utils", "is_xpu_stream_capturing", lambda *_: False),
+    ("transformers.utils.output_capturing", "is_torchdynamo_compiling", lambda *_: True),
 )

@@ -1,9 +1,8 @@
 """Does the caller's attention mask hide anything? The question is answered before a trace, which must not read values.
 
-Transformers drops a mask of ones and picks a causal or full kernel (`masking_utils`). To decide this it reads the mask,
-which breaks a trace, and training on text passes such a mask. So the mask is read before each call, as in eager
-execution, and during the call the two functions that would read it are replaced by functions that return the answer.
-Dynamo guards on the code of the functions that it traced through, so each answer has a graph of its own.
+Transformers drops a mask of ones and picks a causal or full kernel (`masking_utils`), for which it reads the mask. So
+the mask is read before each call, and during the call the two functions that would read it are replaced by functions
+that return the answer. Dynamo guards on their code, so each answer has a graph of its own.
 """
 
 import inspect
@@ -56,42 +55,8 @@ def _check_mask(context: Any) -> None:
         raise CaptureError("the attention mask is computed, and the kernel depends on its values")
 
 
-def _check_lengths(context: Any) -> None:
-    _ = context
+def _refuse_lengths(_: Any) -> None:
     raise CaptureError("the attention mask and the queries differ in length")
-
-
-def _causal_for_ones(
-    padding_mask: torch.Tensor | None,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-    local_attention_size: int | None = None,
-) -> bool:
-    _ = (q_offset, kv_offset)
-    if padding_mask is not None:
-        comptime(_check_mask)
-    if q_length != kv_length:
-        comptime(_check_lengths)
-    return local_attention_size is None or kv_length < local_attention_size
-
-
-def _causal_for_padding(
-    padding_mask: torch.Tensor | None,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-    local_attention_size: int | None = None,
-) -> bool:
-    _ = (q_offset, kv_offset)
-    if q_length != kv_length:
-        comptime(_check_lengths)
-    if padding_mask is not None:
-        comptime(_check_mask)
-        return False
-    return local_attention_size is None or kv_length < local_attention_size
 
 
 def _bidirectional_for_ones(
@@ -105,10 +70,27 @@ def _bidirectional_for_ones(
 def _bidirectional_for_padding(
     padding_mask: torch.Tensor | None, kv_length: int, local_attention_size: int | None = None
 ) -> bool:
-    if padding_mask is not None:
-        comptime(_check_mask)
-        return False
-    return local_attention_size is None or kv_length < local_attention_size
+    is_ignored = _bidirectional_for_ones(padding_mask, kv_length, local_attention_size)
+    return padding_mask is None and is_ignored
+
+
+def _causal_for_ones(
+    padding_mask: torch.Tensor | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    local_attention_size: int | None = None,
+) -> bool:
+    _ = (q_offset, kv_offset)
+    if q_length != kv_length:
+        comptime(_refuse_lengths)
+    return _bidirectional_for_ones(padding_mask, kv_length, local_attention_size)
+
+
+def _causal_for_padding(padding_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> bool:
+    is_ignored = _causal_for_ones(padding_mask, *args, **kwargs)
+    return padding_mask is None and is_ignored
 
 
 _FUNCTIONS_FOR_ONES = (

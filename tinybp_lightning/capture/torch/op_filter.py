@@ -1,9 +1,8 @@
 """How does a replay leave out ops that it does not need? Its *op filter* runs the skippable ops of the block.
 
-In the code of a block a skippable op (`graph.cuts.products`) is an attribute that is called. The op filter of a replay
-decides how far to run it. Such an op saves before it computes, so the filter stops it in between, or does not begin
-where the replay wants nothing that it saves. Its result is `None` then, which only skippable ops read. Without an op
-filter it runs like any other op.
+In the code of a block a skippable op (`graph.cuts.products`) is an attribute that is called. It saves before it
+computes, so the filter stops it in between, or does not begin where the replay wants nothing that it saves. Its result
+is `None` then, which only skippable ops read. Without an op filter it runs like any other op.
 """
 
 import contextlib

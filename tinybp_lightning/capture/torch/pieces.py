@@ -5,7 +5,7 @@ result, are those of plain execution. Pieces use the boxed calling convention (o
 that an input that nobody else holds is freed at its last use inside the piece, as in plain execution.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -47,7 +47,7 @@ class Piece:
     `calls` has one entry for each option. Each takes one list (boxed), the values named by `reads` in that order, and
     returns the values that the piece makes. They differ in what they give autograd to save. `module` is the same code,
     without `SkippableOp`s.
-    `state` says, for each boundary tensor behind the block, whether it is carried over or made here.
+    `state` says, for each tensor of the boundary after the block, whether it is carried over or made here.
     `volatile`, `written`, `write_only` are positions of graph inputs that the block reads: those that some block of the
     forward changes in place (running statistics), those that this block changes, and those on whose values none of its
     results depends.
@@ -99,36 +99,19 @@ class _Slot:
 
 
 def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularity) -> Program:
-    """Cut a traced forward into pieces.
-
-    **Arguments:** `module`, `graph`: the FX graph and its record (`record_graph`).
-
-    **Returns:** a program whose pieces, run in order, compute exactly what `module` computes.
-    """
+    """Cut a traced forward and its record into pieces that, run in order, compute exactly what `module` computes."""
+    traced = _Traced(module, graph)
     spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
     boundaries = ((), *(span.outputs for span in spans))
-    input_at = {value: index for index, value in enumerate(graph.inputs)}
-    fx_nodes = [n for n in module.graph.nodes if n.op != "output"]
-    node_of: dict[ValueId, fx.Node] = {}
-    calls = iter(graph.nodes)
-    inputs = iter(graph.inputs)
-    for n in fx_nodes:
-        node_of[next(calls).makes[0] if is_op(n) else next(inputs)] = n
-    volatile = _written_inputs(graph, input_at, graph.nodes)
-    pieces = tuple(
-        _piece(module, graph, span, before, after, input_at, node_of, volatile)
-        for span, before, after in zip(spans, boundaries, boundaries[1:], strict=False)
-    )
-    value_of = {n: v for v, n in node_of.items()}
+    value_of = {n: v for v, n in traced.node_of.items()}
     outputs: list[Source] = []
 
     def place(n: fx.Node) -> _Slot:
-        value = value_of[n]
-        source = Source(EXTERNAL, input_at[value]) if value in input_at else Source(STATE, boundaries[-1].index(value))
-        outputs.append(source)
+        outputs.append(traced.source(value_of[n], boundaries[-1]))
         return _Slot(len(outputs) - 1)
 
     template = fx.map_arg(module.graph.output_node().args[0], place)  # pyright: ignore[reportArgumentType]
+    pieces = tuple(traced.piece(span) for span in spans)
     return Program(graph, pieces, boundaries, tuple(outputs), template, _differentiated(graph))
 
 
@@ -153,29 +136,6 @@ def fill_template(template: Any, values: Sequence[Any]) -> Any:
     return template
 
 
-def _write_only_buffers(
-    graph: Graph, nodes: Sequence[Node], node_of: Mapping[ValueId, fx.Node], candidates: Collection[ValueId]
-) -> frozenset[ValueId]:
-    """Return those of `candidates`, inputs of the graph, that `nodes` change but whose values no result depends on.
-
-    In training a batch norm normalises by the statistics of its batch; it updates the running statistics and the count
-    of batches, but does not use them. A replay may be given any memory in their place, so nothing is kept for it.
-
-    **Arguments:** `node_of`: the FX node of each value.
-    """
-    if not candidates:
-        return frozenset()
-    used: set[StorageId | None] = set()
-    read_ever = {v for node in graph.nodes for v in node.reads} | {*graph.outputs}
-    for node in nodes:
-        call = node_of[node.makes[0]]
-        unused = _statistics(call) if call.target is functional.batch_norm else []
-        if node.op == "add_" and read_ever.isdisjoint(node.makes) and len(node.reads) == 1:
-            unused = list(call.all_input_nodes)
-        used |= {graph.values[v].storage for v in node.reads if node_of[v] not in unused}
-    return frozenset(v for v in candidates if graph.values[v].storage not in used)
-
-
 def _statistics(call: fx.Node) -> list[Any]:
     """Return the running statistics among the arguments of a batch norm, if it is in training."""
     given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
@@ -191,54 +151,78 @@ def _differentiated(graph: Graph) -> frozenset[ValueId]:
     return numbers or wanted
 
 
-def _written_inputs(graph: Graph, input_at: dict[ValueId, int], nodes: Sequence[Node]) -> frozenset[int]:
-    written = {s for node in nodes for s in node.writes}
-    return frozenset(i for v, i in input_at.items() if graph.values[v].storage in written)
+class _Traced:
+    """A traced forward and its record, side by side. `node_of`: the FX node of each value."""
 
+    def __init__(self, module: fx.GraphModule, graph: Graph) -> None:
+        self._module, self._graph = module, graph
+        self._input_at = {value: index for index, value in enumerate(graph.inputs)}
+        calls, inputs = iter(graph.nodes), iter(graph.inputs)
+        fx_nodes = [n for n in module.graph.nodes if n.op != "output"]
+        self.node_of: dict[ValueId, fx.Node] = {next(calls).makes[0] if is_op(n) else next(inputs): n for n in fx_nodes}
+        self._volatile = self._written_inputs(graph.nodes)
 
-def _piece(
-    module: fx.GraphModule,
-    graph: Graph,
-    span: BlockSpan,
-    before: tuple[ValueId, ...],
-    after: tuple[ValueId, ...],
-    input_at: dict[ValueId, int],
-    node_of: dict[ValueId, fx.Node],
-    volatile: frozenset[int],
-) -> Piece:
-    nodes = graph.nodes[span.start : span.stop]
-    made_here = {v for node in nodes for v in node.makes}
-    reads = list(dict.fromkeys(v for node in nodes for v in node.reads if v not in made_here))
-    # The end of a `no_grad` region reads the value of its beginning, which FX does not pass as an argument.
-    used = {i for node in nodes for i in node_of[node.makes[0]].all_input_nodes}
-    reads = [v for v in reads if node_of[v] in used]
-    made = [v for v in after if v in made_here]
-    calls = [node_of[node.makes[0]] for node in nodes]
-    arguments, results = [node_of[v] for v in reads], [node_of[v] for v in made]
-    body, _ = _code(module, arguments, calls, results)
-    run = body
-    skippable = worthwhile_skippable_ops(graph, span.start, span.stop)
-    if skippable:
-        run, copied = _code(module, arguments, calls, results)
-        call_through_filter(run, {copied[node_of[graph.nodes[n].makes[0]]]: silent for n, silent in skippable.items()})
-    position = {v: i for i, v in enumerate(before)}
-    sources = tuple(Source(EXTERNAL, input_at[v]) if v in input_at else Source(STATE, position[v]) for v in reads)
-    state = tuple(Source(MADE, made.index(v)) if v in made_here else Source(STATE, position[v]) for v in after)
-    read = {s.index for s in sources if s.origin == EXTERNAL}
-    changed = {v for v in reads if input_at.get(v) in volatile}
-    has_transforms = any(enters_transform(node.op) for node in nodes)
-    return Piece(
-        calls=(_leaving_transforms(run.forward) if has_transforms else run.forward,),
-        module=body,
-        reads=sources,
-        state=state,
-        volatile=tuple(sorted(read & volatile)),
-        written=tuple(sorted(read & _written_inputs(graph, input_at, nodes))),
-        write_only=tuple(sorted(input_at[v] for v in _write_only_buffers(graph, nodes, node_of, changed))),
-        is_random=any(node.is_random for node in nodes),
-        is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
-        span=span,
-    )
+    def source(self, value: ValueId, state: Sequence[ValueId]) -> Source:
+        """Return where a value that is not made here comes from."""
+        at = self._input_at.get(value)
+        return Source(STATE, state.index(value)) if at is None else Source(EXTERNAL, at)
+
+    def piece(self, span: BlockSpan) -> Piece:
+        graph, node_of = self._graph, self.node_of
+        nodes = graph.nodes[span.start : span.stop]
+        calls = [node_of[node.makes[0]] for node in nodes]
+        made_here = {v for node in nodes for v in node.makes}
+        # The end of a `no_grad` region reads the value of its beginning, which FX does not pass as an argument.
+        used = {i for n in calls for i in n.all_input_nodes}
+        read = dict.fromkeys(v for node in nodes for v in node.reads if v not in made_here)
+        reads = [v for v in read if node_of[v] in used]
+        made = [v for v in span.outputs if v in made_here]
+        arguments, results = [node_of[v] for v in reads], [node_of[v] for v in made]
+        body, _ = _code(self._module, arguments, calls, results)
+        run = body
+        skippable = worthwhile_skippable_ops(graph, span.start, span.stop)
+        if skippable:
+            run, copied = _code(self._module, arguments, calls, results)
+            silent = {copied[node_of[graph.nodes[n].makes[0]]]: is_silent for n, is_silent in skippable.items()}
+            call_through_filter(run, silent)
+        inputs = {self._input_at[v] for v in reads if v in self._input_at}
+        volatile = inputs & self._volatile
+        return Piece(
+            calls=(leaving_transforms(run.forward) if any(enters_transform(n.op) for n in nodes) else run.forward,),
+            module=body,
+            reads=tuple(self.source(v, span.inputs) for v in reads),
+            state=tuple(
+                Source(MADE, made.index(v)) if v in made_here else self.source(v, span.inputs) for v in span.outputs
+            ),
+            volatile=tuple(sorted(volatile)),
+            written=tuple(sorted(inputs & self._written_inputs(nodes))),
+            write_only=tuple(sorted(self._write_only(nodes, volatile))),
+            is_random=any(node.is_random for node in nodes),
+            is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
+            span=span,
+        )
+
+    def _written_inputs(self, nodes: Sequence[Node]) -> set[int]:
+        written = {s for node in nodes for s in node.writes}
+        return {i for v, i in self._input_at.items() if self._graph.values[v].storage in written}
+
+    def _write_only(self, nodes: Sequence[Node], candidates: set[int]) -> set[int]:
+        """Return those of `candidates`, inputs of the graph, that `nodes` change but whose values no result depends on.
+
+        In training a batch norm updates its running statistics and the count of batches, but does not use them.
+        """
+        if not candidates:
+            return set()
+        graph, node_of = self._graph, self.node_of
+        used: set[StorageId | None] = set()
+        read_ever = {v for node in graph.nodes for v in node.reads} | {*graph.outputs}
+        for node in nodes:
+            call = node_of[node.makes[0]]
+            unused = _statistics(call) if call.target is functional.batch_norm else []
+            if node.op == "add_" and read_ever.isdisjoint(node.makes) and len(node.reads) == 1:
+                unused = list(call.all_input_nodes)
+            used |= {graph.values[v].storage for v in node.reads if node_of[v] not in unused}
+        return {i for i in candidates if graph.values[graph.inputs[i]].storage not in used}
 
 
 def _code(
@@ -252,13 +236,3 @@ def _code(
         copies[n] = graph.node_copy(n, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in results))
     return fx.GraphModule(module, graph), copies
-
-
-def _leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Wrap a call so that a replay that stops early inside a `vmap` leaves the `vmap`."""
-
-    def left(arguments: list[Any]) -> Sequence[Any]:
-        with leaving_transforms():
-            return call(arguments)
-
-    return left

@@ -1,19 +1,21 @@
 """Which private parts of torch does this package use? All of them pass through here.
 
-The exceptions are Dynamo's (`dynamo.py`, `masks.py`), the stack of dispatch modes (`modes.py`) and Kineto's
-(`allocator.py`). Each part works from torch 2.11 to 2.14; when one moves, this is the file to change.
+The exceptions are Dynamo's (`dynamo.py`, `masks.py`) and Kineto's (`allocator.py`). Each part works from torch 2.11 to
+2.14; when one moves, this is the file to change.
 """
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # Everything here is private by definition.
 
 import contextlib
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - no stub lists it
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 __all__ = [
     "accumulation_hooks",
@@ -27,6 +29,8 @@ __all__ = [
     "hold_cuda",
     "is_profiling",
     "leaving_transforms",
+    "modes_back",
+    "modes_set_aside",
     "queue_callback",
     "set_call_impl",
     "set_grad_enabled_op",
@@ -54,15 +58,18 @@ def untransformed(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-@contextlib.contextmanager
-def leaving_transforms() -> Generator[None]:
-    """Leave every `torch.func` transform that the body entered, also when it raises before it leaves them."""
-    depth = _transforms.get_dynamic_layer_stack_depth()
-    try:
-        yield
-    except BaseException:
-        _transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        raise
+def leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Wrap a call so that it leaves every `torch.func` transform that it entered, also when it stops early."""
+
+    def left(arguments: list[Any]) -> Sequence[Any]:
+        depth = _transforms.get_dynamic_layer_stack_depth()
+        try:
+            return call(arguments)
+        except BaseException:
+            _transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+            raise
+
+    return left
 
 
 def graph_task_id() -> int:
@@ -149,3 +156,47 @@ def cuda_history(device: torch.device) -> list[tuple[int, int]]:
     snapshot: Any = torch.cuda.memory._snapshot(device)
     entries = snapshot["device_traces"][device.index or 0]
     return [(e["addr"], sign[e["action"]] * e["size"]) for e in entries if e["action"] in sign]
+
+
+# Note [Dispatch modes]
+# A `TorchDispatchMode` sees every operator: `FlopCounterMode` counts, others log or check. Dynamo traces nothing while
+# one is active (from torch 2.13 it runs the forward and then raises), and the user's counter should not count profiling
+# runs. So the modes are set aside while a forward is traced and planned, and put back around the step's own operators.
+class _Aside(threading.local):
+    """The modes that this thread has set aside; the last one acts first."""
+
+    modes: tuple[TorchDispatchMode, ...] = ()
+
+
+_aside = _Aside()
+
+
+@contextlib.contextmanager
+def modes_set_aside() -> Generator[None]:
+    """Take the user's dispatch modes off their stack. See Note [Dispatch modes]."""
+    before = _aside.modes
+    # Torch's own modes (fake tensors, proxies) stay in place.
+    modes = tuple(m for m in _get_current_dispatch_mode_stack() if not m.is_infra_mode())
+    for _ in modes:
+        _pop_mode()
+    _aside.modes = modes
+    try:
+        yield
+    finally:
+        _aside.modes = before
+        for mode in modes:
+            _push_mode(mode)
+
+
+@contextlib.contextmanager
+def modes_back() -> Generator[None]:
+    """Put the modes that `modes_set_aside` took back in place while the body runs."""
+    modes, _aside.modes = _aside.modes, ()
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            _pop_mode()
+        _aside.modes = modes

@@ -1,15 +1,14 @@
-"""What does a forward compute, alias, change and save? Its FX graph, run once on fake tensors.
+"""What does a forward compute, alias, change and save? Its FX graph, run once on fake tensors (shapes without memory).
 
-Dynamo hands over a graph of torch-level calls. This file interprets the graph on fake tensors (shapes without memory)
-and records, for each call, what autograd shows: the storages that it saves (`saved_tensors_hooks`), the storages that
-it changes in place (version counters, and a short list of ops that change buffers without raising the counter),
-whether it draws random numbers (`Tag.nondeterministic_seeded`) and its floating-point operations.
+For each call autograd shows the storages that it saves (`saved_tensors_hooks`) and those that it changes in place
+(version counters, and a short list of ops that change buffers without raising the counter); the kernels show whether
+it draws random numbers (`Tag.nondeterministic_seeded`), and its floating-point operations.
 """
 
 import contextlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -71,18 +70,16 @@ def capture_graph(module: nn.Module, *inputs: Any, **named_inputs: Any) -> Graph
             Tracer(module.forward, on_graph)(*inputs, **named_inputs)
         except CannotTraceError as error:
             raise CaptureError(
-                f"`{type(module).__name__}` cannot be captured as one graph ({error.reason}). If it is under "
+                f"`{type(module).__name__}` cannot be captured as one graph ({error}). If it is under "
                 "`tbp.hcb`, call `tbp.restore` first; else train it for a step and ask `tbp.explain(module)`."
             ) from error
     return found[0]
 
 
 def record_graph(module: fx.GraphModule, inputs: Sequence[Any], *, name: str) -> Graph:
-    """Return the `Graph` of a Dynamo graph module called with `inputs`.
+    """Return the `Graph`, checked, of a Dynamo graph module called with `inputs`; `nodes[i]` is its i-th call.
 
     **Arguments:** `inputs`: one value for each placeholder (parameters and buffers included); only metadata is used.
-
-    **Returns:** a graph that passed `verify_graph`; `nodes[i]` is the i-th call of `module.graph`.
 
     **Raises:** `CaptureError` if a call cannot be interpreted on fake tensors.
     """
@@ -116,9 +113,6 @@ def flops_of(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: A
 
     Attention is counted here. The formula of torch 2.11 raises where keys and values have fewer heads than queries
     (grouped-query attention), which CUDA's kernels for half precision accept; the formula of 2.13 does not.
-
-    **Arguments:** `packet`: the overload packet (`torch.ops.aten.mm`) that took `args` and `kwargs` and returned `out`;
-    of tensors only shapes are used.
     """
     if packet in _ATTENTION:
         query, key, value = args[:3]  # (batch, heads, length, width)
@@ -152,16 +146,14 @@ class _OpFacts(TorchDispatchMode):
         self.flops += flops_of(func._overloadpacket, args, kwargs, out)
         if func in _COPIES:
             self.copied.append((out, args[0]))
-        self._silent_writes(func, args, kwargs)
+        self._note_silent_writes(func, args, kwargs)
         return out
 
-    def _silent_writes(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note_silent_writes(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = [argument.name for argument in func._schema.arguments]
-        if _SILENT_WRITES[0] not in names:
-            return
-        bound = dict(zip(names, args, strict=False)) | dict(kwargs)
-        if bound.get("training", bound.get("use_input_stats", True)):
-            self.written += [t for t in (bound.get(key) for key in _SILENT_WRITES) if isinstance(t, torch.Tensor)]
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        if _SILENT_WRITES[0] in names and bound.get("training", bound.get("use_input_stats", True)):
+            self.written += [t for t in map(bound.get, _SILENT_WRITES) if isinstance(t, torch.Tensor)]
 
 
 class _Recorder(fx.Interpreter):
@@ -200,31 +192,27 @@ class _Recorder(fx.Interpreter):
         finally:
             torch.set_grad_enabled(grad_mode)
         ends: list[fx.Node] = self._graph_module.graph.output_node().all_input_nodes
-        outputs = tuple(self._value_of[n] for n in ends)
         return Graph(
             name=self._name,
             nodes=tuple(self._nodes),
             values=tuple(self._values),
             storages=tuple(self._storages),
             inputs=tuple(self._inputs),
-            outputs=outputs,
+            outputs=tuple(self._value_of[n] for n in ends),
         )
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            return super().run_node(n)
-        if not is_op(n):
-            result = super().run_node(n)
-            self._alive += [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if is_op(n):
+            return self._run_call(n)
+        result = super().run_node(n)
+        if n.op != "output":
+            self._alive += _tensors(result)
             self._inputs.append(self._value(n, result, _input_kind(n, result)))
             self._input_of.setdefault(id(result), n)
-            return result
-        result = self._run_call(n)
-        self._read_input_itself(n, result)
         return result
 
     def _run_call(self, n: fx.Node) -> Any:
-        arguments = [t for t in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(t, torch.Tensor)]
+        arguments = _tensors(self.fetch_args_kwargs_from_env(n))
         versions = [t._version for t in arguments]
         saved: list[torch.Tensor] = []
 
@@ -232,15 +220,15 @@ class _Recorder(fx.Interpreter):
             saved.append(t.detach())
             return t.detach()
 
-        self._facts.reset()
+        facts = self._facts
+        facts.reset()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             result = super().run_node(n)
-        facts = (self._facts.is_random, self._facts.is_collective, self._facts.flops)
-        written = [t for t, v in zip(arguments, versions, strict=True) if t._version != v] + self._facts.written
-        for copy, source in self._facts.copied:
+        written = [t for t, v in zip(arguments, versions, strict=True) if t._version != v] + facts.written
+        for copy, source in facts.copied:
             self._source_of[storage_key(copy)] = source
             self._alive.append(copy)
-        self._alive += [*saved, *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))]
+        self._alive += [*saved, *_tensors(result)]
         made = self._value(n, result, StorageKind.ACTIVATION)
         reads = [self._value_of[i] for i in n.all_input_nodes]
         reads += [*self._close_grad_region(n, made), *self._close_transform(n, made)]
@@ -253,14 +241,15 @@ class _Recorder(fx.Interpreter):
                 module=module_path(n),
                 reads=tuple(reads),
                 makes=(made,),
-                writes=_unique(self._storage(t, StorageKind.ACTIVATION) for t in written),
-                saved=_unique(self._storage(t, StorageKind.ACTIVATION) for t in saved),
-                flops=facts[2],
-                is_random=facts[0],
-                is_collective=facts[1],
+                writes=self._activations(written),
+                saved=self._activations(saved),
+                flops=facts.flops,
+                is_random=facts.is_random,
+                is_collective=facts.is_collective,
                 copies=self._copies(saved, read, self._values[made].storage),
             )
         )
+        self._read_input_itself(n, result)
         return result
 
     def _copies(
@@ -278,21 +267,16 @@ class _Recorder(fx.Interpreter):
         return tuple(sorted(copies))
 
     def _read_input_itself(self, n: fx.Node, result: Any) -> None:
-        """Let the readers of an in-place op's result on an input (`out=buffer`) read the input.
+        """Let the readers of an in-place op's result on an input (`out=buffer`) read the input: it is the same tensor.
 
-        It is the same tensor, and inputs need not be carried from block to block. A result with a gradient of its own
-        is a different tensor for a replay, and stays.
+        A result with a gradient of its own is a different tensor for a replay, and stays.
         """
         source = self._input_of.get(id(result))
         if source is not None and isinstance(result, torch.Tensor) and not result.requires_grad:
             n.replace_all_uses_with(source)
 
     def _close_grad_region(self, n: fx.Node, made: ValueId) -> list[ValueId]:
-        """Tie the two ends of a `no_grad` region together, so that no cut falls between them.
-
-        The op that turns gradients on reads the value that the op that turned them off made. This value is not a
-        tensor and crosses every position in between, where cuts are not allowed therefore.
-        """
+        """Tie the ends of a `no_grad` region together by a value that is not a tensor: no cut may fall between."""
         if n.target is not set_grad_enabled_op:
             return []
         if self._grad_region is None:
@@ -307,6 +291,9 @@ class _Recorder(fx.Interpreter):
         if enters_transform(op):
             self._transforms.append(made)
         return [self._transforms.pop()] if op.endswith("_decrement_nesting") and self._transforms else []
+
+    def _activations(self, tensors: Iterable[torch.Tensor]) -> tuple[StorageId, ...]:
+        return tuple(sorted({self._storage(t, StorageKind.ACTIVATION) for t in tensors}))
 
     def _storage(self, tensor: torch.Tensor, kind: StorageKind) -> StorageId:
         t = untransformed(tensor)
@@ -331,8 +318,8 @@ class _Recorder(fx.Interpreter):
         return value.id
 
 
-def _unique(ids: Any) -> tuple[StorageId, ...]:
-    return tuple(sorted(set(cast("list[StorageId]", list(ids)))))
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
 def _input_kind(n: fx.Node, result: Any) -> StorageKind:

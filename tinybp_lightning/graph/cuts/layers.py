@@ -1,13 +1,11 @@
 """Where is a graph narrow, and where do its repeated modules end?
 
 A *run* is a maximal stretch of positions with one frontier. Neighbouring runs of equal local bytes, lower than the runs
-on both sides, are a *local minimum of the frontier*, and each of them is a narrow place. Inside a run the values tell
-positions apart: the last position with the fewest crossing elements keeps a view with its producer, and keeps an
-expanded copy or a transposed weight from crossing.
+on both sides, are a *local minimum of the frontier*. Inside a run the last position with the fewest crossing elements
+is best: it keeps a view with its producer, and an expanded copy or a transposed weight from crossing.
 
-Models stack layers in a `ModuleList` or `Sequential`, so the dotted path of a repeated module has an integer part:
-`model.layers.3.mlp` lies in item `3` of container `model.layers`. A container *repeats* when two of its items use the
-same set of ops; a `Sequential` of different stages does not, and its items are searched instead.
+The dotted path of a layer has an integer part: `model.layers.3.mlp` lies in item `3` of container `model.layers`. A
+container *repeats* when two of its items use the same set of ops; otherwise its items are searched instead.
 """
 
 import math
@@ -46,8 +44,7 @@ _LONG_STRETCH_RATIO = 2
 def narrow_places(profile: FrontierProfile) -> tuple[int, ...]:
     """Return the local minima of the frontier, without those far wider than usual that have a narrower one nearby.
 
-    A wide minimum that is the narrowest of its window stays: all frontiers in the early stages of a convolution net are
-    wide.
+    The narrowest of a window stays: all frontiers in the early stages of a convolution net are wide.
     """
     local = profile.local_bytes
     minima = _local_minima(profile)
@@ -68,14 +65,11 @@ def layer_cuts(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
     for container, place in _transition_places(graph, profile, depth=1):
         by_container.setdefault(container, []).append(place)
     repeating = {place for places in by_container.values() for place in _repeating(profile, places)}
-    stages = [place for places in by_container.values() for place in places if place in repeating or place in minima]
-    stages.sort()
-    inner = [place for _, place in _transition_places(graph, profile, depth=2)]
-    ends = [bisect_left(stages, place) for place in inner]
+    stages = sorted(p for places in by_container.values() for p in places if p in repeating or p in minima)
     layers = [
         place
-        for place, end in zip(inner, ends, strict=True)
-        if 0 < end < len(stages) and _is_as_narrow(profile, place, stages[end])
+        for _, place in _transition_places(graph, profile, depth=2)
+        if 0 < (end := bisect_left(stages, place)) < len(stages) and _is_as_narrow(profile, place, stages[end])
     ]
     return tuple(sorted({*stages, *layers}))
 
@@ -101,8 +95,8 @@ def returned_midway(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
     read_after = {v: node.id for node in graph.nodes for v in node.reads}
     made = {v: node.id for node in graph.nodes for v in node.makes}
     found = {made[v] for v in graph.outputs if v in made and read_after.get(v, made[v]) > made[v]}
-    found = {p for p in found if any(graph.values[v].requires_grad for v in graph.nodes[p].makes)}
-    return tuple(sorted(p for p in found if profile.is_allowed(p)))
+    wanted = (p for p in found if any(graph.values[v].requires_grad for v in graph.nodes[p].makes))
+    return tuple(sorted(p for p in wanted if profile.is_allowed(p)))
 
 
 def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int) -> tuple[int, ...]:
@@ -130,13 +124,11 @@ _Item = tuple[str, str]
 
 
 def _transition_places(graph: Graph, profile: FrontierProfile, *, depth: int) -> list[tuple[str, int]]:
-    """Return the container and the cheapest allowed position of every change of repeated module.
+    """Return the container and the cheapest allowed position of every change of repeated module, the ends included.
 
-    The first entry and the last exit count. A node outside all repeated modules belongs to the change if it lies
-    between two different modules, and to the module if it lies inside one. The container is the one that is left, or
-    entered where none is left.
-
-    **Arguments:** `depth`: how many nested containers to look into: 1 for layers, 2 for the layers of stages.
+    A node outside all repeated modules belongs to the change only if it lies between two different modules. The
+    container is the one that is left, or entered where none is left. `depth` nested containers are looked into: 1 for
+    layers, 2 for the layers of stages.
     """
     repeated = _repeated_containers(graph)
     found: list[tuple[str, int]] = []
@@ -189,8 +181,7 @@ def _repeating(profile: FrontierProfile, places: Sequence[int]) -> list[int]:
 def _is_as_narrow(profile: FrontierProfile, position: int, other: int) -> bool:
     """Return whether `position` is as narrow as `other`, by all bytes or by local bytes.
 
-    Either is enough: accumulated skips distort the first comparison, and a residual that dies early, as after the last
-    layer, distorts the second.
+    Accumulated skips distort the first comparison, and a residual that dies early, as after the last layer, the second.
     """
     return any(
         width[position] <= _REPEAT_TOLERANCE * width[other] for width in (profile.width_bytes, profile.local_bytes)

@@ -4,15 +4,6 @@ A cut should be narrow, because a stored boundary costs the bytes of its frontie
 places, merges light blocks into a neighbour and splits heavy ones; `Granularity.PRODUCTS` adds cuts after
 compute-heavy ops; `Granularity.COARSE` cuts once for each repeated module, at the narrowest places where modules do not
 repeat, and after results that are read on. Which boundaries a plan *stores* is the planner's decision.
-
-A block is *light* if it makes next to nothing (a mask, the statistics of a norm): it costs planning time and offers
-nothing to keep or drop. It is merged across the costlier of its two cuts.
-
-A block is *heavy* if its backward sets the smallest budget. A split at `p` makes two smaller blocks and a boundary,
-which the backward of the later block holds beside its saved set; the backward of the earlier block holds the gradient
-of the boundary. So the heaviest block is split where `max(saved before, saved after) + bytes of the boundary` is least,
-as long as that is clearly below its own saved bytes; then the next heaviest, until a split gains nothing. Lighter
-blocks stay whole, since more boundaries would lower no peak.
 """
 
 import heapq
@@ -61,9 +52,9 @@ class Granularity(Enum):
 class BlockSpan:
     """Nodes `start` to `stop` (exclusive) of a graph, as one block.
 
-    `inputs` are all values that cross the cut before it, including those that it only passes on; `outputs` are all that
-    cross the cut after it (for the last block: what a node made and the graph returns). Both are in id order, so the
-    outputs of one block are the inputs of the next. `external` are the graph inputs that it reads, in reading order.
+    `inputs` are all values that cross the cut before it, `outputs` all that cross the cut after it (for the last block:
+    what a node made and the graph returns), in id order. `external` are the graph inputs that it reads, in reading
+    order.
     """
 
     start: int
@@ -76,10 +67,7 @@ class BlockSpan:
 
 
 def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]:
-    """Return the positions after which to cut `graph`, in increasing order.
-
-    **Returns:** allowed positions that leave at least two nodes in every block; empty where there is none.
-    """
+    """Return the positions after which to cut `graph`: increasing, allowed, with at least two nodes in every block."""
     profile = frontier_profile(graph)
     num_nodes = len(graph.nodes)
     match granularity:
@@ -102,14 +90,15 @@ def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]
 def cut_blocks(graph: Graph, cuts: Sequence[int]) -> tuple[BlockSpan, ...]:
     """Return the blocks that `cuts` (positions after which to cut) divide `graph` into.
 
-    **Returns:** `len(cuts) + 1` spans in order, each with at least one node.
-
     **Raises:** `GraphError` where the cuts are not increasing, leave an empty block, or stand where none is allowed.
     """
     profile = frontier_profile(graph)
     num_nodes = len(graph.nodes)
-    _check_cuts(profile, cuts, num_nodes)
+    if num_nodes == 0:
+        raise GraphError("the graph has `nodes=()`: expected at least one node to make a block of.")
     ends = [*cuts, num_nodes - 1]
+    if any(before >= after for before, after in pairwise([-1, *ends])) or not all(map(profile.is_allowed, cuts)):
+        raise GraphError(f"`cuts={tuple(cuts)}`: expected increasing, allowed positions that leave no block empty.")
     crossing = _crossing_values(profile.value_lives, ends)
     graph_inputs = frozenset(graph.inputs)
     blocks: list[BlockSpan] = []
@@ -132,20 +121,6 @@ def cut_blocks(graph: Graph, cuts: Sequence[int]) -> tuple[BlockSpan, ...]:
     return tuple(blocks)
 
 
-def _check_cuts(profile: FrontierProfile, cuts: Sequence[int], num_nodes: int) -> None:
-    if num_nodes == 0:
-        raise GraphError("the graph has `nodes=()`: expected at least one node to make a block of.")
-    for cut in cuts:
-        if not 0 <= cut < num_nodes - 1:
-            raise GraphError(f"cut `{cut}` leaves an empty block: expected a position below `{num_nodes - 1}`.")
-        obstacle = profile.obstacles[cut]
-        if obstacle is not None:
-            raise GraphError(f"cut `{cut}` is not allowed: {obstacle.value}. Take a position that `is_allowed`.")
-    for before, after in pairwise(cuts):
-        if before >= after:
-            raise GraphError(f"cut `{after}` follows cut `{before}`: expected increasing positions, each once.")
-
-
 def _crossing_values(value_lives: Sequence[Life], positions: Sequence[int]) -> list[tuple[ValueId, ...]]:
     """Return the values that cross each of the increasing `positions`, in id order."""
     crossing: list[list[ValueId]] = [[] for _ in positions]
@@ -165,7 +140,11 @@ class _Saved:
 
 
 def _merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
-    """Return the increasing `cuts` without those that only separate a light block."""
+    """Return the increasing `cuts` without those that only separate a light block.
+
+    A *light* block makes next to nothing (a mask, the statistics of a norm): it costs planning time and offers nothing
+    to keep or drop. It is merged across the costlier of its two cuts.
+    """
     made_bytes = [0] * len(graph.nodes)
     for storage, position in made_at(graph).items():
         made_bytes[position] += graph.storages[storage].size_bytes
@@ -188,7 +167,9 @@ def _merge_light_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
 def _split_heavy_blocks(graph: Graph, profile: FrontierProfile, cuts: Sequence[int]) -> tuple[int, ...]:
     """Return the increasing `cuts`, and those that split the blocks whose saved bytes set the smallest budget.
 
-    Without a record of what nodes save, these are `cuts` alone.
+    The backward of the later half holds the new boundary beside its saved set, that of the earlier half its gradient.
+    So the heaviest block is split where `max(saved before, saved after) + bytes of the boundary` is least, if that is
+    clearly below its own saved bytes; then the next heaviest, until a split gains nothing.
     """
     made = made_at(graph)
     found = list(cuts)
@@ -246,11 +227,10 @@ def _best_split(graph: Graph, profile: FrontierProfile, saved: Sequence[_Saved],
 def _boundary_bytes(graph: Graph, profile: FrontierProfile, start: int, stop: int) -> list[int]:
     """Return for each position of nodes `start` to `stop` the bytes of its frontier that did not exist before them."""
     steps = [0] * (stop - start)
-    for storage in {graph.values[v].storage for node in graph.nodes[start:stop] for v in node.makes} - {None}:
-        assert storage is not None
-        life = profile.storage_lives[storage]
+    for storage in graph.storages_of(v for node in graph.nodes[start:stop] for v in node.makes):
+        life, size_bytes = profile.storage_lives[storage], graph.storages[storage].size_bytes
         if life.made >= start:
-            steps[life.made - start] += graph.storages[storage].size_bytes
+            steps[life.made - start] += size_bytes
             if life.last_use < stop:
-                steps[life.last_use - start] -= graph.storages[storage].size_bytes
+                steps[life.last_use - start] -= size_bytes
     return list(accumulate(steps))

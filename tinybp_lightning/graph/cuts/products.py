@@ -45,12 +45,10 @@ _AS_NARROW = 1.05
 
 
 def skippable_ops(graph: Graph, start: int, stop: int) -> frozenset[NodeId]:
-    """Return the ops of a block whose results its replay does not need.
+    """Return the ops of the block `graph.nodes[start:stop]` whose results its replay does not need.
 
     Where ops may affect each other other than through values (an activation is changed in place, a region is entered),
     only the ops from the last one that saves are returned.
-
-    **Arguments:** `start`, `stop`: the block's nodes are `graph.nodes[start:stop]`.
     """
     nodes = graph.nodes[start:stop]
     if not all(_is_plain(graph, node) for node in nodes):
@@ -77,8 +75,7 @@ def worthwhile_skippable_ops(graph: Graph, start: int, stop: int) -> dict[NodeId
     """Return the compute-heavy ops that a replay of a block would run for nothing, and the ops that read their results.
 
     A skippable op after the last op that saves is left out anyway; one that is not compute-heavy takes little time.
-
-    **Returns:** for each node, whether it saves no activation.
+    Each node comes with whether it saves no activation.
     """
     nodes = graph.nodes[start:stop]
     skippable = skippable_ops(graph, start, stop)
@@ -98,10 +95,6 @@ def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
 
     A cut that is close to such a place and not narrower moves there, because a block has at least `MIN_OPS` ops. Where
     more than `_MAX_BLOCKS` blocks would result, cuts are moved but not added.
-
-    **Arguments:** `cuts`: increasing, allowed positions.
-
-    **Returns:** increasing positions; `cuts` itself where no compute-heavy op is known.
     """
     products = [node.id for node in graph.nodes if is_compute_heavy(graph, node)]
     limit = _LIGHT_SHARE * median(graph.nodes[p].flops for p in products) if products else 0

@@ -39,10 +39,7 @@ def delay_ops(graph: Graph, *, may_move_parameters: bool) -> Graph:
     """Return `graph` with ops moved past a compute-heavy op, to where their result is first read.
 
     An op moves only if its inputs, or copies of them, are saved anyway, so that nothing lives longer, and if the move
-    changes no bit. Values and storages keep their ids.
-
-    **Arguments:** `may_move_parameters`: whether ops that read parameters may move too. No hook may observe the order
-    of their gradients then.
+    changes no bit. Ids of values stay. `may_move_parameters`: no hook may observe the order of parameters' gradients.
     """
     order = list(graph.nodes)
     made = made_at(graph)

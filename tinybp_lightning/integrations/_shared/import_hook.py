@@ -36,11 +36,7 @@ ADAPTERS = (
 
 
 def install() -> None:
-    """Register with every namespace that is imported already, and with the others when they are imported.
-
-    It may be called again, and from several threads. A registration that fails gives an `HCBWarning` with the cause;
-    the import of Lightning continues.
-    """
+    """Register with every namespace, now or when it is imported. It may be called again, and from several threads."""
     _FINDER.install()
 
 
@@ -97,20 +93,20 @@ class RegisteringFinder(MetaPathFinder):
             importlib.import_module(adapter.module)
         # No error in our adapter may break the user's `import lightning`.
         except Exception as error:  # noqa: BLE001 - reported below
-            message = (
+            warnings.warn(
                 f"the `hcb` strategies could not be registered in `{adapter.package}` "
                 f"({type(error).__name__}: {error}): `Trainer(strategy='hcb')` is unknown there. "
-                "Check the installed Lightning version, or use `tinybp_lightning.hcb(model)`."
+                "Check the installed Lightning version, or use `tinybp_lightning.hcb(model)`.",
+                HCBWarning,
+                stacklevel=2,
             )
-            warnings.warn(message, HCBWarning, stacklevel=2)
 
 
 class _RegisteringLoader(Loader):
     """Runs the package's own loader, then registers; the module's attributes name the package's own loader."""
 
     def __init__(self, loader: Loader, after_exec: Callable[[], None]) -> None:
-        self._loader = loader
-        self._after_exec = after_exec
+        self._loader, self._after_exec = loader, after_exec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)

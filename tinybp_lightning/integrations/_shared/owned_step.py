@@ -1,21 +1,20 @@
 """Run Lightning's training step again when memory runs out.
 
 In automatic optimization on one device, Lightning calls a strategy's `training_step` and `backward`: a failed backward
-can be preceded by its forward once more. What the loop does around them (divide the loss, zero gradients, count steps)
-has then happened once and stays. Manual optimization steps the optimizer inside `training_step`, and a strategy over
-several devices synchronises: there the error passes, with a note that gives our numbers.
+can be preceded by its forward once more. What the loop does around them has then happened once and stays. Manual
+optimization steps the optimizer inside `training_step`, and a strategy over several devices synchronises: there the
+error passes, with a note that gives our numbers.
 
-A step that runs twice would count its batch twice in metrics. torchmetrics keeps its states as plain attributes, which
-are neither buffers nor part of the state-dict, and the values that `self.log` collects are such metrics too. So their
-states are noted before a step and put back before it runs again.
+A step that runs twice would count its batch twice in metrics. torchmetrics keeps its states as plain attributes, and
+the values that `self.log` collects are such metrics too: their states are noted before a step and put back.
 
 Private parts of Lightning 2.6 used: `LightningModule._current_fx_name` (which hook may log), `Trainer._results`.
 """
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,33 +25,36 @@ from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 
 if TYPE_CHECKING:
     from tinybp_lightning.runtime.torch import Session
+    from tinybp_lightning.runtime.torch.dispatcher import Target
 
 __all__ = ["OwnedStep"]
 
 
-@runtime_checkable
-class _Metric(Protocol):
-    """What is used of `torchmetrics.Metric`, which need not be installed."""
-
-    @property
-    def metric_state(self) -> dict[str, Any]: ...
-
-
 class OwnedStep:
-    """Runs `training_step` and `backward` of one fit, and runs a step again that ran out of memory."""
+    """Runs `training_step` and `backward` of one fit, and runs a step again that ran out of memory.
 
-    def __init__(self, strategy: Any, session: "Session", trainer: Any) -> None:
-        self._strategy = strategy
-        self._session = session
-        self._trainer = trainer
+    `step_log` is first among the Trainer's callbacks until `detach`.
+    """
+
+    def __init__(self, strategy: Any, session: "Session", trainer: Any, step_log: Any) -> None:
+        self._strategy, self._session, self._trainer, self._step_log = strategy, session, trainer, step_log
         module: nn.Module = strategy.lightning_module
-        self._metrics = [m for m in module.modules() if isinstance(m, _Metric)]
-        self._retry = OomRetry(StepSnapshot(module), lambda: session.targets, self._note_metrics)
+        # torchmetrics need not be installed.
+        self._metrics = [m for m in module.modules() if hasattr(m, "metric_state")]
+        self._retry = OomRetry(StepSnapshot(module), self._targets, self._note_metrics)
         self._forward_again: Callable[[], Any] | None = None
         self._returned: list[weakref.ref[torch.Tensor]] = []
 
-    def _note_metrics(self) -> Callable[[], None]:
-        return _note_metrics(self._metrics, self._trainer._results)
+        trainer.callbacks.insert(0, step_log)
+
+    def detach(self) -> None:
+        """Take the step log out of the Trainer, and the module out of its budget."""
+        if self._step_log in self._trainer.callbacks:
+            self._trainer.callbacks.remove(self._step_log)
+        self._session.detach()
+
+    def _targets(self) -> "Sequence[Target]":
+        return self._session.targets
 
     def _why_not(self) -> str | None:
         if not self._strategy.lightning_module.automatic_optimization:
@@ -66,7 +68,7 @@ class OwnedStep:
         self._forward_again = None
         reason = self._why_not()
         if reason is not None:
-            with explaining(lambda: self._session.targets, reason):
+            with explaining(self._targets, reason):
                 return run(*args, **kwargs)
         untouched = fresh_containers((args, kwargs))
 
@@ -84,7 +86,7 @@ class OwnedStep:
         """Return what `run(loss, *args, **kwargs)` returns, the strategy's own `backward`."""
         forward, self._forward_again = self._forward_again, None
         if forward is None:
-            with explaining(lambda: self._session.targets, self._why_not() or "the step has already run a backward."):
+            with explaining(self._targets, self._why_not() or "the step has already run a backward."):
                 return run(loss, *args, **kwargs)
 
         def again() -> Any:
@@ -114,21 +116,21 @@ class OwnedStep:
             if t is not None and t.grad_fn is not None and not t._is_view():  # a view cannot be detached in place
                 t.detach_()
 
+    def _note_metrics(self) -> Callable[[], None]:
+        """Note the states of metrics and of the values logged so far; return the function that puts them back."""
+        logged: dict[str, Any] | None = self._trainer._results
+        entries = dict(logged or {})
+        noted = [(m, dict(vars(m)), _copied(m.metric_state)) for m in (*self._metrics, *entries.values())]
 
-def _note_metrics(metrics: Iterable[nn.Module], logged: dict[str, Any] | None) -> Callable[[], None]:
-    """Note the states of `metrics` and of the values `logged` so far; return the function that puts them back."""
-    entries = dict(logged or {})
-    noted = [(m, dict(vars(m)), _copied(m.metric_state)) for m in (*metrics, *entries.values())]
+        def put_back() -> None:
+            for metric, attributes, states in noted:
+                vars(metric).clear()
+                vars(metric).update(attributes, **_copied(states))  # copied again: there may be a third run
+            if logged is not None:
+                logged.clear()
+                logged.update(entries)
 
-    def put_back() -> None:
-        for metric, attributes, states in noted:
-            vars(metric).clear()
-            vars(metric).update(attributes, **_copied(states))  # copied again: there may be a third run
-        if logged is not None:
-            logged.clear()
-            logged.update(entries)
-
-    return put_back
+        return put_back
 
 
 def _copied(states: Any) -> dict[str, Any]:

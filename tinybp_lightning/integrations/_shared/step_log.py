@@ -1,8 +1,7 @@
 """Log a step's peak and recompute share to the progress bar and the logger.
 
-An observer of the session collects the profiles of a batch. A callback, first in the Trainer's list, logs their summary
-in `on_train_batch_end`: that hook runs for automatic and manual optimisation alike, before the bars read their metrics.
-`LightningModule.log` respects `log_every_n_steps` and writes into the row of the user's own metrics.
+A callback, first in the Trainer's list, logs in `on_train_batch_end`: that hook runs for automatic and manual
+optimisation alike, before the bars read their metrics. `LightningModule.log` respects `log_every_n_steps`.
 """
 
 from collections.abc import Sequence
@@ -17,21 +16,16 @@ __all__ = ["StepLogMixin", "summarise"]
 def summarise(profiles: Sequence["StepProfile"]) -> dict[str, float]:
     """Return the values to log for the `profiles` of one batch: the highest peak, and the share of time in replays.
 
-    A batch has several profiles when `training_step` runs several backwards. The peak is the measured one, or the
-    plan's prediction for a step in which it was not measured.
+    A peak that was not measured is the one that the plan predicts.
     """
-    peak_bytes = max(
-        p.predicted_peak_bytes if p.measured_peak_bytes is None else p.measured_peak_bytes for p in profiles
-    )
+    peaks_bytes = ((p.measured_peak_bytes, p.predicted_peak_bytes) for p in profiles)
+    peak_bytes = max(predicted if measured is None else measured for measured, predicted in peaks_bytes)
     step_s, replay_s = sum(p.step_s for p in profiles), sum(p.replay_s for p in profiles)
     return {"hcb/peak_mib": peak_bytes / 2**20, "hcb/recompute_share": replay_s / step_s if step_s else 0.0}
 
 
 class StepLogMixin:
-    """Logs `hcb/peak_mib` and `hcb/recompute_share`: an observer and, with the namespace's `Callback`, a callback.
-
-    It adds no state to checkpoints.
-    """
+    """Logs `hcb/peak_mib` and `hcb/recompute_share`: an observer and, with the namespace's `Callback`, a callback."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from tinybp_lightning.integrations._shared.owned_step import OwnedStep
     from tinybp_lightning.runtime.profile import Observer
-    from tinybp_lightning.runtime.torch import Session
 
     class _Strategy:
         """What the mixins use of the namespace's `Strategy`, which comes after them in the order of bases."""
@@ -51,29 +49,12 @@ else:
 __all__ = ["AutoMixin", "HCBMixin", "ManyDevicesMixin", "OneDeviceMixin", "register_all"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Attachment:
-    """What `setup` puts in place and `teardown` removes."""
-
-    session: "Session"
-    step: "OwnedStep"
-    step_log: StepLogMixin
-    trainer: Any
-
-    def remove(self) -> None:
-        if self.step_log in self.trainer.callbacks:
-            self.trainer.callbacks.remove(self.step_log)
-        self.session.detach()
-
-
 class HCBMixin(_Strategy):
     """Train under a byte budget: attach to the LightningModule while fitting, and detach afterwards.
 
     **Arguments:** the options of `HCBConfig`, singly or as one `config`. Without a budget among them,
     `HCB_MEMORY_BUDGET` or `HCB_ACTIVATION_BUDGET` from the environment gives it. `observers` are told of every plan and
     every step. All other options are those of the Lightning strategy.
-
-    **Raises:** `ConfigError` and `BudgetError` as `HCBConfig` does.
     """
 
     _step_log_type: ClassVar[type[StepLogMixin]]
@@ -97,7 +78,7 @@ class HCBMixin(_Strategy):
         is_many = isinstance(observers, Iterable) and not isinstance(observers, (str, bytes))
         check_observers(given := tuple(observers) if is_many else observers)
         self._hcb_observers = tuple(given)
-        self._hcb_attachment: _Attachment | None = None
+        self._hcb_attachment: OwnedStep | None = None
         self._init_lightning(**strategy_options)
 
     def _init_lightning(self, **strategy_options: Any) -> None:
@@ -123,20 +104,19 @@ class HCBMixin(_Strategy):
         observers = (*self._hcb_observers, step_log)
         # After `super`: DDP has wrapped the LightningModule, and the session acts on the modules inside it.
         session = attach(self.lightning_module, config=self._hcb_config, observers=observers, discover=True)
-        self._hcb_attachment = _Attachment(session, OwnedStep(self, session, trainer), step_log, trainer)
-        trainer.callbacks.insert(0, step_log)
+        self._hcb_attachment = OwnedStep(self, session, trainer, step_log)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's `training_step`, and once more if memory runs out and nothing is lost by that."""
         if self._hcb_attachment is None:
             return super().training_step(*args, **kwargs)
-        return self._hcb_attachment.step.training_step(super().training_step, args, kwargs)
+        return self._hcb_attachment.training_step(super().training_step, args, kwargs)
 
     def backward(self, closure_loss: "torch.Tensor", *args: Any, **kwargs: Any) -> Any:
         """Run backward; if memory runs out, run forward and backward again."""
         if self._hcb_attachment is None:
             return super().backward(closure_loss, *args, **kwargs)
-        return self._hcb_attachment.step.backward(super().backward, closure_loss, *args, **kwargs)
+        return self._hcb_attachment.backward(super().backward, closure_loss, *args, **kwargs)
 
     def teardown(self) -> None:
         """Detach, then tear down as the Lightning strategy does. The Trainer also calls this after an exception."""
@@ -148,7 +128,7 @@ class HCBMixin(_Strategy):
     def _detach(self) -> None:
         attachment, self._hcb_attachment = self._hcb_attachment, None
         if attachment is not None:
-            attachment.remove()
+            attachment.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A session belongs to its process and its live module. A spawned child attaches its own in `setup`.
@@ -171,12 +151,10 @@ class ManyDevicesMixin(HCBMixin):
 
 
 class OneDeviceMixin(HCBMixin):
-    """The HCB strategy on the one device that the Trainer was given, of any accelerator.
+    """The HCB strategy on the one device that the Trainer was given, of any accelerator."""
 
-    Lightning tells a strategy its devices and nodes by setting these attributes, but only where the class has them, as
-    parallel strategies do (`Trainer(strategy="single_device", accelerator="cuda")` stays on the CPU).
-    """
-
+    # Lightning tells a strategy its devices and nodes by setting these attributes where the class has them, as
+    # parallel strategies do (`Trainer(strategy="single_device", accelerator="cuda")` stays on the CPU).
     parallel_devices: "list[torch.device] | None" = None
     num_nodes: int = 1
 
@@ -191,8 +169,9 @@ class OneDeviceMixin(HCBMixin):
 
     def _configure_launcher(self) -> None:
         if self._num_processes > 1:
+            num_devices = len(self.parallel_devices or ())
             raise ConfigError(
-                f"`hcb_single` trains on one device, and the Trainer has `devices={len(self.parallel_devices or ())}` "
+                f"`hcb_single` trains on one device, and the Trainer has `devices={num_devices}` "
                 f"and `num_nodes={self.num_nodes}`. Pass `devices=1`, or use `strategy='hcb'` or `'hcb_ddp'`."
             )
         super()._configure_launcher()
@@ -240,10 +219,10 @@ class AutoMixin(OneDeviceMixin):
                 f"`{type(self).__name__}` cannot choose between one device and several: it subclasses `HCBStrategy`. "
                 f"Subclass `HCBSingleDeviceStrategy` or `{self._many_devices_type.__name__}`."
             )
-        told: dict[str, Any] = dict(vars(self))
         # Lightning's "auto" forks in a notebook, where there is no script to start again.
         start_method = {"start_method": "fork"} if hasattr(sys, "ps1") else {}
         num_nodes, layer_sync = self.num_nodes, self._layer_sync
+        told: dict[str, Any] = dict(vars(self))
         ddp: Any = self
         vars(self).clear()
         ddp.__class__ = self._many_devices_type
@@ -266,8 +245,6 @@ class AutoMixin(OneDeviceMixin):
 def register_all(registry: Any, *, auto: type[Any], single: type[Any], ddp: type[Any]) -> None:
     """Register the strategies of one namespace under Lightning's names (`ddp`, `ddp_spawn`, …) with `hcb` in front.
 
-    A name that is registered with the same class already stays.
-
     **Raises:** `ConfigError` when a name is taken by another class.
     """
     entries: tuple[tuple[str, type[Any], dict[str, Any]], ...] = (
@@ -278,14 +255,12 @@ def register_all(registry: Any, *, auto: type[Any], single: type[Any], ddp: type
         ("hcb_ddp_spawn", ddp, {"start_method": "spawn"}),
         ("hcb_ddp_notebook", ddp, {"start_method": "fork"}),
     )
-    taken = {name: registry[name]["strategy"] for name, _, _ in entries if name in registry}
     for name, strategy, _ in entries:
-        if taken.get(name, strategy) is not strategy:
-            raise ConfigError(f"the strategy name `{name}` is taken by `{taken[name]!r}`; expected it to be free.")
+        if name in registry and (found := registry[name]["strategy"]) is not strategy:
+            raise ConfigError(f"the strategy name `{name}` is taken by `{found!r}`; expected it to be free.")
     for name, strategy, options in entries:
-        if name not in taken:
-            summary = (strategy.__doc__ or "").partition("\n")[0]
-            registry.register(name, strategy, description=summary, **options)
+        if name not in registry:
+            registry.register(name, strategy, description=(strategy.__doc__ or "").partition("\n")[0], **options)
 
 
 def _is_compiled(lightning_module: Any) -> bool:

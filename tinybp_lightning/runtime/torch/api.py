@@ -49,20 +49,20 @@ class Session:
     def _claim(self, dispatcher: Dispatcher) -> None:
         """Make the outermost module that was called a target; the modules below it are parts of it."""
         self._claimed.append(dispatcher)
-        below = {id(m) for m in dispatcher.module.modules()} - {id(dispatcher.module)}
+        _, *parts = dispatcher.module.modules()
+        below = {id(m) for m in parts}
         for other in self._dispatchers:
             if id(other.module) in below:
                 other.remove()
         self._dispatchers = [d for d in self._dispatchers if id(d.module) not in below]
-        for inner in _dispatchers_in(dispatcher.module):
-            if inner is not dispatcher:
-                warnings.warn(
-                    f"`hcb` was called on `{type(inner.module).__name__}`, which is part of "
-                    f"`{type(dispatcher.module).__name__}`: one plan covers both, under the outer module's budget.",
-                    HCBWarning,
-                    stacklevel=2,
-                )
-                inner.remove()
+        for inner in filter(None, map(dispatcher_of, parts)):
+            warnings.warn(
+                f"`hcb` was called on `{type(inner.module).__name__}`, which is part of "
+                f"`{type(dispatcher.module).__name__}`: one plan covers both, under the outer module's budget.",
+                HCBWarning,
+                stacklevel=2,
+            )
+            inner.remove()
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -96,9 +96,7 @@ def attach(
 ) -> Session:
     """Put `root`, or with `discover` the outermost modules called in its training, under a budget.
 
-    **Raises:** `UnsupportedModuleError` if `root` is not a module, has no parameters or (without `discover`) no
-    forward, is compiled as a whole, or has parts that cannot be trained this way; `ConfigError` for options of a wrong
-    type.
+    **Raises:** `UnsupportedModuleError` for what cannot be trained this way; `ConfigError` for options of a wrong type.
     """
     refuse_wrong_options(config, observers, discover=discover)
     _refuse_untrainable(root)
@@ -182,12 +180,11 @@ def _warn_of_compiled_parts(root: nn.Module) -> None:
     """Warn of parts that the user compiled; an earlier `hcb` on `root` must be gone, as it uses the same attribute."""
     compiled = [m for m in root.modules() if isinstance(m, OptimizedModule) or compiled_call_impl(m) is not None]
     if compiled:
-        warnings.warn(
+        message = (
             f"`{type(compiled[0]).__name__}` inside `{type(root).__name__}` is compiled: its blocks run under "
-            'the chosen executor instead. Do not compile it, or use `executor="inductor"`.',
-            HCBWarning,
-            stacklevel=4,
+            'the chosen executor instead. Do not compile it, or use `executor="inductor"`.'
         )
+        warnings.warn(message, HCBWarning, stacklevel=4)
 
 
 def _take_over_checkpointing(root: nn.Module) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tinybp_lightning.capture.torch.modes import modes_back
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, fill_template, reorder
-from tinybp_lightning.capture.torch.private import has_gradient_hooks
+from tinybp_lightning.capture.torch.private import has_gradient_hooks, modes_back
 from tinybp_lightning.capture.torch.record import record_graph
 from tinybp_lightning.config import BudgetKind, Costs
 from tinybp_lightning.errors import BudgetTooSmallError

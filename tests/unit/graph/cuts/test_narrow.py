@@ -1,5 +1,6 @@
 """Cuts are legal on every graph, and where a reader would put them on graphs of known shape."""
 
+import re
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -73,24 +74,16 @@ def test_external_inputs_are_in_the_order_of_reading() -> None:
     assert [block.external for block in blocks] == [(w2, x), (w1, w2)]
 
 
-@pytest.mark.parametrize(
-    ("cuts", "message"),
-    [
-        ([-1], "cut `-1` leaves an empty block"),
-        ([3], "cut `3` leaves an empty block"),
-        ([1, 1], "cut `1` follows cut `1`"),
-        ([2, 1], "cut `1` follows cut `2`"),
-    ],
-)
-def test_bad_cuts_are_refused(cuts: list[int], message: str) -> None:
-    with pytest.raises(GraphError, match=message):
+@pytest.mark.parametrize("cuts", [[-1], [3], [4], [1, 1], [2, 1]])
+def test_bad_cuts_are_refused(cuts: list[int]) -> None:
+    with pytest.raises(GraphError, match=re.escape(f"`cuts={tuple(cuts)}`: expected increasing, allowed")):
         cut_blocks(chain_graph(4), cuts)
 
 
 def test_a_cut_across_a_later_write_is_refused() -> None:
     build = GraphBuilder()
     a = build.op("op", [build.input(4)], 4)
-    with pytest.raises(GraphError, match="cut `0` is not allowed: a later op changes in place"):
+    with pytest.raises(GraphError, match=r"`cuts=\(0,\)`: expected increasing, allowed"):
         cut_blocks(build.build(build.write("relu_", a)), [0])
 
 
