@@ -26,6 +26,7 @@ from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ids import BlockId, BoundaryId
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Schedule, Store
+from tinybp_lightning.schedule.arguments import check_count
 
 __all__ = [
     "every_k",
@@ -57,8 +58,7 @@ def every_k(chain: Chain, *, k: int) -> Schedule:
 
     **Raises:** `ConfigError` when `k` is below 1.
     """
-    if k < 1:
-        raise ConfigError(f"`k={k}` must be at least 1: it is the number of blocks between two stored boundaries.")
+    check_count("k", k, at_least=1, meaning="the number of blocks between two stored boundaries")
     starts = range(0, len(chain.blocks), k)
     return keep_some(chain, kept=range(starts[-1], len(chain.blocks)), stored=starts)
 
@@ -89,7 +89,7 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
             first, *rest = _saves(block, end)
             actions += [first, *_drop(block), *rest, *_backwards(block, end)]
             end = block
-    return _schedule(num_blocks, actions)
+    return Schedule(num_blocks, tuple(actions))
 
 
 def saved_knapsack(chain: Chain, *, saved_share: float) -> Schedule:
@@ -118,8 +118,7 @@ def selective(chain: Chain, *, signatures: Collection[str], k: int) -> Schedule:
 
     **Raises:** `ConfigError` when `k` is below 1.
     """
-    if k < 1:
-        raise ConfigError(f"`k={k}` must be at least 1: it is the number of blocks in a region.")
+    check_count("k", k, at_least=1, meaning="the number of blocks in a region")
     kept = [b for b, block in enumerate(chain.blocks) if block.signature in signatures]
     return keep_some(chain, kept=kept, stored=range(0, len(chain.blocks), k))
 
@@ -168,8 +167,7 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
 
     **Raises:** `ConfigError` when `num_slots` is below 1.
     """
-    if num_slots < 1:
-        raise ConfigError(f"`num_slots={num_slots}` must be at least 1: boundary 0 takes the first slot.")
+    check_count("num_slots", num_slots, at_least=1, meaning="boundary 0 takes the first slot")
     num_blocks = len(chain.blocks)
     _, split = _revolve_table(num_blocks, num_slots)
     stored = _spine(num_blocks, num_slots, split) if keep_spine else set[int]()
@@ -196,7 +194,7 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
                     stored.add(middle)
                     actions += _store(middle)
             pending += [(first, middle, slots), (middle, end, slots - 1)]
-    return _schedule(num_blocks, actions)
+    return Schedule(num_blocks, tuple(actions))
 
 
 def _spine(num_blocks: int, num_slots: int, split: tuple[np.ndarray, ...]) -> set[int]:
@@ -246,7 +244,3 @@ def _store(boundary: int) -> list[Action]:
 
 def _drop(boundary: int) -> list[Action]:
     return [Drop(BoundaryId(boundary))] if boundary else []
-
-
-def _schedule(num_blocks: int, actions: list[Action]) -> Schedule:
-    return Schedule(num_blocks=num_blocks, actions=tuple(actions))

@@ -146,10 +146,7 @@ def _reference(chain: Chain, name: str, schedule: Schedule) -> ParetoReference:
 
 
 def _plot(curve: Pareto, path: Path) -> Path:
-    """Write `curve` as a PNG to `path` and return it: the plan as a line, the bound as a shaded one below.
-
-    **Raises:** `MissingPackageError` if matplotlib is not there.
-    """
+    """Draw the plan as a line, and the bound as a shaded one below."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:

@@ -121,9 +121,7 @@ def _checked(ops: BlockOps, available: NDArray[np.bool_], repeated: NDArray[np.b
         raise GraphError(
             f"backward needs op `{min(stuck)}`, which can neither be saved nor repeated: mark one of the two possible."
         )
-    return SavedOps(
-        saved, again, sum(ops.size_bytes[v] for v in saved), float(sum(ops.seconds[v] for v in sorted(again)))
-    )
+    return SavedOps(saved, again, sum(ops.size_bytes[v] for v in saved), _seconds(ops, again))
 
 
 def saved_ops_frontier(ops: BlockOps) -> tuple[SavedOps, ...]:
@@ -133,8 +131,11 @@ def saved_ops_frontier(ops: BlockOps) -> tuple[SavedOps, ...]:
     """
     n = len(ops.seconds)
     untied = replace(ops, seconds=tuple(s * (1 + _TIE_BREAK * v / n) for v, s in enumerate(ops.seconds)))
-    corners = _corners(untied)
-    return tuple(replace(c, repeat_s=float(sum(ops.seconds[v] for v in sorted(c.repeated)))) for c in corners)
+    return tuple(replace(c, repeat_s=_seconds(ops, c.repeated)) for c in _corners(untied))
+
+
+def _seconds(ops: BlockOps, repeated: frozenset[int]) -> float:
+    return float(sum(ops.seconds[v] for v in sorted(repeated)))
 
 
 def _corners(ops: BlockOps) -> tuple[SavedOps, ...]:

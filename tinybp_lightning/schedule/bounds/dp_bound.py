@@ -60,16 +60,13 @@ class _DpBound:
     """The last slot has all bytes left, the first what the cheapest backward needs."""
 
     def __init__(self, relaxed: RelaxedChain, held: HeldSets, *, num_slots: int, limit_s: float) -> None:
-        lowest_bytes = min([held.loss_need_bytes, *held.lowest_need_bytes])
-        span_bytes = relaxed.left_bytes - lowest_bytes
+        span_bytes = relaxed.left_bytes - held.lowest_need_bytes
         self._relaxed = relaxed
         self._held = held
         self._tick_s = limit_s / _TICKS
         self._forward = [self._ticks(seconds) for seconds in relaxed.forward_s.tolist()]
         self._unit = _unit_bytes(held, span_bytes, num_slots)
         self._width = max(0, int(span_bytes / self._unit) + 1) + 1
-        # Neighbours in memory: slots where there are more of them than lows, else lows.
-        self._is_short = relaxed.num_blocks < 2 * self._width
         self._buffer = np.empty(_BUFFER, np.int32)
 
     def bound_s(self) -> float:
@@ -85,10 +82,8 @@ class _DpBound:
     def _nothing(self, i: int) -> _Costs:
         """The costs of boundary `i` before anything is offered: all infinite."""
         num_ends, num_passing = self._relaxed.num_blocks - i + 1, self._held.num_passing(i)
-        if self._is_short:
-            segment = np.full((num_ends, num_passing, num_ends, self._width), _NEVER, np.int32).swapaxes(2, 3)
-        else:
-            segment = np.full((num_ends, num_passing, self._width, num_ends), _NEVER, np.int32)
+        # Slots are neighbours in memory, so that operations on all of them are fast.
+        segment = np.full((num_ends, num_passing, num_ends, self._width), _NEVER, np.int32).swapaxes(2, 3)
         num_kept = self._held.count(i) - num_passing
         return _Costs(segment, np.full((num_ends, num_kept, self._width), _NEVER, np.int32))
 
@@ -183,7 +178,7 @@ class _DpBound:
             if part.size > len(self._buffer):
                 self._buffer = np.empty(part.size, np.int32)
             through = self._buffer[: part.size]
-            if self._is_short and slot_axis == -2:
+            if slot_axis == -2:
                 through = through.reshape(*part.shape[:-2], part.shape[-1], width).swapaxes(-1, -2)
             else:
                 through = through.reshape(part.shape)

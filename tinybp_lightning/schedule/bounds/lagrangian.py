@@ -58,16 +58,9 @@ class LagrangianBound:
         **Returns:** `value_s` bounds the seconds of every legal schedule within the budget from below. `excess_bytes`
         is a supergradient of the bound in the prices, up to rounding.
         """
-        n = self._relaxed.num_blocks
+        assert np.all(prices >= 0), "a negative price bounds nothing"
         paid, n = _paid(prices), self._relaxed.num_blocks
         record = _Record([np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
-        value_s = self._value_s(prices, paid, record)
-        return Priced(value_s, self._used_bytes(record, prices, paid) - self._relaxed.left_bytes)
-
-    def _value_s(self, prices: _Floats, paid: _Floats, record: "_Record") -> float:
-        """Fill `record` and return the bound."""
-        assert np.all(prices >= 0), "a negative price bounds nothing"
-        n = self._relaxed.num_blocks
         # `segment[q, j]` and `sweep[q]` belong to boundary `i`, the last one that the loop has reached.
         segment = np.full((n + 1, n + 1), _INFINITE)
         sweep = np.full(n + 1, _INFINITE)
@@ -78,7 +71,8 @@ class LagrangianBound:
             self._fork_segments(i, segment, paid)
             self._fork_sweep(i, segment, sweep, paid)
             record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
-        return float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
+        value_s = float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
+        return Priced(value_s, self._used_bytes(record, prices, paid) - self._relaxed.left_bytes)
 
     def _moves(
         self, i: int, after: _Floats, after_sweep: _Floats, prices: _Floats, paid: _Floats

@@ -16,11 +16,11 @@ from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 __all__ = ["HeldKeep", "HeldSets", "KeptEnds", "Resolution", "affordable", "alike"]
 
 _Set = frozenset[int]
-_WORK = 7e9
+_WORK = 5e9
 """About how many elementary steps a bound may take: a few seconds."""
 _SETS = (64, 32, 16, 8, 4, 2)
 """The limits on held sets that are tried, from the closest bound to the fastest."""
-_MIN_SLOTS = 64
+_MIN_SLOTS = 48
 """With fewer slots the bound is too loose to be worth its time."""
 _MAX_SLOTS = 600
 _COUNTS = 3
@@ -62,25 +62,23 @@ class HeldSets:
         self._private_bytes = [min(option.saved_bytes for option in block.options) for block in chain.blocks]
         self._last = self._last_boundaries()
         self._last_left_out = [max((self._last[s] for s in boundary), default=0) for boundary in self._boundary]
-        self._known: dict[tuple[int, int, _Set], tuple[int, int]] = {}
         self._standing = self._standing_bytes()
+        self.num_blocks = len(chain.blocks)
+        # What must be left at the last boundary for the code after the last block.
+        self.loss_need_bytes = self._bytes(self._boundary[-1]) + chain.tail_peak_bytes
         self._passing, kept = self._find(max_sets)
         self._sets = [(*passing, *kept[i]) for i, passing in enumerate(self._passing)]
         self._index = [{held: k for k, held in enumerate(sets)} for sets in self._sets]
 
     @property
-    def loss_need_bytes(self) -> int:
-        """What must be left at the last boundary for the code after the last block."""
-        return self._bytes(self._boundary[-1]) + self._chain.tail_peak_bytes
-
-    @property
-    def lowest_need_bytes(self) -> list[int]:
-        """For every block and option, a need of its backward that is not above any."""
-        return [
+    def lowest_need_bytes(self) -> int:
+        """The least that must be left anywhere: for the loss, or for a backward beside which nothing is held."""
+        needs = (
             option.saved_bytes + self._standing[b] + option.backward_peak_bytes
             for b, block in enumerate(self._chain.blocks)
             for option in block.options
-        ]
+        )
+        return min(self.loss_need_bytes, *needs)
 
     @property
     def sizes_bytes(self) -> list[int]:
@@ -90,11 +88,6 @@ class HeldSets:
         holds = [self._bytes(self._boundary[i] - self._boundary[i + 1]) for i in range(n)]
         passes = [self._bytes(s - self._boundary[i + 1]) for i in range(n) for s in self._passing[i]]
         return [1, *keeps, *holds, *passes]
-
-    @property
-    def num_blocks(self) -> int:
-        """The number of blocks of the chain."""
-        return len(self._chain.blocks)
 
     def count(self, boundary: int) -> int:
         """Return the number of held sets of `boundary`."""
@@ -159,9 +152,7 @@ class HeldSets:
 
     def after_hold(self, i: int, index: int, counted: frozenset[int]) -> tuple[int, int]:
         """Return where holding boundary `i` with only `counted` of it leads, and the bytes paid."""
-        if (i, index, counted) not in self._known:
-            self._known[i, index, counted] = self._go(i, self._sets[i][index] | counted, passing=True)
-        return self._known[i, index, counted]
+        return self._go(i, self._sets[i][index] | counted, passing=True)
 
     def keeps(self, i: int, index: int, *, left_bytes: int) -> list[HeldKeep]:
         """Return what keeping block `i` costs, for each of its options that fits into `left_bytes` by itself."""

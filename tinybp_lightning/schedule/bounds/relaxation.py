@@ -186,12 +186,13 @@ def _without_small(chain: Chain) -> Chain:
 
 def _small_bytes(chain: Chain) -> int:
     """Return the bytes below which something hardly weighs in."""
-    return max(_need_bytes(chain, b, block) for b, block in enumerate(chain.blocks)) // _SMALL
-
-
-def _need_bytes(chain: Chain, b: int, block: Block) -> int:
-    standing_bytes = chain.boundaries[b + 1].gradient_bytes + block.parameter_gradient_bytes
-    return standing_bytes + min(
-        option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages) + option.backward_peak_bytes
-        for option in block.options
+    needs = (
+        chain.boundaries[b + 1].gradient_bytes
+        + block.parameter_gradient_bytes
+        + min(
+            o.saved_bytes + sum(chain.storage_bytes[s] for s in o.storages) + o.backward_peak_bytes
+            for o in block.options
+        )
+        for b, block in enumerate(chain.blocks)
     )
+    return max(needs) // _SMALL

@@ -14,11 +14,16 @@ from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
 from tinybp_lightning.schedule.actions import Action, Backward, Drop, Forward, ForwardSave, Schedule, Store
 from tinybp_lightning.schedule.planner.states import StateModel
 
-__all__ = ["LeastSeconds", "extract_schedule"]
+__all__ = ["LeastSeconds", "extract_schedule", "whole_units"]
 
 _Floats = NDArray[np.float32] | NDArray[np.float64]
 _Ints = NDArray[np.int64]
 _Size = TypeVar("_Size", int, _Ints)
+
+
+def whole_units(kept_bytes: _Size, unit_bytes: int) -> _Size:
+    """Return what a move keeps alive, rounded to whole units."""
+    return (2 * kept_bytes + unit_bytes) // (2 * unit_bytes)
 
 
 class LeastSeconds(Protocol):
@@ -78,7 +83,7 @@ def extract_schedule(model: StateModel, least: LeastSeconds, *, unit_bytes: int,
     chooser = _Chooser(model, least, unit_bytes)
     actions: list[Action] = []
     # Nodes still to walk (with whether their boundary is stored) and backwards still to run, last first.
-    pending: list[tuple[_Node, bool] | Backward] = [(_Node(model.start, None, left), True)]
+    pending: list[tuple[_Node, bool] | Backward] = [(_Node(0, None, left), True)]
     while pending:
         item = pending.pop()
         if isinstance(item, Backward):
@@ -126,7 +131,7 @@ class _Chooser:
             need_bytes, forward_s = model.run_out(state.boundary)
             left = _Node(node.state, last, node.left)
             seconds = forward_s + float(self._least.segment_s(self._segments(node.state, last), node.left)[0])
-            offers.append((seconds if self._fits(need_bytes, node.left) else np.inf, _RunOut(left)))
+            offers.append((seconds if need_bytes <= node.left * self._unit_bytes else np.inf, _RunOut(left)))
         seconds, best = min(offers, key=lambda offer: offer[0])
         assert best is not None and seconds < np.inf, f"no move at {node}, which was said to fit"
         return best
@@ -140,18 +145,18 @@ class _Chooser:
                 need_bytes, seconds, rest = keep.replay_need_bytes, keep.replay_s, None
             else:
                 need_bytes, seconds = keep.save_need_bytes, state.forward_s
-                rest = _Node(keep.next_state, node.end, node.left - self._kept(keep.kept_bytes))
+                rest = _Node(keep.next_state, node.end, node.left - whole_units(keep.kept_bytes, self._unit_bytes))
                 seconds += self._rest_s(rest)
             seconds += keep.backward_s
             need_bytes = max(need_bytes + baseline_bytes, keep.backward_need_bytes)
-            if self._fits(need_bytes, node.left) and seconds < best_s:
+            if need_bytes <= node.left * self._unit_bytes and seconds < best_s:
                 best_s, best = seconds, _KeepHere(option, rest)
         return best_s, best
 
     def _split(self, node: _Node, first: int, count: int, baseline_bytes: int) -> tuple[float, _Move | None]:
         """Return the fastest of the first `count` splits, and its seconds."""
         state = self._model.states[node.state]
-        kept = self._kept(state.split_kept_bytes[:count])
+        kept = whole_units(state.split_kept_bytes[:count], self._unit_bytes)
         fits = (state.split_need_bytes[:count] + baseline_bytes <= node.left * self._unit_bytes) & (kept <= node.left)
         numbers = np.flatnonzero(fits)
         if not len(numbers):
@@ -177,9 +182,3 @@ class _Chooser:
 
     def _segments(self, states: _Ints | int, ends: _Ints | int) -> _Ints:
         return np.atleast_1d(self._model.segment_offset[states] + ends)
-
-    def _fits(self, need_bytes: int, left: int) -> bool:
-        return need_bytes <= left * self._unit_bytes
-
-    def _kept(self, kept_bytes: _Size) -> _Size:
-        return (2 * kept_bytes + self._unit_bytes) // (2 * self._unit_bytes)

@@ -38,7 +38,7 @@ class MinMemory:
     @property
     def smallest_bytes(self) -> int:
         """The least bytes that a whole step needs, workspace left out."""
-        return int(self.sweeps[self.model.start])
+        return int(self.sweeps[0])
 
     def segments(self, segments: _Ints) -> _Ints:
         """Return the least bytes of segments, which are numbered as in `StateModel`."""

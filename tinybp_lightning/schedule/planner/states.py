@@ -16,7 +16,6 @@ live from outside. There are few such subsets: after a split at `k` it is `S_i &
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +64,9 @@ class State:
 
 
 class StateModel:
-    """A chain's states in order of their boundaries; `cuts` are the boundaries a segment may end at, the last included.
+    """A chain's states in order of their boundaries; a step starts from state 0.
+
+    `cuts` are the boundaries a segment may end at, the last included.
 
     **Arguments:** `cuts`: ascending interior boundaries where a plan may store; it only passes the others.
     """
@@ -80,6 +81,8 @@ class StateModel:
         self._overlap = self._overlaps()
         self.boundary_bytes = [int(x) for x in np.diagonal(self._overlap)]
         self.baseline_bytes = self._baseline_bytes()
+        # What must be left at the last boundary for the caller's code after the last block.
+        self.tail_need_bytes = self.boundary_bytes[-1] + chain.tail_peak_bytes
         first, self._index = 0, list[dict[frozenset[int], int]]()
         subsets_of = self._find_subsets()
         for subsets in subsets_of:
@@ -93,16 +96,6 @@ class StateModel:
         self._run_need = self._run_needs()
         self._forward_s = np.array([block.forward_s for block in chain.blocks])
         self.states = [self._state(i, outside) for i, subsets in enumerate(subsets_of) for outside in subsets]
-
-    @property
-    def start(self) -> int:
-        """The state before block 0."""
-        return 0
-
-    @cached_property
-    def tail_need_bytes(self) -> int:
-        """What must be left at the last boundary for the caller's code after the last block."""
-        return self.boundary_bytes[-1] + self.chain.tail_peak_bytes
 
     def run_out(self, boundary: int) -> tuple[int, float]:
         """Return what must be left at `boundary`, and the seconds, to run to the end and through the tail."""

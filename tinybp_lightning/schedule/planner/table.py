@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinybp_lightning.schedule.actions import Schedule
-from tinybp_lightning.schedule.planner.extract import extract_schedule
+from tinybp_lightning.schedule.planner.extract import extract_schedule, whole_units
 from tinybp_lightning.schedule.planner.states import Keep, State, StateModel
 
-__all__ = ["MemoryUnits", "RowIndex", "Table", "fitting_unit_bytes", "share_rows"]
+__all__ = ["RowIndex", "Table", "fitting_unit_bytes", "share_rows"]
 
 _Times = NDArray[np.float32]
 """Seconds for 0, 1, 2, … units left."""
@@ -37,30 +37,6 @@ _MANY_ROWS = 12
 _UNITS_TRIED = 2000
 _MASK = 2**64 - 1
 _ODD, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUnits:
-    """Bytes in whole units: `width` columns of `unit_bytes` each, from 0 units on."""
-
-    unit_bytes: int
-    width: int
-
-    def need(self, need_bytes: int) -> int:
-        """Return the fewest units that cover `need_bytes`; `width` where none do."""
-        return min(self.width, -(-need_bytes // self.unit_bytes))
-
-    def needs(self, need_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `need` of many, not limited to the width."""
-        return -(-need_bytes // self.unit_bytes)
-
-    def kept(self, kept_bytes: int) -> int:
-        """Return `kept_bytes` rounded to whole units."""
-        return (2 * kept_bytes + self.unit_bytes) // (2 * self.unit_bytes)
-
-    def kepts(self, kept_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `kept` of many."""
-        return (2 * kept_bytes + self.unit_bytes) // (2 * self.unit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,23 +123,23 @@ class Table:
     def __init__(self, model: StateModel, index: RowIndex, *, unit_bytes: int, num_units: int) -> None:
         self._model = model
         self._index = index
-        self._units = MemoryUnits(unit_bytes, num_units + 1)
+        self._width = num_units + 1
         self.num_units = num_units
         self.unit_bytes = unit_bytes
-        self._rows = np.empty((index.num_rows, self._units.width), np.float32)
-        self._lowest = np.full(index.num_rows, self._units.width, np.int64)
+        self._rows = np.empty((index.num_rows, self._width), np.float32)
+        self._lowest = np.full(index.num_rows, self._width, np.int64)
         for state in reversed(range(len(model.states))):
             if len(index.own[state]) > _MANY_ROWS:
                 self._fill_by_split(state)
             else:
                 self._fill_by_row(state)
         num_states = len(model.states)
-        self._sweeps = np.full((num_states, self._units.width), _INFINITE, np.float32)
-        self._sweeps_lowest = np.full(num_states, self._units.width, np.int64)
+        self._sweeps = np.full((num_states, self._width), _INFINITE, np.float32)
+        self._sweeps_lowest = np.full(num_states, self._width, np.int64)
         for state in reversed(range(num_states)):
             self._fill_sweep(state, self._sweeps[state])
             self._sweeps_lowest[state] = _first_finite(self._sweeps[state])
-        self.seconds = self._sweeps[model.start]
+        self.seconds = self._sweeps[0]
 
     def schedule(self, num_units: int) -> Schedule:
         """Return the fastest schedule for `num_units`, in the table's rounded bytes."""
@@ -195,6 +171,14 @@ class Table:
         """The rows of what splits leave to the right."""
         return self._index.rows[self._model.segment_offset[targets] + ends]
 
+    def _need(self, need_bytes: int) -> int:
+        """Return the fewest units that cover `need_bytes`; the width where none do."""
+        return min(self._width, -(-need_bytes // self.unit_bytes))
+
+    def _needs(self, need_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return `_need` of many, not limited to the width."""
+        return -(-need_bytes // self.unit_bytes)
+
     def _finish(self, times: _Times, row: int) -> None:
         self._rows[row] = times
         self._lowest[row] = _first_finite(times)
@@ -207,13 +191,13 @@ class Table:
                 rest = self._rows[self._row_numbers(keep.next_state)[k - leaf]]
                 self._offer_keep(times, state, keep, rest, baseline_bytes)
                 continue
-            low = self._units.need(max(keep.replay_need_bytes + baseline_bytes, keep.backward_need_bytes))
+            low = self._need(max(keep.replay_need_bytes + baseline_bytes, keep.backward_need_bytes))
             np.minimum(times[low:], np.float32(keep.replay_s + keep.backward_s), out=times[low:])
 
     def _offer_keep(self, times: _Times, state: State, keep: Keep, rest: _Times, baseline_bytes: int) -> None:
         """Offer to keep the state's block; `rest` is the row of what follows."""
-        shift, width = self._units.kept(keep.kept_bytes), self._units.width
-        low = max(shift, self._units.need(max(keep.save_need_bytes + baseline_bytes, keep.backward_need_bytes)))
+        shift, width = whole_units(keep.kept_bytes, self.unit_bytes), self._width
+        low = max(shift, self._need(max(keep.save_need_bytes + baseline_bytes, keep.backward_need_bytes)))
         if low < width:
             through = rest[low - shift : width - shift] + np.float32(state.forward_s + keep.backward_s)
             np.minimum(times[low:], through, out=times[low:])
@@ -221,7 +205,7 @@ class Table:
     def _fill_by_row(self, index: int) -> None:
         model, state, rows = self._model, self._model.states[index], self._row_numbers(index)
         for k, baseline_bytes in zip(self._index.own[index], self._baselines(index), strict=True):
-            times = np.full(self._units.width, _INFINITE, np.float32)
+            times = np.full(self._width, _INFINITE, np.float32)
             self._offer_segment_keeps(times, index, k, baseline_bytes)
             if k:
                 rights = self._rights(state.split_states[:k], model.first_cut(state.boundary) + k)
@@ -241,9 +225,9 @@ class Table:
         **Arguments:** `right`: the rows of the parts to the right, as a table, its lowest finite columns and which.
         """
         table, table_lowest, rights = right
-        count, width = len(lefts), self._units.width
-        need_units = self._units.needs(state.split_need_bytes[:count] + baseline_bytes)
-        shifts = self._units.kepts(state.split_kept_bytes[:count])
+        count, width = len(lefts), self._width
+        need_units = self._needs(state.split_need_bytes[:count] + baseline_bytes)
+        shifts = whole_units(state.split_kept_bytes[:count], self.unit_bytes)
         lowest = np.maximum(table_lowest[rights] + shifts, self._lowest[lefts])
         useful = np.maximum(lowest, need_units) < width
         for shift in np.unique(shifts[useful]).tolist():
@@ -260,7 +244,7 @@ class Table:
     def _fill_by_split(self, index: int) -> None:
         state, rows = self._model.states[index], self._row_numbers(index)
         own = np.array(self._index.own[index], np.int64)
-        times = np.full((len(own), self._units.width), _INFINITE, np.float32)
+        times = np.full((len(own), self._width), _INFINITE, np.float32)
         baselines = np.array(self._baselines(index), np.int64)
         first = self._model.first_cut(state.boundary)
         for position, k in enumerate(own.tolist()):
@@ -286,14 +270,14 @@ class Table:
         left: int,
     ) -> None:
         """Offer one split to many rows."""
-        shift = self._units.kept(int(state.split_kept_bytes[number]))
+        shift = whole_units(int(state.split_kept_bytes[number]), self.unit_bytes)
         lowest = self._lowest[rights] + shift
         start = max(int(lowest.min()), int(self._lowest[left]))
-        if start >= self._units.width:
+        if start >= self._width:
             return
-        through = self._rows[rights, start - shift : self._units.width - shift]
+        through = self._rows[rights, start - shift : self._width - shift]
         through += self._rows[left, start:] + np.float32(state.split_forward_s[number])
-        need_units = self._units.needs(int(state.split_need_bytes[number]) + baselines)
+        need_units = self._needs(int(state.split_need_bytes[number]) + baselines)
         for k in np.flatnonzero(need_units > np.maximum(lowest, start)):
             through[k, : need_units[k] - start] = _INFINITE
         np.minimum(times[:, start:], through, out=times[:, start:])
@@ -301,7 +285,7 @@ class Table:
     def _fill_sweep(self, index: int, times: _Times) -> None:
         model, state = self._model, self._model.states[index]
         if state.boundary == model.num_blocks:
-            times[self._units.need(model.tail_need_bytes) :] = 0
+            times[self._need(model.tail_need_bytes) :] = 0
             return
         for keep in state.keeps:
             self._offer_keep(times, state, keep, self._sweeps[keep.next_state], 0)
@@ -310,7 +294,7 @@ class Table:
             right = (self._sweeps, self._sweeps_lowest, state.split_states)
             self._offer_splits(times, state, 0, rows[: len(state.split_states)], right)
         need_bytes, forward_s = model.run_out(state.boundary)
-        low = self._units.need(need_bytes)
+        low = self._need(need_bytes)
         np.minimum(times[low:], self._rows[rows[-1], low:] + np.float32(forward_s), out=times[low:])
 
 
