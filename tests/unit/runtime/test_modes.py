@@ -95,7 +95,7 @@ def test_a_stance_does_not_switch_the_budget_off(stance: str) -> None:
     with torch.compiler.set_stance(stance):
         got = step(replayed)
     assert_same(got, step(residual_net()))
-    assert len(targets(replayed)[0].programs) == 1
+    assert len(targets(replayed)[0].traced_modules) == 1
 
 
 def test_a_switch_for_compilers_does_not_switch_the_budget_off() -> None:
@@ -103,7 +103,7 @@ def test_a_switch_for_compilers_does_not_switch_the_budget_off() -> None:
     with torch._dynamo.config.patch(disable=True):  # pyright: ignore[reportUnknownMemberType] - as above
         got = step(replayed)
     assert_same(got, step(residual_net()))
-    assert len(targets(replayed)[0].programs) == 1
+    assert len(targets(replayed)[0].traced_modules) == 1
 
 
 def test_without_the_tracer_there_are_module_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_limit_that_the_users_own_compilation_reaches_is_not_ours() -> None:
         compile_it(nn.Sequential(nn.Linear(WIDTH, 20)), backend="eager")(X)
     later = tbp.hcb(nn.Sequential(nn.Linear(WIDTH, 21)), activation_budget="1GiB")
     step(later)
-    assert len(targets(later)[0].programs) == 1
+    assert len(targets(later)[0].traced_modules) == 1
 
 
 class GivesBack(nn.Module):

@@ -419,7 +419,7 @@ def test_python_state_changes_once_a_step() -> None:
     assert isinstance(model, Counts)
     assert model.calls == 12
     assert model.seen == [ROWS] * 12
-    assert len(targets(model)[0].programs) < 12
+    assert len(targets(model)[0].traced_modules) < 12
 
 
 def test_checkpointing_that_is_switched_on_is_switched_off_with_a_warning() -> None:
