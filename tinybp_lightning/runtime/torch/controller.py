@@ -41,6 +41,7 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Timeline, simulate
 
 __all__ = [
+    "ActivePlan",
     "CalibrationState",
     "Decision",
     "Observation",
