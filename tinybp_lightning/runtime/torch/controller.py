@@ -94,6 +94,7 @@ class ActivePlan:
 
     @property
     def schedule(self) -> Schedule:
+        """What it runs, as the planner wrote it."""
         return self.report.schedule
 
 
