@@ -41,6 +41,7 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import Timeline, simulate
 
 __all__ = [
+    "ActivePlan",
     "CalibrationState",
     "Decision",
     "Observation",
@@ -93,6 +94,7 @@ class ActivePlan:
 
     @property
     def schedule(self) -> Schedule:
+        """What it runs, as the planner wrote it."""
         return self.report.schedule
 
 

@@ -16,7 +16,14 @@ from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Forward, ForwardSave, Schedule
 from tinybp_lightning.schedule.planner.planner import Plan, Planner
 
-__all__ = ["estimated_options", "measured_part", "options_to_measure", "prefer_measured", "with_measured"]
+__all__ = [
+    "MeasuredPart",
+    "estimated_options",
+    "measured_part",
+    "options_to_measure",
+    "prefer_measured",
+    "with_measured",
+]
 
 _HEAVY = 0.1
 """A kind of blocks with this share of a plain step's seconds has all its options measured."""
