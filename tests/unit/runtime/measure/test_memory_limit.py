@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,8 +225,14 @@ def test_a_share_is_of_the_largest_plain_peak_of_the_target() -> None:
     """A small last batch is not held to a share of its own small peak."""
     shared, config = TargetMemory(None), HCBConfig(activation_budget="50%")
     large, small = (Headroom(config, CPU, [], shared) for _ in range(2))
-    assert (large(100), small(40), large(100)) == (50, 50, 50)
-    assert (small(200), large(100)) == (100, 100)
+
+    def planned(headroom: Headroom, plain_bytes: int) -> int:
+        granted_bytes = headroom(plain_bytes)
+        headroom.share(replace(headroom.read(), largest_plain_bytes=plain_bytes))
+        return granted_bytes
+
+    assert (planned(large, 100), planned(small, 40), planned(large, 100)) == (50, 50, 50)
+    assert (planned(small, 200), planned(large, 100)) == (100, 100)
 
 
 # ---- the plan follows ------------------------------------------------------------------------------------------------

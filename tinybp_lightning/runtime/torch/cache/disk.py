@@ -1,16 +1,8 @@
 """Keep plans on disk for later processes, in a folder with one small file for each key.
 
-A file is used only after `serialize` and the caller have checked it. If the file or the folder is bad, a warning names
-the file and the reason, and the program is measured and planned again; the training goes on.
-
-Note [Two processes at once]
-    A file is written beside its place and moved there, so a reader sees all of the old one or all of the new one. The
-    last writer wins: both have measured. A file that another process removes in between counts as missing.
-
-Note [Bounded size]
-    A file's time is that of its last use. After each write the least recently used files are removed until the folder
-    holds at most `MAX_CACHE_BYTES`. Only files that this module has named are removed, so others in the folder are
-    safe.
+If the file or the folder is bad, a warning names the file and the reason, and the program is measured and planned
+again. A file is written beside its place and moved there, so a reader sees all of the old one or all of the new one. A
+file that another process removes meanwhile counts as missing.
 """
 
 import contextlib
@@ -79,8 +71,7 @@ class DiskCache:
     def find(self, context: Mapping[str, str], check: Callable[[Chain], None]) -> MeasuredPlan | None:
         """Return the plan for `context`, or `None` if there is none, or (with a warning) if it cannot be used.
 
-        **Arguments:** `context`: what the plan depends on; `check`: raises `PlanFileError` for a chain that is not the
-        caller's.
+        **Arguments:** `check`: raises `PlanFileError` for a chain that is not the caller's.
         """
         path = self.path_of(context)
         try:
@@ -96,7 +87,7 @@ class DiskCache:
         return known
 
     def put(self, context: Mapping[str, str], known: MeasuredPlan) -> None:
-        """Write the plan for `context`. See the notes above."""
+        """Write the plan for `context`."""
         path = self.path_of(context)
         try:
             save_measured_plan(path, known, context=context)
@@ -108,17 +99,14 @@ class DiskCache:
             )
 
     def _remove_oldest(self) -> None:
-        """See Note [Bounded size]."""
+        """Remove the least recently used of the files that this class has named, down to `MAX_CACHE_BYTES`."""
         found: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
-            is_plan = _PLAN_FILE.fullmatch(path.name) is not None
-            if not is_plan and _UNFINISHED_FILE.fullmatch(path.name) is None:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # See Note [Two processes at once]
-                status = path.stat()
-                if is_plan:
+            with contextlib.suppress(FileNotFoundError):
+                if _PLAN_FILE.fullmatch(path.name):
+                    status = path.stat()
                     found.append((status.st_mtime, status.st_size, path))
-                elif time.time() - status.st_mtime > _UNFINISHED_S:
+                elif _UNFINISHED_FILE.fullmatch(path.name) and time.time() - path.stat().st_mtime > _UNFINISHED_S:
                     path.unlink()
         size_bytes = sum(size for _, size, _ in found)
         for _, size, path in sorted(found)[:-1]:  # never the one just used

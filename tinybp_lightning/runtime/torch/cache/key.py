@@ -53,10 +53,7 @@ def plan_key(
     autocast: Sequence[Autocast],
     has_gradients: bool,
 ) -> dict[str, str]:
-    """Return what a plan for `program` depends on, by name.
-
-    **Arguments:** `has_gradients`: whether parameters hold gradients when the step begins.
-    """
+    """Return what a plan for `program` depends on, by name; `has_gradients`: there are some as the step begins."""
     budget = config.budget
     return {
         "graph": program.graph,

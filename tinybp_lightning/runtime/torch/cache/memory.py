@@ -42,9 +42,8 @@ class Origin(Enum):
 class CacheEntry:
     """One program in one situation: the key of its plan, and the plan if one is `known`.
 
-    `layout`: equal for programs that differ only in sizes; `sizes_bytes`: of its storages; `own_bytes`: the sum of
-    those that the forward makes; `is_on_disk`: `known` is there too; `is_measured`: a traced step has shown that it
-    fits.
+    `layout`: equal for programs that differ only in sizes; `own_bytes`: the sum of the storages that the forward makes;
+    `is_measured`: a traced step has shown that the plan fits.
     """
 
     key: Mapping[str, str]
@@ -76,10 +75,7 @@ class PlanCache:
         self._disk = open_cache(config.plan_cache)
 
     def look_up(self, program: Program, layout: str, key: Mapping[str, str]) -> CacheEntry:
-        """Return the entry of `program` under `key`: with its own plan, with that of a larger shape, or with none.
-
-        **Arguments:** `layout`: of its `ProgramKey`.
-        """
+        """Return the entry of `program` under `key`: with its own plan, with that of a larger shape, or with none."""
         graph = program.graph
         sizes_bytes = tuple(storage.size_bytes for storage in graph.storages)
         own_bytes = sum(s.size_bytes for s in graph.storages if s.kind is StorageKind.ACTIVATION)

@@ -1,9 +1,8 @@
 """Trace how many bytes are alive, from the allocator's own events, cut at marks.
 
 On CPU only the profiler sees allocations (`profile_memory=True`); its events carry address and size. On CUDA the
-caching allocator keeps a history of the same. This module alone reads the two, and it resets nobody's counters. It uses
-private API to start the profiler and to read Kineto's event tree (`torch._C._profiler`), unchanged from torch 2.11 to
-2.14.
+caching allocator keeps a history of the same. No counter is reset. Starting the profiler and reading Kineto's event
+tree (`torch._C._profiler`) takes private API, unchanged from torch 2.11 to 2.14.
 
 Note [Nothing but allocations]
     The profiler is started for a scope that nothing runs in, so it records no ops. That is cheaper, and it is needed:
@@ -68,27 +67,24 @@ class _TracingLock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._owner: threading.Thread | None = None
-        self._depth = 0
+        self._holds: list[threading.Thread] = []  # the owner, once for each time that it holds the lock
 
     def acquire(self) -> bool:
         """Acquire the lock unless another living thread holds it; return whether this thread holds it now."""
         with self._lock:
             me = threading.current_thread()
-            if self._owner is not me:
-                if self._owner is not None and self._owner.is_alive():
+            if self._holds and self._holds[0] is not me:
+                if self._holds[0].is_alive():
                     return False
-                self._owner, self._depth = me, 0
-            self._depth += 1
+                self._holds.clear()
+            self._holds.append(me)
             return True
 
     def release(self, owner: threading.Thread) -> None:
         """Undo one `acquire` of `owner`, if this thread is `owner` and still holds the lock."""
         with self._lock:
-            if self._owner is owner is threading.current_thread():
-                self._depth -= 1
-                if self._depth == 0:
-                    self._owner = None
+            if self._holds and self._holds[0] is owner is threading.current_thread():
+                self._holds.pop()
 
 
 _LOCK = _TracingLock()
@@ -125,23 +121,20 @@ class AllocatorTrace(ABC):
     """A running trace: `mark` opens an interval, `close` ends the last one and returns all of them in order."""
 
     def __init__(self, undo: contextlib.ExitStack) -> None:
-        self._labels: list[str | None] = []  # of each mark; `None` cuts no interval
-        self._left_out: list[tuple[int, frozenset[int]]] = []  # a mark's number, and addresses
-        self._start(undo)
+        self._labels: list[str | None] = []
+        self._left_out: list[tuple[int, set[int]]] = []  # a mark's number, and addresses
         self.mark("start")
         self._undo = undo.pop_all()
 
-    def mark(self, label: str) -> None:
-        """Start the interval `label` here."""
+    def mark(self, label: str | None) -> None:
+        """Start the interval `label` here; `None` starts none."""
         self._labels.append(label)
         self._allocate_mark()
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Do not count these tensors, from their allocation on (parameters' gradients)."""
-        addresses = frozenset(local_part(t).untyped_storage().data_ptr() for t in tensors)
-        self._left_out.append((len(self._labels), addresses))
-        self._labels.append(None)
-        self._allocate_mark()
+        self._left_out.append((len(self._labels), {local_part(t).untyped_storage().data_ptr() for t in tensors}))
+        self.mark(None)
 
     def close(self) -> tuple[Interval, ...]:
         """Stop the trace, even if it cannot be read, and return the intervals."""
@@ -149,25 +142,21 @@ class AllocatorTrace(ABC):
             events, marks = self._read()
         finally:
             self.abandon()
+        if len(marks) != len(self._labels):
+            raise LostTraceError(f"the recording has {len(marks)} of {len(self._labels)} marks")
         _drop_left_out(self._left_out, events, marks)
         return _intervals(self._labels, events, marks)
 
     def abandon(self) -> None:
-        """Stop without reading, because the step ended in an exception or will not end. Harmless once stopped.
-
-        Call it on the thread that opened the trace, or under `tracing_lock` once that thread has ended.
-        """
+        """Stop without reading, if it has not stopped: on the thread that opened it, or once that thread has ended."""
         self._undo.close()
-
-    @abstractmethod
-    def _start(self, undo: contextlib.ExitStack) -> None: ...
 
     @abstractmethod
     def _allocate_mark(self) -> None: ...
 
     @abstractmethod
     def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return `(address, bytes)` of every event in order, and how many events came before each mark."""
+        """Return the address and bytes of every event in order, and how many events came before each mark."""
 
 
 class _CpuTrace(AllocatorTrace):
@@ -177,17 +166,15 @@ class _CpuTrace(AllocatorTrace):
         self._opener = threading.current_thread()
         self._results: Any = None
         self._marks: list[int] = []
-        super().__init__(undo)
-
-    def _start(self, undo: contextlib.ExitStack) -> None:
         _start_profiler()
         undo.callback(self._stop)
+        super().__init__(undo)
 
     def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(_MARK_BYTES, dtype=torch.uint8).data_ptr())
 
     def _stop(self) -> None:
-        """Stop the profiler. See Note [A thread that ends under its profiler]."""
+        # See Note [A thread that ends under its profiler].
         if self._opener is not threading.current_thread():
             if is_profiling():
                 return
@@ -195,11 +182,11 @@ class _CpuTrace(AllocatorTrace):
         self._results = profiler._disable_profiler()
 
     def _read(self) -> tuple[list[tuple[int, int]], list[int]]:
-        # Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
-        # earlier tensor at the same address.
         self.abandon()  # the profiler hands its events out when it stops
         events: list[tuple[int, int]] = []
         marks: list[int] = []
+        # Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
+        # earlier tensor at the same address.
         alive: dict[int, int] = {}
         for event in self._results.experimental_event_tree():
             if event.tag == _EventType.Kineto and not event.children:
@@ -215,13 +202,10 @@ class _CpuTrace(AllocatorTrace):
                 events.append((fields.ptr, fields.alloc_size))
             elif fields.ptr in alive:
                 events.append((fields.ptr, -alive.pop(fields.ptr)))
-        if len(marks) != len(self._marks):
-            raise LostTraceError(f"the profiler has {len(marks)} of {len(self._marks)} marks")
         return events, marks
 
 
 def _start_profiler() -> None:
-    """Start to record this thread's allocations on CPU. See Note [Nothing but allocations]."""
     config = profiler.profile(use_cpu=True, profile_memory=True).config(create_trace_id=True)
     activities = {ProfilerActivity.CPU}
     profiler._prepare_profiler(config, activities)
@@ -234,18 +218,15 @@ class _CudaTrace(AllocatorTrace):
     def __init__(self, device: torch.device, undo: contextlib.ExitStack) -> None:
         self._device = device
         self._marks: list[torch.Tensor] = []
-        super().__init__(undo)
-
-    def _start(self, undo: contextlib.ExitStack) -> None:
         if not cuda_history_is_on():
             start_cuda_history(_MAX_CUDA_EVENTS)
             undo.callback(stop_cuda_history)
+        super().__init__(undo)
 
     def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(1, dtype=torch.uint8, device=self._device))
 
     def abandon(self) -> None:
-        """Stop without reading, and release the marks."""
         self._marks.clear()
         super().abandon()
 
@@ -262,8 +243,6 @@ class _CudaTrace(AllocatorTrace):
                 marks.append(len(events))
             elif marks:
                 events.append(event)
-        if len(marks) != len(self._labels):
-            raise LostTraceError(f"the allocator's history has {len(marks)} of {len(self._labels)} marks")
         return events, marks
 
 
@@ -274,7 +253,7 @@ def local_part(t: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_left_out(
-    left_out: Sequence[tuple[int, frozenset[int]]], events: list[tuple[int, int]], marks: Sequence[int]
+    left_out: Sequence[tuple[int, set[int]]], events: list[tuple[int, int]], marks: Sequence[int]
 ) -> None:
     """Remove from the events the newest allocation at each left-out address before its mark, and its release."""
     for mark, addresses in left_out:

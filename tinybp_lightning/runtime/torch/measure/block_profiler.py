@@ -25,16 +25,8 @@ _NOTHING = Timing(0.0, 0.0)
 Layout = tuple[tuple[int, ...], int, int]
 """Strides, offset, and the storage's number of elements, of a gradient that is not a contiguous tensor of its own."""
 
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """Number `index` of what a block makes gets a gradient of this layout: the parts of a concatenation get views.
-
-    An op may have to copy such a gradient before it can use it.
-    """
-
-    index: int
-    layout: Layout | None = None
+Seed = tuple[int, Layout | None]
+"""Which of what a block makes gets a gradient, and its layout: an op may have to copy a view before it can use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +58,10 @@ class BlockProfile:
 class _BackwardRun:
     """One backward: `seeded_bytes` of output gradients went in, `gradients` (by position in the reads) came out."""
 
-    backward: Timing = _NOTHING
-    seeded_bytes: int = 0
-    gradients: tuple[tuple[int, torch.Tensor], ...] = ()
-    parameter_gradients: tuple[torch.Tensor, ...] = ()
+    backward: Timing
+    seeded_bytes: int
+    gradients: tuple[tuple[int, torch.Tensor], ...]
+    parameter_gradients: tuple[torch.Tensor, ...]
 
 
 class _Start(torch.autograd.Function):
@@ -77,15 +69,12 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layouts: Sequence[Layout | None], *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.likes = [
-            (t.shape, layout, t.dtype, t.device) if t.is_floating_point() or t.is_complex() else None
-            for t, layout in zip(outputs, layouts, strict=True)
-        ]
+        ctx.likes = [(t.shape, layout, t.dtype, t.device) for t, layout in zip(outputs, layouts, strict=True)]
         return outputs[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        return (None, *(None if like is None else _zeros(*like) for like in ctx.likes))
+        return (None, *(_zeros(*like) for like in ctx.likes))
 
 
 def _zeros(shape: torch.Size, layout: Layout | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -227,11 +216,11 @@ class BlockProfiler:
         mark("save")
         out = self._first(state)
         results = {s.index: t for s, t in zip(self.piece.state, out, strict=True) if s.origin == MADE}
-        seeded = [(results[seed.index], seed.layout) for seed in self.seeds]
+        seeded = [(results[index], layout) for index, layout in self.seeds]
         seeded = [(t, layout) for t, layout in seeded if isinstance(t, torch.Tensor) and t.requires_grad]
         if not seeded:
             mark("backward")
-            return _BackwardRun()
+            return _BackwardRun(_NOTHING, 0, (), ())
         layouts = [layout for _, layout in seeded]
         seeded_bytes = sum(t.element_size() * (t.numel() if layout is None else layout[2]) for t, layout in seeded)
         loss = cast("torch.Tensor", _Start.apply(layouts, *(t for t, _ in seeded)))

@@ -45,19 +45,6 @@ def chain_of(
     def seconds(timing: Timing) -> float:
         return timing.device_s if is_device_slower else timing.host_s
 
-    def saved_set(p: BlockProfile, storages: set[StorageId], made_bytes: int, forward_peak_bytes: int) -> SavedSet:
-        return SavedSet(
-            name=f"{p.saved_bytes} bytes",
-            storages=tuple(sorted(storages)),
-            saved_bytes=p.saved_bytes,
-            save_peak_bytes=max(p.save_peak_bytes, forward_peak_bytes, p.saved_bytes + made_bytes),
-            replay_s=min(seconds(p.replay), seconds(p.forward)),
-            replay_peak_bytes=p.replay_peak_bytes,
-            backward_s=seconds(p.backward),
-            backward_peak_bytes=p.backward_peak_bytes,
-            is_estimated=p.is_estimated,
-        )
-
     blocks: list[Block] = []
     for i, (piece, options) in enumerate(zip(program.pieces, profiles, strict=True)):
         before, after = program.boundaries[i], program.boundaries[i + 1]
@@ -68,7 +55,18 @@ def chain_of(
         for p in options:
             values = [before[piece.reads[k].index] for k in p.saved_reads] + [made[k] for k in p.saved_made]
             storages = {ids[s] for v in values if (s := program.graph.values[v].storage) is not None}
-            saved_sets.append(saved_set(p, storages, made_bytes, forward_peak_bytes))
+            saved_set = SavedSet(
+                name=f"{p.saved_bytes} bytes",
+                storages=tuple(sorted(storages)),
+                saved_bytes=p.saved_bytes,
+                save_peak_bytes=max(p.save_peak_bytes, forward_peak_bytes, p.saved_bytes + made_bytes),
+                replay_s=min(seconds(p.replay), seconds(p.forward)),
+                replay_peak_bytes=p.replay_peak_bytes,
+                backward_s=seconds(p.backward),
+                backward_peak_bytes=p.backward_peak_bytes,
+                is_estimated=p.is_estimated,
+            )
+            saved_sets.append(saved_set)
         name, signature, forward_s = piece.span.name, piece.span.signature, max(seconds(p.forward) for p in options)
         blocks.append(Block(name, signature, forward_s, forward_peak_bytes, left_bytes[i], tuple(saved_sets)))
     return Chain(tuple(sizes), tuple(blocks), boundaries, workspace_bytes=_bookkeeping_bytes(program))
@@ -80,12 +78,9 @@ def check_chain_is_of(program: Program, chain: Chain) -> None:
     **Raises:** `PlanFileError` that names the first difference.
     """
     frontiers, sizes, _ = _frontiers(program)
+    blocks = [(b.name, b.signature, len(b.options)) for b in chain.blocks]
     found: list[tuple[str, object, object]] = [
-        (
-            "blocks",
-            [(b.name, b.signature, len(b.options)) for b in chain.blocks],
-            [(p.span.name, p.span.signature, len(p.calls)) for p in program.pieces],
-        ),
+        ("blocks", blocks, [(p.span.name, p.span.signature, len(p.calls)) for p in program.pieces]),
         ("boundaries", [b.storages for b in chain.boundaries], frontiers),
         ("storage_bytes", list(chain.storage_bytes), sizes),
     ]
@@ -119,8 +114,8 @@ def _bookkeeping_bytes(program: Program) -> int:
 def _gradient_bytes(program: Program, boundary: int, profiles: Sequence[_Options], wants: Sequence[bool]) -> int:
     """Return the bytes of the gradients of one boundary's leaves, once every later block's backward has run.
 
-    A gradient that one block made is held as that block made it, with the whole storage it lives on; one that several
-    blocks contributed to was summed into a tensor of its own. A result that nobody differentiates has none.
+    A gradient that one block made is held with the whole storage it lives on; one that several blocks contributed to
+    was summed into a tensor of its own.
     """
     total_bytes = 0
     storages: dict[tuple[int, int], int] = {}
@@ -169,6 +164,5 @@ def _parameter_gradient_bytes(program: Program) -> tuple[list[int], list[int]]:
 
 
 def _dense_bytes(program: Program, value: ValueId) -> int:
-    """Return the bytes of a value's elements, without gaps."""
     v = program.graph.values[value]
     return math.prod(v.shape) * getattr(torch, v.dtype).itemsize

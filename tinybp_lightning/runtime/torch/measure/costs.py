@@ -1,14 +1,13 @@
 """Measure what each block costs, in seconds and bytes, by running every unique block once on the step's real inputs.
 
 The forward is walked block by block with only the current boundary alive, so measuring needs no more memory than the
-widest single block. A block runs as the engine will run it (see `block_profiler`), and the allocator's events give the
-exact peaks. Parameters are passed as aliases, buffers as copies, and the generators are restored, so the user's values
-do not change. Costs are kept by structural signature. An option that is not compiled yet cannot run: it is estimated
-from its forecast and the measured option 0.
+widest single block. Parameters are passed as aliases, buffers as copies, and the generators are restored, so the user's
+values do not change. An option that is not compiled yet cannot run: it is estimated from its forecast and the measured
+option 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,15 +53,38 @@ def measure_chain(
     called after each block; `known`: what earlier calls measured of the program in the same situation, to which this
     call adds; `kind`: whether the chain's seconds are measured, or count operations as `count_operations` does.
     """
+
+    def walk(seeds: _Seeds, report: Callable[[int, int], None]) -> tuple[_Profiles, list[list[bool]]]:
+        """Return every block's profiles, and which leaves of each boundary want gradients."""
+        profiles: _Profiles = []
+        leaves: list[Any] = []
+        wants: list[list[bool]] = [[]]
+        for piece, seed in zip(program.pieces, seeds, strict=True):
+            with autocast_as(autocast), torch.enable_grad():
+                profilers = [
+                    BlockProfiler(piece, option, inputs, leaves, wants[-1], seed, timer)
+                    for option in range(len(piece.calls))
+                ]
+                options = known.setdefault((piece.span.signature, seed, executor.code_of(piece)), {})
+                for option, (profiler, call) in enumerate(zip(profilers, piece.calls, strict=True)):
+                    if option not in options and executor.is_ready(call):
+                        options[option] = profiler.measure()
+                profiles.append(_with_estimates(piece, options, executor))
+                out = profilers[0].run_dropping()
+            wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
+            leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
+            report(len(profiles), len(seeds))
+        return profiles, wants
+
     random = random_state_now(devices)
     try:
         timer = Timer(device, step_bytes=sum(s.size_bytes for s in program.graph.storages))
-        walk = _Walk(program, measuring_values(program, values), timer, executor, autocast, known)
-        seeds = _seeds(program)
-        profiles, wants = walk.profile(seeds, on_block)
-        seen = _with_layouts(program, seeds, profiles)
+        inputs = measuring_values(program, values)
+        seeds = _seeds(program, [dict[int, Layout]()] * len(program.pieces))
+        profiles, wants = walk(seeds, on_block)
+        seen = _seeds(program, [dict(first.layouts) for first, *_ in profiles])
         if seen != seeds:  # later blocks hand some block gradients of another layout: measure those blocks again
-            profiles, wants = walk.profile(seen, lambda done, total: None)
+            profiles, wants = walk(seen, lambda done, total: None)
     finally:
         set_random_state(random)
     if kind is Costs.OPERATIONS:
@@ -85,71 +107,24 @@ def measuring_values(program: Program, values: Sequence[Any]) -> NonBoundaryInpu
     return NonBoundaryInputs.of([alias(i, v) for i, v in enumerate(values)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """Walks the forward of a program, and measures the blocks that are not `known` yet."""
+def _seeds(program: Program, layouts: Sequence[Mapping[int, Layout]]) -> _Seeds:
+    """Return which of each piece's values get gradients: those that later pieces read, and where backward starts.
 
-    program: Program
-    inputs: NonBoundaryInputs
-    timer: Timer
-    executor: Executor
-    autocast: Sequence[Autocast]
-    known: Measurements
-
-    def profile(self, seeds: _Seeds, on_block: Callable[[int, int], None]) -> tuple[_Profiles, list[list[bool]]]:
-        """Return every block's profiles, and which leaves of each boundary want gradients."""
-        profiles: _Profiles = []
-        leaves: list[Any] = []
-        wants: list[list[bool]] = [[]]
-        for piece, seed in zip(self.program.pieces, seeds, strict=True):
-            with autocast_as(self.autocast), torch.enable_grad():
-                profilers = [
-                    BlockProfiler(piece, option, self.inputs, leaves, wants[-1], seed, self.timer)
-                    for option in range(len(piece.calls))
-                ]
-                key = piece.span.signature, seed, self.executor.code_of(piece)
-                options = self.known.setdefault(key, {})
-                for option, (profiler, call) in enumerate(zip(profilers, piece.calls, strict=True)):
-                    if option not in options and self.executor.is_ready(call):
-                        options[option] = profiler.measure()
-                profiles.append(_with_estimates(piece, options, self.executor))
-                out = profilers[0].run_dropping()
-            wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
-            leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
-            on_block(len(profiles), len(seeds))
-        return profiles, wants
-
-
-def _seeds(program: Program) -> _Seeds:
-    """Return which of each piece's values get gradients: those that later pieces read, and where backward starts."""
-    wanted = set(program.differentiated)
-    seeds: _Seeds = []
-    for piece, before, after in reversed(
-        list(zip(program.pieces, program.boundaries, program.boundaries[1:], strict=False))
-    ):
-        made = [(s.index, v) for s, v in zip(piece.state, after, strict=True) if s.origin == MADE]
-        seeds.append(tuple(Seed(index) for index, v in made if v in wanted))
-        wanted.update(before[s.index] for s in piece.reads if s.origin == STATE)
-    return seeds[::-1]
-
-
-def _with_layouts(program: Program, seeds: _Seeds, profiles: _Profiles) -> _Seeds:
-    """Return `seeds` with the layouts of the gradients that later pieces were seen to make.
-
-    Only a value that one piece alone reads has one: gradients from several pieces are summed into a tensor of its own.
+    **Arguments:** `layouts`: of the gradients that each piece makes, by position in its reads. Only a value that is
+    read once has one: several gradients are summed into a tensor of its own.
     """
     found: dict[ValueId, list[Layout | None]] = {v: [None] for v in program.differentiated}
-    for piece, before, (first, *_) in zip(program.pieces, program.boundaries, profiles, strict=False):
-        layouts = dict(first.layouts)
+    seeds: _Seeds = []
+    boundaries = program.boundaries
+    for piece, before, after, of_reads in reversed(
+        list(zip(program.pieces, boundaries, boundaries[1:], layouts, strict=False))
+    ):
+        made = [(s.index, found[v]) for s, v in zip(piece.state, after, strict=True) if s.origin == MADE and v in found]
+        seeds.append(tuple((index, given[0] if len(given) == 1 else None) for index, given in made))
         for k, s in enumerate(piece.reads):
             if s.origin == STATE:
-                found.setdefault(before[s.index], []).append(layouts.get(k))
-    with_layouts: _Seeds = []
-    for piece, after, mine in zip(program.pieces, program.boundaries[1:], seeds, strict=True):
-        made = {s.index: v for s, v in zip(piece.state, after, strict=True) if s.origin == MADE}
-        seen = [(seed, found.get(made[seed.index], [])) for seed in mine]
-        with_layouts.append(tuple(replace(seed, layout=each[0]) if len(each) == 1 else seed for seed, each in seen))
-    return with_layouts
+                found.setdefault(before[s.index], []).append(of_reads.get(k))
+    return seeds[::-1]
 
 
 def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor: Executor) -> tuple[BlockProfile, ...]:

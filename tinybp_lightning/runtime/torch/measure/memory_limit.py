@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ _AUTO_MARGIN = 0.05
 def limit_bytes(budget: Budget, device: torch.device) -> int:
     """Return the bytes that a memory budget grants this process on `device`.
 
-    **Raises:** `BudgetError` where the device cannot tell its size.
+    **Raises:** `BudgetError` where torch cannot tell the device's size.
     """
     if budget.size_bytes is not None:
         return budget.size_bytes
@@ -46,58 +47,42 @@ def limit_bytes(budget: Budget, device: torch.device) -> int:
 
 
 def fragmented_bytes(device: torch.device) -> int:
-    """Return the bytes that the allocator holds in pieces beside living tensors, and cannot give back.
-
-    On CUDA they are reserved without being allocated, and count against the device. The CPU's allocator reports none.
-    """
+    """Return the bytes that CUDA's allocator holds in pieces beside living tensors, and cannot give back."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
 
 
 def _baseline_bytes(device: torch.device, tensors: Sequence[torch.Tensor]) -> int:
-    """Return the device bytes taken before the step allocates anything.
-
-    The CUDA allocator knows them. On CPU they are the step's parameters, buffers and inputs (`tensors`) with the
-    gradients they hold.
-    """
+    """Return the device bytes taken before the step: as the CUDA allocator knows, or of `tensors` and gradients."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
     return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
 
 
+@dataclass(slots=True)
 class TargetMemory:
-    """What all plans of one target share: the largest plain peak, the optimizer's state, and a cap.
+    """What all plans of one target share: the optimizer's state, a cap, and the largest peak of plain training.
 
-    `cap_bytes`: the most that any plan may use since one of them ran out of memory; `None` until then.
-
-    **Arguments:** `optimizer_state`: `None` where the budget does not count it. Only this object holds it, until the
-    target goes, because Dynamo keeps compiled code, and our programs with it, for longer.
+    `optimizer_state`: `None` where the budget does not count it. Only this object holds it, until the target goes,
+    because Dynamo keeps compiled code, and our programs with it, for longer. `cap_bytes`: the most that any plan may
+    use since one of them ran out of memory. `largest_plain_bytes`: a budget that is a share is one of the largest peak:
+    a small last batch must not be held to a share of its own small peak.
     """
 
-    def __init__(self, optimizer_state: "OptimizerState | None") -> None:
-        self.optimizer_state = optimizer_state
-        self.cap_bytes: int | None = None
-        self._largest_bytes = 0
-
-    def largest_plain_peak(self, plain_peak_bytes: int) -> int:
-        """Take one more plain peak into account and return the largest.
-
-        A share is one of the largest: a small last batch must not be held to a share of its own small peak.
-        """
-        self._largest_bytes = max(self._largest_bytes, plain_peak_bytes)
-        return self._largest_bytes
+    optimizer_state: "OptimizerState | None"
+    cap_bytes: int | None = None
+    largest_plain_bytes: int = 0
 
 
 class OptimizerState:
     """Counts the bytes of optimizer state, in the first step of each optimizer of `parameters`.
 
     `existed_bytes` were there before that step (from a checkpoint), `made_bytes` came with it, `unknown_bytes` are
-    those of the parameters that no optimizer has stepped yet.
-
-    Make it before the step that it is to see: an optimizer's closure runs after the hook that looks first. Its hooks
-    live as long as it does, because no hook may be removed while the optimizer goes through them.
+    those of the parameters that no optimizer has stepped yet. Make it before the step that it is to see: an optimizer's
+    closure runs after the hook that looks first. Its hooks live as long as it does, because no hook may be removed
+    while the optimizer goes through them.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -133,7 +118,7 @@ class OptimizerState:
 
 
 def _look(state: "weakref.ref[OptimizerState]", has_stepped: bool, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Let `state` look: a hook of every optimizer, which must not keep it alive."""
+    """Let `state` look, without keeping it alive."""
     alive = state()
     if alive is not None:
         alive.look(optimizer, has_stepped=has_stepped)
@@ -152,8 +137,7 @@ def _local_bytes(t: torch.Tensor) -> int:
 class Headroom:
     """Bytes that a plan may use above what is alive when a step begins.
 
-    **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned;
-    `shared`: one for all plans of a target.
+    **Arguments:** `tensors`: parameters, buffers and inputs of the step, as they are when it is first planned.
     """
 
     def __init__(
@@ -169,13 +153,7 @@ class Headroom:
 
     def __call__(self, plain_peak_bytes: int) -> int:
         """Return the headroom, given the predicted peak of plain training."""
-        budget = self._budget
-        if budget.kind is BudgetKind.ACTIVATION:
-            if budget.fraction is None:
-                return budget.size_bytes or 0
-            return int(self._shared.largest_plain_peak(plain_peak_bytes) * budget.fraction)
-        taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
-        return limit_bytes(budget, self._device) - taken_bytes
+        return self.read().bytes_for(plain_peak_bytes)
 
     @property
     def cap_bytes(self) -> int | None:
@@ -184,10 +162,7 @@ class Headroom:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Optimizer state that was not there when the headroom was first measured; it changes when more is known.
-
-        Until an optimizer has stepped, it is what the user said, or two copies of the parameters, as Adam keeps.
-        """
+        """Optimizer state that was not there at first; until a step, as the user said, or two copies, as Adam keeps."""
         state = self._shared.optimizer_state
         if state is None:
             return 0
@@ -201,13 +176,14 @@ class Headroom:
 
     def read(self) -> Limit:
         """Return the limit as it is now."""
-        budget = self._budget
-        fraction = budget.fraction if budget.kind is BudgetKind.ACTIVATION else None
-        size_bytes = None if fraction is not None else self(0)
-        largest_bytes = self._shared.largest_plain_peak(0)
-        return Limit(size_bytes, fraction, largest_bytes, self._shared.cap_bytes, self.optimizer_bytes)
+        budget, shared = self._budget, self._shared
+        size_bytes, fraction = budget.size_bytes, budget.fraction
+        if budget.kind is BudgetKind.MEMORY:
+            taken_bytes = self._baseline_bytes + self.optimizer_bytes + fragmented_bytes(self._device)
+            size_bytes, fraction = limit_bytes(budget, self._device) - taken_bytes, None
+        return Limit(size_bytes, fraction, shared.largest_plain_bytes, shared.cap_bytes, self.optimizer_bytes)
 
     def share(self, limit: Limit) -> None:
         """Have all plans of the target share the cap and the largest plain peak of `limit`."""
         self._shared.cap_bytes = limit.cap_bytes
-        self._shared.largest_plain_peak(limit.largest_plain_bytes)
+        self._shared.largest_plain_bytes = max(self._shared.largest_plain_bytes, limit.largest_plain_bytes)

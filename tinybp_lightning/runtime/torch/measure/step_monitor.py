@@ -39,9 +39,9 @@ __all__ = ["StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
 class StepMonitor:
     """Follows one forward and the first backward through it; traces it if wanted, unless another trace is open.
 
-    `measured`: what the trace showed, once it is closed. `is_disturbed`: another target's step began before this one's
-    ended, so what was measured belongs to both. `is_lost`: other code destroyed the recording, so the next step is to
-    be measured. `is_pending`: backward has ended, and the trace is still open.
+    `measured`: what the trace showed. `is_disturbed`: another target's step began before this one's ended, so what was
+    measured belongs to both. `is_lost`: other code destroyed the recording. `is_pending`: backward has ended, and the
+    trace is still open.
     """
 
     def __init__(
@@ -58,20 +58,17 @@ class StepMonitor:
         self._made_here: list[torch.Tensor] = []  # parameters whose gradients this step makes
         if budget.kind is not BudgetKind.MEMORY:  # which counts gradients
             self._made_here = [p for p in parameters if p.grad is None and p.requires_grad]
-        self._trace: AllocatorTrace | None = None
-        self._number = _MONITORS.add(self, device, wants_trace=wants_trace)
+        _MONITORS.num_started += 1
+        self._number = _MONITORS.num_started
+        self._trace = _MONITORS.trace_for(self, device) if wants_trace else None
         self._mark("forward")
-
-    def start_trace(self, device: torch.device) -> None:
-        """Trace the allocator of `device` from here on."""
-        self._trace = open_trace(device)
 
     def _mark(self, label: str) -> None:
         if self._trace is not None:
             self._trace.mark(label)
 
     def forward_ended(self, outputs: Sequence[Any], on_end: Callable[["StepMonitor"], None]) -> None:
-        """Note the end of the forward and wait for backward; call `on_end(self)` once backward has ended."""
+        """Note the end of the forward; call `on_end(self)` once backward has ended."""
         self._forward_s = time.perf_counter() - self._started
         self._on_end = on_end
         self._mark("tail")
@@ -129,14 +126,12 @@ class StepMonitor:
 
     def _take_trace(self) -> AllocatorTrace | None:
         trace, self._trace, self.is_pending = self._trace, None, False
-        _MONITORS.discard(self)
+        if self in _MONITORS.tracing:
+            _MONITORS.tracing.remove(self)
         return trace
 
     def abandon(self) -> None:
-        """Release everything and measure nothing: the step will not end (no backward, or an exception).
-
-        Harmless once the step has ended.
-        """
+        """Release everything and measure nothing: the step will not end. Harmless if it has ended."""
         if self.ended:
             return
         self._on_end = None
@@ -153,10 +148,9 @@ def _measured(intervals: Sequence[Interval]) -> StepMeasurement:
 
 
 class _StepMonitors:
-    """The monitors whose traces are open, and the optimizer hooks that wait to settle them.
+    """The process's monitors whose traces are open, and the optimizer hooks that wait to settle them.
 
-    There is one object for the process: it has one profiler, and the hooks hear every optimizer. A profiler is stopped
-    by the thread that started it, so each thread settles and stops its own traces, the newest first.
+    A profiler is stopped by the thread that started it, so each thread settles its own traces, the newest first.
     """
 
     def __init__(self) -> None:
@@ -164,24 +158,18 @@ class _StepMonitors:
         self.tracing: list[StepMonitor] = []
         self._handles: list[RemovableHandle] = []
 
-    def add(self, monitor: StepMonitor, device: torch.device, *, wants_trace: bool) -> int:
-        """Return the monitor's number, and start its trace if it wants one and one can be opened."""
-        self.num_started += 1
-        number = self.num_started
+    def trace_for(self, monitor: StepMonitor, device: torch.device) -> AllocatorTrace | None:
+        """Return a trace that `monitor` reads, if one can be opened."""
         with tracing_lock() as is_mine:
-            if wants_trace and is_mine:
+            if is_mine:
                 self._untrace_ended_threads()  # stopping those later would stop this trace too
-                if can_trace(device):
-                    monitor.start_trace(device)
-                    self.tracing.append(monitor)
-                    atexit.unregister(self.stop_tracing)
-                    atexit.register(self.stop_tracing)  # a profiler left on crashes the process when it ends
-        return number
-
-    def discard(self, monitor: StepMonitor) -> None:
-        """Forget a monitor whose trace is closed."""
-        if monitor in self.tracing:
-            self.tracing.remove(monitor)
+            if not (is_mine and can_trace(device)):
+                return None
+            trace = open_trace(device)
+            self.tracing.append(monitor)
+            atexit.unregister(self.stop_tracing)
+            atexit.register(self.stop_tracing)  # a profiler left on crashes the process when it ends
+            return trace
 
     def listen(self) -> None:
         """Hear the next optimizer step: its begin, and its end, as a closure runs forward and backward inside it."""
@@ -200,10 +188,7 @@ class _StepMonitors:
             self._remove_hooks()
 
     def stop_tracing(self) -> None:
-        """Give up this thread's traces, and those of threads that have ended, because there is one profiler.
-
-        Called before another target is measured, and when the process ends.
-        """
+        """Give up this thread's traces, and those of threads that have ended, because there is one profiler."""
         self.settle_pending()
         for monitor in self._mine():
             monitor.untrace()

@@ -6,8 +6,8 @@ held back until the host has launched the call, and then runs it without a gap, 
 would charge every block for launches that overlap. That makes the host slower, and a call of autograd wakes its thread
 (0.3 ms), which a step does once for all blocks: so the host is timed on an idle device, less an empty call's time.
 
-On a CPU a repeated call finds its data in caches, which in a step everything else has passed through since: a norm
-would take half its time. So before each call the timer touches as many bytes as a step does, up to the caches' size.
+On a CPU a repeated call would find its data in caches, and a norm would take half its time. So before each call the
+timer touches as many bytes as a step does, up to the caches' size.
 """
 
 import time
@@ -68,11 +68,7 @@ class Timer:
         return min(self.time(call, is_held=False).host_s for call in calls)
 
     def time(self, call: Callable[[], Any], *, is_held: bool = True) -> Timing:
-        """Run `call` once and return what it took.
-
-        **Arguments:** `is_held`: whether a GPU waits until the call is launched, which gives its device seconds; the
-        host seconds are less without it.
-        """
+        """Run `call` once and return what it took; `is_held`: a GPU waits until the call is launched."""
         if self.device.type == "cuda":
             return self._time_cuda(call, is_held=is_held)
         self._cold.bitwise_not_()  # reads and writes all of it, and allocates nothing that a trace would see

@@ -1,8 +1,7 @@
 """Run a step that has run out of device memory again, under a tighter plan, with nothing lost.
 
-Only a step whose bounds are known can be run again: `run_step` here, and Lightning's automatic optimization
-(`integrations`). A synchronised backward cannot, because the other ranks wait inside a collective for gradients of the
-first run. There, and where the user says `on_oom="raise"`, the error passes with our numbers as a note.
+Only a step whose bounds are known can be run again: `run_step` here, and Lightning's automatic optimization. A
+synchronised backward cannot, because the other ranks wait inside a collective for gradients of the first run.
 
 Note [Letting go]
     An exception's traceback holds the frames that it passed, and these hold the failed step's graph. So the error is
@@ -47,8 +46,8 @@ _SHARES = (0.05, 0.15, 0.35, 1.0)
 class OomRetry:
     """Runs the steps of one model, and runs a step again if it was out of memory.
 
-    **Arguments:** `step_snapshot`: of the model; `targets`: returns what trains under a plan in it; `keep`: called as
-    a step begins, notes what else the step changes, and returns a function that restores it.
+    **Arguments:** `targets`: returns what trains under a plan; `keep`: called as a step begins, notes what else the
+    step changes, and returns a function that restores it.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class OomRetry:
         self._restore = None if self._keep is None else self._keep()
 
     def backward_begins(self) -> None:
-        """Note, in every run, that the forward has ended and no gradient has changed yet."""
+        """Note, in every run, that the forward has ended."""
         self._step_snapshot.backward_begins()
 
     def end(self) -> None:
@@ -83,10 +82,9 @@ class OomRetry:
         self._step_snapshot.end()
 
     def run(self, first: Callable[[], T], again: Callable[[], T], let_go: Callable[[], None] | None = None) -> T:
-        """Return what `first` returns, or `again` after it was out of memory.
+        """Return what `first` returns, or `again`, which runs the whole step up to the end of `first`.
 
-        **Arguments:** `again`: runs the whole step up to the end of `first`; `let_go`: drops what the caller holds of
-        the failed run.
+        **Arguments:** `let_go`: drops what the caller holds of the failed run.
 
         **Raises:** the step's first `torch.OutOfMemoryError`, with our numbers as a note, when nothing more helps.
         """
@@ -109,7 +107,7 @@ class OomRetry:
 
     def _prepare(self) -> None:
         """Free memory, tighten the plans and rewind the step, or raise the first error."""
-        assert self._error is not None, "no step has failed"
+        assert self._error is not None
         self._num_failures += 1
         torch.autograd.grad(self._older_than_any_step, self._leaf, retain_graph=True)  # See Note [Letting go]
         gc.collect()
@@ -151,16 +149,16 @@ def run_step(
 ) -> torch.Tensor:
     """Run `compute_loss(*inputs)` and its backward; if memory runs out, tighten the plan and run both again.
 
-    **Arguments:** `model`: what `compute_loss` trains; it, or a part of it, is under `tbp.hcb`. `inputs` must not be
-    changed in place. `backward`: called with the loss, such as `lambda loss: scaler.scale(loss).backward()`. Python
-    side effects of both functions happen once for each run.
+    **Arguments:** `model`: it, or a part of it, is under `tbp.hcb`. `inputs` must not be changed in place. `backward`:
+    called with the loss, such as `lambda loss: scaler.scale(loss).backward()`. Python side effects of both functions
+    happen once for each run.
 
     **Returns:** the loss, detached. Gradients, buffers and random generators are as after one uninterrupted step, bit
     for bit, even if there were gradients before.
 
-    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, `compute_loss` or `backward` is not a function,
-    or `compute_loss` does not return a loss; `UnsupportedModuleError` if `model` is not a module;
-    `torch.OutOfMemoryError` if the smallest plan fails too, or the step cannot be run again (the note says why).
+    **Raises:** `ConfigError` if nothing in `model` is under `tbp.hcb`, or a function is not one or returns no loss;
+    `UnsupportedModuleError` if `model` is not a module; `torch.OutOfMemoryError` if the smallest plan fails too, or the
+    step cannot be run again (the note says why).
     """
     dispatcher = _dispatcher_in(model)
     for name, function in (("compute_loss", compute_loss), ("backward", backward)):
@@ -245,14 +243,10 @@ def _dispatcher_in(model: nn.Module) -> Dispatcher:
 
 def _clear_frames(error: BaseException) -> None:
     """Empty the frames that `error`, and what caused it, has passed. See Note [Letting go]."""
-    seen: set[int] = set()
-    chain: list[BaseException | None] = [error]
-    while chain:
-        e = chain.pop()
-        if e is not None and id(e) not in seen:
-            seen.add(id(e))
-            traceback.clear_frames(e.__traceback__)
-            chain += [e.__cause__, e.__context__]
+    found: list[BaseException] = [error]
+    for e in found:  # which grows
+        traceback.clear_frames(e.__traceback__)
+        found += [c for c in (e.__cause__, e.__context__) if c is not None and c not in found]
 
 
 def _note(found: Sequence[Target], reason: str) -> str:

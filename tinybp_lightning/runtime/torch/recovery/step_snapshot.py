@@ -1,19 +1,17 @@
 """Note what a step changes, and restore it before the step is run a second time.
 
-A step changes the random generators, buffers, and gradients once backward has begun. The snapshot is cheap: what did
-not change in the first steps is not copied in the later ones.
+A step changes the random generators, buffers, and gradients once backward has begun.
 
 Note [Finished gradients]
     Within one backward a parameter's `AccumulateGrad` runs once, with everything that belongs to it. So a backward that
     fails half-way leaves some gradients finished, and has not reached the others. A finished one has the value that an
     uninterrupted step would leave: it is set aside, and restored when the second run makes that gradient again. That
-    needs no copy of the older gradients and no sum in another order, and it gives the same bits in any micro-batch. A
-    parameter without an older gradient starts again from none.
+    needs no copy of the older gradients and no sum in another order, so the bits are the same in any micro-batch.
 
 Note [Buffers that change]
     In the first steps buffers are copied to the host and compared. Later those that have changed are copied where they
-    are, and the others only watched by their version: the copy that an averaged model keeps, say, is not doubled. Norms
-    change their statistics without raising the version, so those always count as changing.
+    are, and the others are only watched by their version. Norms change their statistics without raising the version, so
+    those always count as changing.
 """
 
 import random
@@ -47,11 +45,6 @@ class _Buffer:
     copy: torch.Tensor | None
 
     @property
-    def was_replaced(self) -> bool:
-        """Whether the module now holds another tensor."""
-        return buffers_of(self.owner).get(self.name) is not self.tensor
-
-    @property
     def was_written(self) -> bool:
         """Whether the tensor's content has changed, by its version or by its copy."""
         if _version(self.tensor) != self.version:
@@ -59,6 +52,13 @@ class _Buffer:
         if self.tensor is None or self.copy is None:
             return False
         return not torch.equal(self.tensor.to(self.copy.device), self.copy)
+
+    def restore(self) -> None:
+        """Put the tensor back into its module, with the content that it had."""
+        if self.tensor is not None and self.copy is not None and self.was_written:
+            self.tensor.copy_(self.copy)
+        if buffers_of(self.owner).get(self.name) is not self.tensor:
+            buffers_of(self.owner)[self.name] = self.tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,7 @@ class _Gradient:
 
 
 class StepSnapshot:
-    """Notes what a step of `root` changes: `begin`, `backward_begins`, then `end`.
-
-    After a failure `obstacle` tells whether the step can be run again, `rewind` prepares that, and `abandon` gives up.
-    """
+    """Notes what a step of `root` changes: `begin`, `backward_begins`, then `end`, or `abandon` after a failure."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -96,7 +93,6 @@ class StepSnapshot:
     def _list_parts(self) -> None:
         self._modules = list(self.root.modules())
         self._parameters = list(self.root.named_parameters())
-        self._devices = sorted({p.device for _, p in self._parameters}, key=str)
 
     def _release(self) -> None:
         self._restore_generators: Callable[[], None] | None = None
@@ -118,7 +114,7 @@ class StepSnapshot:
     def begin(self, inputs: Sequence[Any]) -> None:
         """Note everything before the forward; a second run will get `inputs` again."""
         self._release()
-        self._restore_generators = _note_generators(self._devices)
+        self._restore_generators = _note_generators(sorted({p.device for _, p in self._parameters}, key=str))
         self._inputs = [(t, _version(t)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         self._draws = any(isinstance(x, Iterator) for x in tree_leaves(inputs))
         self._versions = [p._version for _, p in self._parameters]
@@ -143,7 +139,7 @@ class StepSnapshot:
                 self._gradients[index] = _Gradient.of(p)
 
     def end(self) -> None:
-        """End a step that went well: learn which buffers change, and release everything."""
+        """End a step that went well, and learn which buffers change."""
         learning = self._num_steps < _LEARNING_STEPS
         for b in self._buffers:
             if _version(b.tensor) != b.version or (learning and b.was_written):
@@ -152,7 +148,7 @@ class StepSnapshot:
         self.abandon()
 
     def abandon(self) -> None:
-        """Release everything; each finished gradient goes where an uninterrupted step would have left it."""
+        """Release everything; finished gradients go where an uninterrupted step would have left them."""
         for index, finished in self._finished.items():
             self._parameters[index][1].grad = finished
         self._release()
@@ -187,10 +183,7 @@ class StepSnapshot:
         self._restore_generators()
         with torch.no_grad():
             for b in self._buffers:
-                if b.tensor is not None and b.copy is not None and b.was_written:
-                    b.tensor.copy_(b.copy)
-                if b.was_replaced:
-                    buffers_of(b.owner)[b.name] = b.tensor
+                b.restore()
         self._set_gradients_aside()
         self._is_backward = False
 
@@ -224,7 +217,7 @@ def _version(t: torch.Tensor | None) -> int:
 
 
 def _note_generators(devices: Sequence[torch.device]) -> Callable[[], None]:
-    """Note the state of every generator that a step may draw from, and return what restores them."""
+    """Note the states of all generators, and return what restores them."""
     numpy: Any = sys.modules.get("numpy")  # a program that has not imported it does not draw from it
     state, python_state, numpy_state = random_state_now(devices), random.getstate(), numpy and numpy.random.get_state()
 

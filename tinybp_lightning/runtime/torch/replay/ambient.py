@@ -35,7 +35,7 @@ class Autocast:
 
 
 def device_type_of(devices: Sequence[torch.device]) -> tuple[str, ...]:
-    """Return the device types to guard: the CPU's and those of `devices`, sorted."""
+    """Return the sorted device types to guard, with the CPU's."""
     return tuple(sorted({"cpu", *(d.type for d in devices if d.type != "meta")}))
 
 
@@ -63,8 +63,7 @@ def closing_regions() -> Generator[None]:
     """Leave every autocast and `no_grad` region that the body entered and that an exception kept it from leaving.
 
     A traced block enters and leaves a region by two plain calls, and a replay that stops early never reaches the
-    second. Autocast empties its cache of cast weights when the outermost region is left: with a region left open, later
-    steps would use this step's weights.
+    second. With autocast left open, later steps would use this step's cached weights.
     """
     nesting = _autocast_nesting()
     settings = autocast_now(_REGION_DEVICE_TYPES)

@@ -21,8 +21,8 @@ __all__ = ["GraphBlock", "NonBoundaryInputs", "RunnableBlock", "copies", "fresh_
 class RunnableBlock(Protocol):
     """One block, which the engine can run any number of times with the same result.
 
-    `name`: for messages. `is_random`: it draws random numbers, so the engine must keep the generators' state; asked
-    again after `first`. `is_out_of_place`: its ops are known not to change any activation.
+    `is_random`: it draws random numbers; asked again after `first`. `is_out_of_place`: its ops are known not to change
+    any activation.
     """
 
     name: str
@@ -73,10 +73,7 @@ def has_storage(t: torch.Tensor) -> bool:
 
 
 def fresh_leaves(leaves: Sequence[Any], wants: Sequence[bool]) -> list[Any]:
-    """Return aliases of a boundary's leaves as a first run would see them: same gradients wanted, not graph leaves.
-
-    A tensor that is not a graph leaf may be changed in place, as in the forward. The memory is that of `leaves`.
-    """
+    """Return aliases of a boundary's leaves as a first run sees them: not graph leaves, so they may change in place."""
     with torch.enable_grad():
         return [
             t.detach().requires_grad_().view_as(t) if isinstance(t, torch.Tensor) and wanted else t
@@ -148,8 +145,7 @@ class GraphBlock:
         """Run the piece, with `instead` in place of the inputs that it names."""
         values = self._inputs.values
         arguments = [
-            (instead[s.index] if s.index in instead else values[s.index]) if s.origin == EXTERNAL else state[s.index]
-            for s in self._piece.reads
+            instead.get(s.index, values[s.index]) if s.origin == EXTERNAL else state[s.index] for s in self._piece.reads
         ]
         carried = {s.index: state[s.index] for s in self._piece.state if s.origin == STATE}
         state.clear()

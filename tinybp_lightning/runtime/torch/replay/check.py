@@ -4,8 +4,7 @@
 
 A hash is one integer, made on the tensor's device: the bytes as integers, each times an odd weight of its own, summed
 with wraparound. One element that differs always changes the sum, because an odd weight has an inverse modulo 2^64.
-Several elements that differ leave it unchanged in about one of 2^64 cases. After a replay all hashes of the block are
-compared at once, so a device waits once for each replayed block.
+Several elements that differ leave it unchanged in about one of 2^64 cases.
 """
 
 import os
@@ -41,8 +40,7 @@ def is_checking(*, asked: bool) -> bool:
 def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
     """Return a hash of a tensor's values, bit for bit, on its device; `None` if the values cannot be compared.
 
-    Those are tensors that cannot be read as bytes, and flat `uint8` ones: the workspace of a recurrent kernel, part of
-    which is padding that nobody writes.
+    A flat `uint8` tensor cannot: it is the workspace of a recurrent kernel, with padding that nobody writes.
     """
     if not has_storage(t) or t.device.type == "meta" or (t.dtype is torch.uint8 and t.dim() == 1):
         return None
@@ -64,7 +62,7 @@ def _as_integers(t: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(count: int, device: torch.device) -> torch.Tensor:
-    """Return odd numbers without a pattern in which small changes of neighbours could cancel."""
+    # Odd, and without a pattern in which small changes of neighbours could cancel.
     mixed = torch.arange(1, count + 1, device=device) * _GOLDEN
     return (mixed ^ (mixed >> 29)) * _GOLDEN | 1
 
@@ -90,22 +88,17 @@ class CheckedSavedTensors(SavedTensors):
         """Raise `ReplayError`, which names the first op, if the replay saved other values than the forward."""
         pairs = [(p, s, r) for p, r in sorted(self._replayed.items()) if (s := self._saved[p]) is not None]
         self._replayed = {}
-        different: list[int] = []
-        for device in sorted({r.device for _, _, r in pairs}, key=str):
-            here = [(p, s, r) for p, s, r in pairs if r.device == device]
-            unequal = torch.stack([s for _, s, _ in here]) != torch.stack([r for _, _, r in here])
-            different += [here[int(k)][0] for k in unequal.nonzero()]
+        different = [p for p, s, r in pairs if not torch.equal(s, r)]
         if different:
-            first = min(different)
+            first = different[0]
             shape, dtype, _ = self._forms[first]
             raise ReplayError(
                 f"the replay of block `{self._name}` saved other values than the forward: {len(different)} of "
                 f"{len(pairs)} tensors differ, the first is number {first}, {tuple(shape)} {dtype}, saved by "
-                f"{self._ops[first] or 'compiled code'}. {ADVICE}"
+                f"{self._ops[first]}. {ADVICE}"
             )
 
     def note_value(self, position: int, t: torch.Tensor) -> None:
         """Take the hash of what a replay saved at `position`."""
-        value = fingerprint(t)
-        if value is not None:
+        if (value := fingerprint(t)) is not None:
             self._replayed[position] = value

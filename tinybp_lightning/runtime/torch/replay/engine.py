@@ -1,17 +1,15 @@
 """Play a replay program: fill the saved tensors of dropped blocks again when autograd asks for them.
 
 Note [Flat replay]
-    The user's autograd graph is kept; only what its nodes saved is virtual. In the first sweep a dropped block runs
-    under `saved_tensors_hooks`, and each saved tensor becomes a `Slot`. When autograd asks for a slot of block i, the
-    engine plays block i's steps: it advances from the nearest stored boundary (and throws away what these forwards
-    save), runs block i again and fills the slots that are still alive. Because the original nodes stay,
-    `AccumulateGrad`, DDP and FSDP hooks run once each and in order, and the peak memory is the schedule's.
+    The user's autograd graph is kept. In the first sweep a dropped block runs under `saved_tensors_hooks`, and each
+    saved tensor becomes a `Slot`. When autograd asks for a slot of block i, the engine plays block i's steps: it
+    advances from the nearest stored boundary, runs block i again and fills the slots that are still alive. Because the
+    original nodes stay, `AccumulateGrad`, DDP and FSDP hooks run once each and in order.
 
 Note [Order]
-    Within one backward autograd runs nodes in descending order of creation. So blocks come in descending order, and
-    each block's steps find what the steps before left. A second backward (`retain_graph`), a partial `autograd.grad`,
-    or a saved tensor read by hand comes out of order. Such a block is recomputed from the nearest stored boundary: the
-    values are exact, but the schedule does not hold, and `RunStats` counts it.
+    Within one backward autograd runs nodes in descending order of creation, so blocks come in descending order. A
+    second backward (`retain_graph`), a partial `autograd.grad`, or a saved tensor read by hand comes out of order. Such
+    a block is recomputed from the nearest stored boundary: the values are exact, but the schedule does not hold.
 
 Note [Buffers]
     A block that changes a buffer in place (BatchNorm statistics) must do so once per step. The non-boundary inputs that
@@ -182,13 +180,17 @@ class Run:
     def _materialise(self, block: BlockId, task: int) -> None:
         """Fill the block's slots, by the program if this is the next backward in order. See Note [Order]."""
         started = time.perf_counter()
-        with self._restoring_random_state():
+        random = random_state_now(self._devices) if self._random else None
+        try:
             if block < self._next_backward and self._graph_task in (None, task) and task >= 0:
                 first, self._next_backward, self._graph_task = self._next_backward - 1, int(block), task
                 for b in range(first, block - 1, -1):
                     self._play(self.program.steps[b])
             else:
                 self._recompute_out_of_order(block)
+        finally:
+            if random is not None:
+                set_random_state(random)
         self.stats.replay_s += time.perf_counter() - started
 
     def _recompute_out_of_order(self, block: BlockId) -> None:
@@ -266,17 +268,6 @@ class Run:
         # Gradients stay enabled even where nothing is saved: without them torch would pick other kernels.
         with torch.enable_grad(), autocast_as(self._autocast), closing_regions(), filtered_by(None):
             yield
-
-    @contextlib.contextmanager
-    def _restoring_random_state(self) -> Generator[None]:
-        if not self._random:
-            yield
-            return
-        state = random_state_now(self._devices)
-        try:
-            yield
-        finally:
-            set_random_state(state)
 
 
 def _detached(t: Any) -> Any:

@@ -1,9 +1,9 @@
 """Hold what one block's first run saved, and fill it in again when the block is replayed.
 
 Every saved tensor of a dropped block is one of three things. A *reference* aliases a non-boundary input (a parameter,
-the batch), which is alive anyway: autograd holds it as it is. A *view* aliases a leaf of the boundary before the block,
-and is rebuilt from that leaf. Everything else must be *replayed*. In place of the last two autograd holds a `Slot`. The
-engine fills only slots that autograd still holds: this module keeps weak references to them.
+the batch): autograd holds it as it is. A *view* aliases a leaf of the boundary before the block, and is rebuilt from
+that leaf. Everything else must be *replayed*. In place of the last two autograd holds a `Slot`, which is filled only if
+autograd still holds it: this module keeps weak references.
 
 Note [Saved again]
     Several ops may save one tensor: the three products that read what one norm made. The replay need not reach the
@@ -55,11 +55,7 @@ def never_unpacked(_: Any) -> torch.Tensor:
 
 
 class _StopReplay(Exception):  # noqa: N818 - control flow, never an error
-    """The replay has filled the block's last saved tensor; its outputs are not read."""
-
-
-class _StopOp(Exception):  # noqa: N818 - control flow, never an error
-    """The replay has filled the last saved tensor of a skippable op; its result is not read."""
+    """The replay has filled the last saved tensor of its block, or of a skippable op; what that makes is not read."""
 
 
 class _Filling(contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]):
@@ -102,7 +98,7 @@ class Slot:
         self.value, self.version = value, value._version
 
     def read(self, reader: str) -> torch.Tensor:
-        """Return the tensor. Raises `ReplayError` if the slot is empty, or the tensor changed since it was filled."""
+        """Return the tensor. Raises `ReplayError` if it is missing, or changed since it was filled."""
         if self.value is None:
             raise ReplayError(
                 f"block `{reader}` saved tensor {self.position} in the forward, but its replay did not. {ADVICE}"
@@ -158,10 +154,7 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A tensor that later saved tensors may view, as it was when the first run met it.
-
-    `held`: the tensor itself where nothing else keeps its storage from being reused during the first run.
-    """
+    """A tensor that later saved tensors may view, as the first run met it; `held` keeps its storage from reuse."""
 
     version: int
     offset_bytes: int
@@ -185,9 +178,8 @@ class _Positions:
 class SavedTensors:
     """One block's saved tensors, in the order in which autograd saved them.
 
-    **Arguments:** `block`, `name`: the block's number, and its name in messages; `outer_storages`: those of the
-    non-boundary inputs; `state`: the leaves that the block starts from; `is_out_of_place`: whether its ops are known
-    not to change any activation, see Note [Saved again]; `holds`: fill the slots at once, until `release` is called.
+    **Arguments:** `outer_storages`: of the non-boundary inputs; `state`: the leaves that the block starts from;
+    `is_out_of_place`: its ops are known not to change any activation; `holds`: fill the slots at once, until `release`.
     """
 
     def __init__(
@@ -236,17 +228,17 @@ class SavedTensors:
         if self._holds:
             slot.fill(t.detach())
         self._slots.append(weakref.ref(slot))
-        for source in () if key is None else (self._leaves.get(key), self._saved_first.get(key)):
-            if source is not None and source.version == t._version:
-                source.add_view(slot, t)
-                return slot
-        self.num_replayed = position + 1
         if key is not None:
+            for source in (self._leaves.get(key), self._saved_first.get(key)):
+                if source is not None and source.version == t._version:
+                    source.add_view(slot, t)
+                    return slot
             storage = t.untyped_storage()
             self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
             if self._is_out_of_place:
                 views = self._views_of_saved[position] = []
                 self._saved_first[key] = _Source(t._version, _offset_bytes(t), views)
+        self.num_replayed = position + 1
         return slot
 
     def note_skippable(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
@@ -263,11 +255,14 @@ class SavedTensors:
         self._leaves.clear()
 
     def release(self) -> None:
-        """Empty the slots, which were filled at once."""
-        for reference in self._slots:
-            slot = None if reference is None else reference()
-            if slot is not None:
+        """Empty the slots."""
+        for position in range(len(self._slots)):
+            if (slot := self._living_slot(position)) is not None:
                 slot.value = None
+
+    def _living_slot(self, position: int) -> Slot | None:
+        reference = self._slots[position]
+        return None if reference is None else reference()
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
         """Return the bytes of the storages that the block saved and that its `outputs` do not keep alive."""
@@ -296,13 +291,11 @@ class SavedTensors:
             self._filled += 1
             self._check_form(position, t)
             self.note_value(position, t)
-            reference = self._slots[position]
-            slot = reference() if reference is not None else None
-            if slot is not None:
+            if (slot := self._living_slot(position)) is not None:
                 slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
             self._fill_each(self._views_of_saved.get(position, ()), t)
             if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
-                raise _StopReplay if self._filled == self.num_replayed else _StopOp
+                raise _StopReplay
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked)
         skipping = filtered_by(self._run_skippable) if stops_early else contextlib.nullcontext()
@@ -333,7 +326,7 @@ class SavedTensors:
                 self.note_value(slot.position, slot.value)
 
     def _run_skippable(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
-        """Run a skippable op up to its last saved tensor that a slot waits for. See Note [Skippable ops]."""
+        """Run the op up to its last saved tensor that a slot waits for. See Note [Skippable ops]."""
         if not self._may_skip:
             return run()
         saved = self._skippable[number]
@@ -343,8 +336,9 @@ class SavedTensors:
             try:
                 with closing_regions():  # the op cannot leave what it entered if it is stopped
                     result = run()
-            except _StopOp:
-                pass
+            except _StopReplay:
+                if self._filled == self.num_replayed:
+                    raise
             else:
                 self._check_num_filled(saved.stop)
                 return result
@@ -356,16 +350,16 @@ class SavedTensors:
     def _check_num_filled(self, expected: int) -> None:
         if self._filled != expected:
             raise self._error(
-                f"has saved {self._filled} tensors where it had saved {expected} in the forward: before {_place()}"
+                f"has saved {self._filled} tensors where it had saved {expected} in the forward: before {running_op()}"
             )
 
     def _check_form(self, position: int, t: torch.Tensor) -> None:
         if position >= len(self._forms):
-            raise self._error(f"saved more than its {len(self._forms)} tensors: {_place()} saved another")
+            raise self._error(f"saved more than its {len(self._forms)} tensors: {running_op()} saved another")
         form, expected = (t.shape, t.dtype, t.device), self._forms[position]
         if form != expected:
             raise self._error(
-                f"saved {_words(*form)} at position {position}, expected {_words(*expected)}: {_place()} saved it"
+                f"saved {_words(*form)} at position {position}, expected {_words(*expected)}: {running_op()} saved it"
             )
 
     def _error(self, what: str) -> ReplayError:
@@ -378,7 +372,3 @@ def _words(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
 
 def _offset_bytes(t: torch.Tensor) -> int:
     return int(t.storage_offset()) * t.element_size()
-
-
-def _place() -> str:
-    return running_op() or "compiled code"

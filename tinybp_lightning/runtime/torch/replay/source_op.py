@@ -1,7 +1,7 @@
 """Find out from the Python frames which of the user's ops is saving a tensor.
 
-A pack hook is called inside the op that saves. The frame above it is either the generated code of a traced block, whose
-lines are the ops of its graph, or the `forward` of a submodule.
+A pack hook is called inside the op that saves. The frame above it is generated code of a traced block, whose lines are
+the ops of its graph, or a submodule's `forward`.
 
 Note [Filled after saving]
     In training `rrelu` saves its noise *before* its kernel draws it, and does not raise a version: the pack hook is
@@ -25,11 +25,12 @@ __all__ = ["fills_after_saving", "running_op"]
 _OURS = "tinybp_lightning.runtime.torch."
 _BETWEEN = ("tinybp_lightning.runtime.torch.replay.saved_tensors", "tinybp_lightning.capture.torch.op_filter")
 """The modules whose frames may stand between an op and the code of its block: they run the skippable ops."""
+_COMPILED = "compiled code"
 _FILLS_AFTER_SAVING = frozenset({"rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_"})
 
 
 def running_op() -> str:
-    """Describe the op that is saving a tensor ("op `gelu` of `layers.0.mlp`"); return "" in compiled code."""
+    """Describe the op that is saving a tensor: "op `gelu` of `layers.0.mlp`", or "compiled code"."""
     modules: list[nn.Module] = []  # innermost first
     for frame in _frames_of_the_block():
         owner = frame.f_locals.get("self")
@@ -38,7 +39,7 @@ def running_op() -> str:
         if isinstance(owner, nn.Module) and (not modules or modules[-1] is not owner):
             modules.append(owner)
     if not modules:
-        return ""
+        return _COMPILED
     path = ".".join(reversed([_name_in(outer, inner) for inner, outer in pairwise(modules)]))
     kind = type(modules[0]).__name__
     return f"an op of `{path}` (`{kind}`)" if path else f"an op of its `{kind}` itself"
@@ -56,7 +57,7 @@ def _frames_of_the_block() -> Iterator[FrameType]:
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
         is_ours = name.startswith(_OURS)
-        is_below = is_below and is_ours
+        is_below &= is_ours
         if is_ours and not is_below and name not in _BETWEEN:
             return
         if not is_ours and name not in _BETWEEN:
@@ -70,7 +71,7 @@ def _traced_op(module: fx.GraphModule, line: int) -> str:
     name = lines[line - 1].strip().partition(" ")[0].rstrip(":") if line <= len(lines) else ""
     node = next((n for n in module.graph.nodes if n.name == name), None)
     if node is None:
-        return ""
+        return _COMPILED
     path = module_path(node)
     return f"op `{name}` of `{path}`" if path else f"op `{name}`"
 
