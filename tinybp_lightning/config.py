@@ -87,11 +87,9 @@ class HCBConfig:
     - `optimizer_state_bytes`: bytes that `memory_budget` sets aside for optimizer state before the first step. `None`
       assumes two copies of the trainable parameters until the real state exists.
     - `on_oom`: `"replan"` answers a `torch.OutOfMemoryError` on one device with a smaller plan and runs the same step
-      again; nothing is lost. `"raise"` raises the error. `"replan"` works where the step's bounds are known: in
-      Lightning's automatic optimization and in `tbp.run_step`.
-    - `plan_cache`: where to keep plans on disk, so that the next process that trains the same program neither measures
-      nor plans. `True`: in the folder that `$TINYBP_CACHE` names, or else in the user's cache folder. `False`: nowhere.
-      A text: in the folder of that path.
+      again, in Lightning's automatic optimization and in `tbp.run_step`. `"raise"` raises the error.
+    - `plan_cache`: the folder that keeps plans, so that the next process that trains the same program neither measures
+      nor plans. `True`: the one that `$TINYBP_CACHE` names, or else the user's cache folder. `False`: none.
     - `check`: compare a hash of every tensor that a replay saves with the hash from the forward, and raise
       `ReplayError` where they differ. The environment variable `HCB_CHECK=1` switches this on as well.
     - `costs`: `"seconds"` minimises measured time. `"operations"` minimises floating-point operations: the plan is then
@@ -124,14 +122,10 @@ class HCBConfig:
         size, folder, check = self.optimizer_state_bytes, self.plan_cache, self.check
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise ConfigError(f"`optimizer_state_bytes={size!r}` is not a size: expected an int of at least 0 (bytes).")
-        if not isinstance(folder, (bool, str)):
-            shown = f"`plan_cache={folder!r}` has type {type(folder).__name__}"
-            raise ConfigError(f"{shown}: expected `True`, `False`, or the path of a folder as a str.")
+        _check_type("plan_cache", folder, (bool, str), "`True`, `False`, or the path of a folder as a str")
+        _check_type("check", check, (bool,), "`True` (compare replayed tensors with the forward's) or `False`")
         if isinstance(folder, str) and not folder.strip():
             raise ConfigError(f"`plan_cache={folder!r}` does not name a folder: give its path, or `False`.")
-        if not isinstance(check, bool):
-            shown = f"`check={check!r}` has type {type(check).__name__}"
-            raise ConfigError(f"{shown}: expected `True` (compare replayed tensors with the forward's) or `False`.")
 
     @property
     def budget(self) -> Budget:
@@ -144,6 +138,11 @@ class HCBConfig:
         if self.activation_budget is not None:
             return parse_budget(self.activation_budget, BudgetKind.ACTIVATION)
         return parse_budget("auto" if self.memory_budget is None else self.memory_budget, BudgetKind.MEMORY)
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, types):
+        raise ConfigError(f"`{name}={value!r}` has type {type(value).__name__}: expected {expected}.")
 
 
 _OPTIONS: tuple[Field[Any], ...] = fields(HCBConfig)

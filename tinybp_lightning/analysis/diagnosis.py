@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tinybp_lightning.graph.cuts.narrow import Granularity, choose_cuts
 from tinybp_lightning.graph.frontier import FrontierProfile, frontier_profile
 from tinybp_lightning.graph.ids import NodeId, StorageId
-from tinybp_lightning.graph.ir import Graph, Node, StorageKind
+from tinybp_lightning.graph.ir import Graph, Node
 
 __all__ = ["SKINNY_RATIO", "Diagnosis", "LongSkip", "WidestOp", "WidestPoint", "diagnose", "widest_op"]
 
@@ -83,16 +83,14 @@ class Diagnosis:
 def diagnose(graph: Graph) -> Diagnosis:
     """Return how well the shape of `graph`, which `verify_graph` accepts, suits height compression."""
     profile = frontier_profile(graph)
-    activations = [storage for storage in graph.storages if storage.kind is StorageKind.ACTIVATION]
-    total_bytes = sum(storage.size_bytes for storage in activations)
-    saved = {storage for node in graph.nodes for storage in node.saved}
+    total_bytes = graph.activation_bytes(storage.id for storage in graph.storages)
     node = max(graph.nodes, key=lambda node: profile.width_bytes[node.id], default=None)
     widest_bytes = 0 if node is None else profile.width_bytes[node.id]
     narrow_cuts = choose_cuts(graph, granularity=Granularity.FINE)
     layer_cuts = choose_cuts(graph, granularity=Granularity.COARSE)
     return Diagnosis(
         total_bytes=total_bytes,
-        saved_bytes=sum(storage.size_bytes for storage in activations if storage.id in saved),
+        saved_bytes=graph.activation_bytes(storage for node in graph.nodes for storage in node.saved),
         widest=None if node is None else WidestPoint(node.id, node.name, node.op, node.module, widest_bytes),
         widest_op=widest_op(graph),
         frontier_ratio=widest_bytes / total_bytes if total_bytes else 0.0,
@@ -125,5 +123,4 @@ def _long_skips(graph: Graph, profile: FrontierProfile, layer_cuts: tuple[NodeId
 
 
 def _working_set_bytes(graph: Graph, node: Node) -> int:
-    held = graph.storages_of((*node.reads, *node.makes)).union(node.saved)
-    return sum(graph.storages[s].size_bytes for s in held if graph.storages[s].kind is StorageKind.ACTIVATION)
+    return graph.activation_bytes(graph.storages_of((*node.reads, *node.makes)).union(node.saved))

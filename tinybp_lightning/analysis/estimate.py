@@ -1,15 +1,15 @@
 """What would the blocks of a graph cost on some device? A roofline estimate, without running anything.
 
 An op takes as long as its operations or the bytes that it reads and writes, whichever takes longer; its backward takes
-twice as long. Storages are allocated when an op makes or saves them and freed after their last reader, and gradients
-likewise in backward. The graph does not record scratch memory of kernels, the loss behind it and parameter gradients,
-so these are left out. Measured chains (`tbp.explain`) have all of it; an estimate describes a graph before training.
+twice as long. Scratch memory of kernels, the loss after the graph and parameter gradients are left out: measured chains
+(`tbp.explain`) have them; an estimate describes a graph before training.
 """
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
-from tinybp_lightning.errors import ConfigError, GraphError
+from tinybp_lightning.errors import ConfigError
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.cuts.products import skippable_ops
@@ -65,28 +65,21 @@ def estimate_chain(
     without nodes.
     """
     if not isinstance(graph, Graph):
-        raise ConfigError(
-            f"`{type(graph).__name__}` is not a `Graph`: call `tbp.capture_graph(module, *inputs)` to get one."
-        )
+        shown = f"`{type(graph).__name__}` is not a `Graph`"
+        raise ConfigError(f"{shown}: call `tbp.capture_graph(module, *inputs)` to get one.")
     for name, rate in (("flops_per_s", flops_per_s), ("bytes_per_s", bytes_per_s)):
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
             raise ConfigError(f"`{name}={rate!r}`: expected a rate above 0, as the device's data sheet states it.")
     if not isinstance(granularity, Granularity):
         raise ConfigError(f"`granularity={granularity!r}` is unknown: expected one of {list(Granularity)}.")
-    if not graph.nodes:
-        raise GraphError(f"graph `{graph.name}` has `nodes=()`: expected at least one node to make a block of.")
     estimate = _Estimate(graph, flops_per_s, bytes_per_s)
     spans = cut_blocks(graph, choose_cuts(graph, granularity=granularity))
     frontiers = [graph.storages_of(values) for values in (spans[0].inputs, *(span.outputs for span in spans))]
     # A chain names the storages of its boundaries alone.
     ids = {s: StorageId(k) for k, s in enumerate(dict.fromkeys(s for f in frontiers for s in sorted(f)))}
-    blocks = tuple(
-        estimate.block(span, before, after, ids)
-        for span, before, after in zip(spans, frontiers, frontiers[1:], strict=False)
-    )
     chain = Chain(
         storage_bytes=tuple(estimate.sizes[s] for s in ids),
-        blocks=blocks,
+        blocks=tuple(estimate.block(span, *ends, ids) for span, ends in zip(spans, pairwise(frontiers), strict=True)),
         boundaries=tuple(
             Boundary(tuple(sorted(ids[s] for s in f)), sum(estimate.gradients[s] for s in f)) for f in frontiers
         ),
@@ -113,6 +106,7 @@ class _Estimate:
         aliased = saved & (before | after)
         own_bytes = sum(self.sizes[s] for s in saved - aliased)
         plain_peak_bytes = self._peak_bytes(nodes, before, kept=after)
+        replay_peak_bytes = self._peak_bytes(self._replayed(span.start, span.stop), before, kept=saved)
         seconds = self.seconds(span.start, span.stop)
         option = SavedSet(
             name=f"{own_bytes} bytes",
@@ -121,9 +115,7 @@ class _Estimate:
             save_peak_bytes=self._peak_bytes(nodes, before, kept=after | saved),
             replay_s=seconds.replay_s,
             # A skippable op saves a copy of what it reads before it is skipped.
-            replay_peak_bytes=max(
-                own_bytes, self._peak_bytes(self._replayed(span.start, span.stop), before, kept=saved)
-            ),
+            replay_peak_bytes=max(own_bytes, replay_peak_bytes),
             backward_s=seconds.backward_s,
             backward_peak_bytes=self._backward_peak_bytes(nodes, saved - aliased, after),
         )

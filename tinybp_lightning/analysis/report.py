@@ -5,12 +5,11 @@ keys, so that two reports can be compared line by line.
 """
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestOp, WidestPoint, diagnose
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
-from tinybp_lightning.graph.ids import StorageId
 from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.signature import graph_signature
 
@@ -124,14 +123,10 @@ def _group(graph: Graph, same: Sequence[BlockSpan]) -> BlockGroup:
         num_blocks=len(same),
         first=first.name,
         num_ops=first.stop - first.start,
-        input_bytes=_activation_bytes(graph, before),
-        made_bytes=_activation_bytes(graph, made - before),
-        saved_bytes=_activation_bytes(graph, saved - before),
+        input_bytes=graph.activation_bytes(before),
+        made_bytes=graph.activation_bytes(made - before),
+        saved_bytes=graph.activation_bytes(saved - before),
     )
-
-
-def _activation_bytes(graph: Graph, storages: Set[StorageId]) -> int:
-    return sum(graph.storages[s].size_bytes for s in storages if graph.storages[s].kind is StorageKind.ACTIVATION)
 
 
 def _verdict(diagnosis: Diagnosis) -> str:

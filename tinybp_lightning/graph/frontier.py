@@ -109,36 +109,28 @@ def made_at(graph: Graph) -> dict[StorageId, int]:
     """Return the node that makes each activation storage; private storages, which no value names, are left out."""
     made: dict[StorageId, int] = {}
     for position, node in enumerate(graph.nodes):
-        for value_id in node.makes:
-            storage = graph.values[value_id].storage
-            if storage is not None and graph.storages[storage].kind is StorageKind.ACTIVATION:
+        for storage in graph.storages_of(node.makes):
+            if graph.storages[storage].kind is StorageKind.ACTIVATION:
                 made.setdefault(storage, position)
     return made
 
 
 def _value_lives(graph: Graph) -> tuple[Life, ...]:
-    made = [-1] * len(graph.values)
-    last_use = [-1] * len(graph.values)
-    for position, node in enumerate(graph.nodes):
-        for value_id in node.makes:
-            made[value_id] = last_use[value_id] = position
-        for value_id in node.reads:
-            last_use[value_id] = position
-    for value_id in graph.outputs:
-        last_use[value_id] = len(graph.nodes)
-    for value_id in graph.inputs:
-        last_use[value_id] = -1
-    return tuple(Life(m, last) if m < last else _NO_LIFE for m, last in zip(made, last_use, strict=True))
+    made = {v: position for position, node in enumerate(graph.nodes) for v in node.makes}
+    last_read = {v: position for position, node in enumerate(graph.nodes) for v in node.reads}
+    last_use = {**last_read, **dict.fromkeys(graph.outputs, len(graph.nodes))}
+    return tuple(
+        Life(made[v.id], last_use[v.id]) if v.id in made and made[v.id] < last_use.get(v.id, -1) else _NO_LIFE
+        for v in graph.values
+    )
 
 
 def _storage_lives(graph: Graph, made: Mapping[StorageId, int], value_lives: Sequence[Life]) -> tuple[Life, ...]:
-    last_use = [-1] * len(graph.storages)
-    for position, node in enumerate(graph.nodes):
-        for storage in node.writes:  # a write needs the buffer as a read does, even if no value names it afterwards
-            last_use[storage] = position
+    # A write needs the buffer as a read does, even if no value names it afterwards.
+    last_use = {storage: position for position, node in enumerate(graph.nodes) for storage in node.writes}
     for value, life in zip(graph.values, value_lives, strict=True):
         if value.storage is not None:
-            last_use[value.storage] = max(last_use[value.storage], life.last_use)
+            last_use[value.storage] = max(last_use.get(value.storage, -1), life.last_use)
     return tuple(
         Life(made[s.id], last_use[s.id]) if s.id in made and made[s.id] < last_use[s.id] else _NO_LIFE
         for s in graph.storages

@@ -1,7 +1,7 @@
-"""What does one forward pass compute, in ops, values and the storages behind them?
+"""What does one forward pass compute, in ops, values and the storages they live on?
 
 A `Graph` is the framework-free record of a traced forward. Memory belongs to storages, not to values: two views of one
-buffer are two `Value`s on one `Storage`, which is counted once. A graph holds no tensors and does not say what to keep.
+buffer are two `Value`s on one `Storage`, which is counted once.
 """
 
 from collections.abc import Iterable
@@ -85,3 +85,8 @@ class Graph:
     def storages_of(self, values: Iterable[ValueId]) -> set[StorageId]:
         """Return the storages of those `values` that are tensors."""
         return {s for v in values if (s := self.values[v].storage) is not None}
+
+    def activation_bytes(self, storages: Iterable[StorageId]) -> int:
+        """Return the bytes of those `storages` that are activations, each counted once."""
+        found = (self.storages[s] for s in set(storages))
+        return sum(storage.size_bytes for storage in found if storage.kind is StorageKind.ACTIVATION)

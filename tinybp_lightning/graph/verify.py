@@ -1,7 +1,7 @@
 """Does a `Graph` or a `Chain` satisfy the invariants that every later stage relies on?
 
-This is the executable specification of `ir.py` and `chain.py`: capture calls it before it returns, and planners do not
-check again what is refused here. It does not tell whether the numbers are true, only whether they are possible.
+This is the executable specification of `ir.py` and `chain.py`: what is refused here is not checked again. It does not
+tell whether the numbers are true, only whether they are possible.
 """
 
 import math
@@ -36,7 +36,8 @@ def verify_graph(graph: Graph) -> None:
             _check_indices(owner, "storage", (value.storage,), "storages", len(graph.storages))
         if any(extent < 0 for extent in value.shape):
             raise GraphError(f"{owner} has `shape={value.shape}`: expected extents of 0 or more.")
-    existing_values, existing_storages = _check_inputs(graph)
+    existing_values = _check_inputs(graph)
+    existing_storages = graph.storages_of(existing_values)
     for node in graph.nodes:
         _check_node(graph, node, existing_values, existing_storages)
     for value in graph.values:
@@ -76,8 +77,7 @@ def verify_chain(chain: Chain) -> None:
     _check_at_least("the chain", "tail_peak_bytes", chain.tail_peak_bytes, "tail_live_bytes", chain.tail_live_bytes)
 
 
-def _check_inputs(graph: Graph) -> tuple[set[ValueId], set[StorageId]]:
-    """Check the graph's inputs and return the values and storages that exist before the first node."""
+def _check_inputs(graph: Graph) -> set[ValueId]:
     values: set[ValueId] = set()
     _check_indices("the graph", "inputs", graph.inputs, "values", len(graph.values))
     for value_id in graph.inputs:
@@ -90,7 +90,7 @@ def _check_inputs(graph: Graph) -> tuple[set[ValueId], set[StorageId]]:
                 f"the graph's `inputs` names value `{value_id}` on storage `{storage}` of kind `ACTIVATION`: "
                 "an input's storage belongs to the caller. Mark it `INPUT`, `BUFFER` or `PARAMETER`."
             )
-    return values, graph.storages_of(values)
+    return values
 
 
 def _check_node(graph: Graph, node: Node, values: set[ValueId], storages: set[StorageId]) -> None:

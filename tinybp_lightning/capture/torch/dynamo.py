@@ -47,6 +47,7 @@ _MANY = 4096
 # The functions replaced during a trace are replaced for all threads: two traces must not undo each other's changes.
 _ONE_AT_A_TIME = threading.RLock()
 _NUMBERS = itertools.count()
+_LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
 
 
 class CannotTraceError(CaptureError):
@@ -101,7 +102,21 @@ def _tracing(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(modes_set_aside())
-        stack.enter_context(_settings())
+        # Transformers' models log in their forwards, which must not break the graph.
+        loggers = frozenset(f for name in _LOGGING if (f := getattr(logging.Logger, name, None)) is not None)
+        settings = torch._dynamo.config.patch(
+            disable=False,
+            recompile_limit=_MANY,
+            accumulated_recompile_limit=_MANY,
+            # Off by default because compilers have no kernels for RNNs; blocks run torch's own.
+            allow_rnn=True,
+            # DDPOptimizer would cut the graph at gradient buckets; blocks overlap with communication without it.
+            optimize_ddp=False,
+            # A hook that the user registers after the first step must run.
+            skip_nnmodule_hook_guards=False,
+            ignore_logging_functions=_Functions(loggers),
+        )
+        stack.enter_context(settings)
         if eval_frame._stance.stance != "default":
             stack.enter_context(torch.compiler.set_stance("default"))
         # See Note [As it runs].
@@ -136,24 +151,6 @@ class _Functions(str):
 
     def __contains__(self, item: object) -> bool:
         return item in self._members
-
-
-def _settings() -> Any:
-    # Transformers' models log in their forwards, which must not break the graph.
-    names = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
-    found = frozenset(f for n in names if (f := getattr(logging.Logger, n, None)) is not None)
-    return torch._dynamo.config.patch(
-        disable=False,
-        recompile_limit=_MANY,
-        accumulated_recompile_limit=_MANY,
-        # Off by default because compilers have no kernels for RNNs; blocks run torch's own.
-        allow_rnn=True,
-        # DDPOptimizer would cut the graph at gradient buckets; blocks overlap with communication without it.
-        optimize_ddp=False,
-        # A hook that the user registers after the first step must run.
-        skip_nnmodule_hook_guards=False,
-        ignore_logging_functions=_Functions(found),
-    )
 
 
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:

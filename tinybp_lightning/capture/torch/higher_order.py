@@ -68,9 +68,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
                     copies[inner].target = f"{holder.target}.{inner.target}"
     for user in list(node.users):
         if user.target is not operator.getitem:
-            raise CaptureError(
-                f"`{user.name}` takes all results of a checkpoint at once: expected an op that takes one of them."
-            )
+            raise CaptureError(f"`{user.name}` takes all results of a checkpoint: expected an op that takes one.")
         user.replace_all_uses_with(results[user.args[1]])
         module.graph.erase_node(user)
     module.graph.erase_node(node)

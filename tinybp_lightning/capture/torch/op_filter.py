@@ -67,13 +67,10 @@ def call_through_filter(code: fx.GraphModule, skippable: Mapping[fx.Node, bool])
 
 
 def _function_of(code: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
-    match node.op:
-        case "call_method":
-            return partial(_call_method, str(node.target))
-        case "call_module":
-            return code.get_submodule(str(node.target)).__call__
-        case _:
-            return cast("Callable[..., Any]", node.target)
+    if node.op == "call_method":
+        return partial(_call_method, str(node.target))
+    is_module = node.op == "call_module"
+    return code.get_submodule(str(node.target)).__call__ if is_module else cast("Callable[..., Any]", node.target)
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

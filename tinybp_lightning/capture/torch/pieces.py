@@ -78,9 +78,8 @@ class Program:
     """A forward as pieces. `boundaries[i]` lists the values that make up the state before piece `i`.
 
     `outputs` says where each result of the original graph is found after the last piece; `template` is the original
-    output structure, with positions into `outputs` in place of the values.
-    `differentiated`: the results from which backward is presumed to start. Where a graph returns a loss (a single
-    number) beside other results, that is the loss alone; the first measured step shows where this is wrong.
+    output structure, with positions into `outputs` in place of the values. `differentiated`: the results from which
+    backward is presumed to start: a loss (a single number) alone where there is one, as the first measured step checks.
     """
 
     graph: Graph
@@ -112,7 +111,9 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
 
     template = fx.map_arg(module.graph.output_node().args[0], place)  # pyright: ignore[reportArgumentType]
     pieces = tuple(traced.piece(span) for span in spans)
-    return Program(graph, pieces, boundaries, tuple(outputs), template, _differentiated(graph))
+    wanted = frozenset(v for v in graph.outputs if graph.values[v].requires_grad)
+    numbers = frozenset(v for v in wanted if graph.values[v].shape == ())
+    return Program(graph, pieces, boundaries, tuple(outputs), template, numbers or wanted)
 
 
 def reorder(module: fx.GraphModule, graph: Graph) -> Graph:
@@ -143,12 +144,6 @@ def _statistics(call: fx.Node) -> list[Any]:
         return []
     # The batch norm uses a statistic that it also takes as another argument.
     return [s for s in (given.get(name) for name in _STATISTICS) if [*given.values()].count(s) == 1]
-
-
-def _differentiated(graph: Graph) -> frozenset[ValueId]:
-    wanted = frozenset(v for v in graph.outputs if graph.values[v].requires_grad)
-    numbers = frozenset(v for v in wanted if graph.values[v].shape == ())
-    return numbers or wanted
 
 
 class _Traced:

@@ -46,13 +46,12 @@ class _CapturedError(Exception):
 def capture_graph(module: nn.Module, *inputs: Any, **named_inputs: Any) -> Graph:
     """Return the graph of `module(*inputs, **named_inputs)` as it would be trained.
 
-    Only shapes are computed: no kernel runs and the module does not change. The module may be on the `meta` device,
-    and so be larger than this machine.
+    Only shapes are computed: no kernel runs and the module, which may be on the `meta` device, does not change.
 
     **Arguments:** `module`: in the intended mode (training or not), and not under `tbp.hcb`.
 
     **Raises:** `UnsupportedModuleError` for anything but a module; `CaptureError` if the forward cannot be traced as
-    one graph, or is under `tbp.hcb`.
+    one graph.
     """
     if not isinstance(module, nn.Module):
         raise UnsupportedModuleError(f"`{type(module).__name__}` is not a torch.nn.Module: pass the model itself.")
@@ -185,10 +184,8 @@ class _Recorder(fx.Interpreter):
             with self._fake, self._facts, torch.enable_grad():
                 self.run(*fakes)
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise CaptureError(
-                f"`{self._name}` cannot be captured: a call failed on fake tensors ({error}). "
-                "Exclude that part, or use module steps."
-            ) from error
+            shown = f"`{self._name}` cannot be captured: a call failed on fake tensors ({error})"
+            raise CaptureError(f"{shown}. Exclude that part, or use module steps.") from error
         finally:
             torch.set_grad_enabled(grad_mode)
         ends: list[fx.Node] = self._graph_module.graph.output_node().all_input_nodes
@@ -279,11 +276,10 @@ class _Recorder(fx.Interpreter):
         """Tie the ends of a `no_grad` region together by a value that is not a tensor: no cut may fall between."""
         if n.target is not set_grad_enabled_op:
             return []
-        if self._grad_region is None:
-            self._grad_region = made
-            return []
-        opened, self._grad_region = self._grad_region, None if n.args[0] else self._grad_region
-        return [opened]
+        opened = self._grad_region
+        if opened is None or n.args[0]:
+            self._grad_region = made if opened is None else None
+        return [] if opened is None else [opened]
 
     def _close_transform(self, n: fx.Node, made: ValueId) -> list[ValueId]:
         """Tie the two ends of a `torch.func` transform together: its tensors exist only between them."""

@@ -10,7 +10,7 @@ container *repeats* when two of its items use the same set of ops; otherwise its
 
 import math
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise, takewhile
 from statistics import median
@@ -50,7 +50,7 @@ def narrow_places(profile: FrontierProfile) -> tuple[int, ...]:
     minima = _local_minima(profile)
     # A minimum of long-lived storages alone has no local bytes, and others cannot be measured against 0.
     positive = [local[p] for p in minima if local[p] > 0]
-    limit_bytes = _WIDE_RATIO * median(positive) if positive else 0
+    limit_bytes = _WIDE_RATIO * median(positive or [0])
     return tuple(p for p in minima if local[p] <= limit_bytes or _is_narrowest_near(profile, minima, p))
 
 
@@ -61,9 +61,9 @@ def layer_cuts(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
     and, inside a stage, one for each transition between its layers that is as narrow as the stage's end.
     """
     minima = set(_local_minima(profile))
-    by_container: dict[str, list[int]] = {}
+    by_container: defaultdict[str, list[int]] = defaultdict(list)
     for container, place in _transition_places(graph, profile, depth=1):
-        by_container.setdefault(container, []).append(place)
+        by_container[container].append(place)
     repeating = {place for places in by_container.values() for place in _repeating(profile, places)}
     stages = sorted(p for places in by_container.values() for p in places if p in repeating or p in minima)
     layers = [
@@ -99,12 +99,11 @@ def returned_midway(graph: Graph, profile: FrontierProfile) -> tuple[int, ...]:
     return tuple(sorted(p for p in wanted if profile.is_allowed(p)))
 
 
-def space_out(profile: FrontierProfile, positions: Sequence[int], num_nodes: int) -> tuple[int, ...]:
+def space_out(profile: FrontierProfile, positions: Sequence[int]) -> tuple[int, ...]:
     """Drop positions that would leave a block of fewer than `MIN_OPS` nodes; of two too close, the wider one."""
     kept: list[int] = []
-    for position in positions:
-        if position + 1 < MIN_OPS or num_nodes - 1 - position < MIN_OPS:
-            continue
+    last = len(profile.width_bytes) - 1 - MIN_OPS
+    for position in (p for p in positions if MIN_OPS - 1 <= p <= last):
         if not kept or position - kept[-1] >= MIN_OPS:
             kept.append(position)
         elif profile.cost(position) < profile.cost(kept[-1]):
@@ -163,10 +162,10 @@ def _items(module: str) -> Iterator[_Item]:
 
 
 def _repeated_containers(graph: Graph) -> frozenset[str]:
-    ops: dict[_Item, set[str]] = {}
+    ops: defaultdict[_Item, set[str]] = defaultdict(set)
     for node in graph.nodes:
         for item in _items(node.module):
-            ops.setdefault(item, set()).add(node.op)
+            ops[item].add(node.op)
     alike = Counter((container, frozenset(used)) for (container, _), used in ops.items())
     return frozenset(container for (container, _), count in alike.items() if count > 1)
 
@@ -183,9 +182,7 @@ def _is_as_narrow(profile: FrontierProfile, position: int, other: int) -> bool:
 
     Accumulated skips distort the first comparison, and a residual that dies early, as after the last layer, the second.
     """
-    return any(
-        width[position] <= _REPEAT_TOLERANCE * width[other] for width in (profile.width_bytes, profile.local_bytes)
-    )
+    return any(w[position] <= _REPEAT_TOLERANCE * w[other] for w in (profile.width_bytes, profile.local_bytes))
 
 
 def _local_minima(profile: FrontierProfile) -> list[int]:

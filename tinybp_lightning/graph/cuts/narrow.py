@@ -69,19 +69,17 @@ class BlockSpan:
 def choose_cuts(graph: Graph, *, granularity: Granularity) -> tuple[NodeId, ...]:
     """Return the positions after which to cut `graph`: increasing, allowed, with at least two nodes in every block."""
     profile = frontier_profile(graph)
-    num_nodes = len(graph.nodes)
     match granularity:
         case Granularity.FINE | Granularity.PRODUCTS:
             narrow = sorted({*narrow_places(profile), *layer_cuts(graph, profile)})
-            cuts = _merge_light_blocks(graph, profile, space_out(profile, narrow, num_nodes))
+            cuts = _merge_light_blocks(graph, profile, space_out(profile, narrow))
             cuts = _split_heavy_blocks(graph, profile, cuts)
             if granularity is Granularity.PRODUCTS:
                 cuts = cut_behind_products(graph, profile, cuts)
         case Granularity.COARSE:
             layers = layer_cuts(graph, profile)
-            stretches = fill_long_stretches(profile, layers)
-            returned = returned_midway(graph, profile)
-            cuts = space_out(profile, sorted({*layers, *stretches, *returned}), num_nodes)
+            more = (*fill_long_stretches(profile, layers), *returned_midway(graph, profile))
+            cuts = space_out(profile, sorted({*layers, *more}))
         case _:
             assert_never(granularity)
     return tuple(NodeId(cut) for cut in cuts)
@@ -93,10 +91,9 @@ def cut_blocks(graph: Graph, cuts: Sequence[int]) -> tuple[BlockSpan, ...]:
     **Raises:** `GraphError` where the cuts are not increasing, leave an empty block, or stand where none is allowed.
     """
     profile = frontier_profile(graph)
-    num_nodes = len(graph.nodes)
-    if num_nodes == 0:
-        raise GraphError("the graph has `nodes=()`: expected at least one node to make a block of.")
-    ends = [*cuts, num_nodes - 1]
+    if not graph.nodes:
+        raise GraphError(f"graph `{graph.name}` has `nodes=()`: expected at least one node to make a block of.")
+    ends = [*cuts, len(graph.nodes) - 1]
     if any(before >= after for before, after in pairwise([-1, *ends])) or not all(map(profile.is_allowed, cuts)):
         raise GraphError(f"`cuts={tuple(cuts)}`: expected increasing, allowed positions that leave no block empty.")
     crossing = _crossing_values(profile.value_lives, ends)

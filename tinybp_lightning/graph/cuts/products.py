@@ -109,8 +109,7 @@ def cut_behind_products(graph: Graph, profile: FrontierProfile, cuts: Sequence[i
 
 def saved_bytes(graph: Graph) -> int:
     """Return the bytes of all activations that plain training saves."""
-    saved = {s for node in graph.nodes for s in node.saved if is_activation(graph, s)}
-    return sum(graph.storages[s].size_bytes for s in saved)
+    return graph.activation_bytes(s for node in graph.nodes for s in node.saved)
 
 
 def has_room_for_products(share: float) -> bool:
@@ -129,7 +128,6 @@ def is_compute_heavy(graph: Graph, node: Node) -> bool:
 
 
 def _saves_activation(graph: Graph, node: Node) -> bool:
-    """Return whether autograd saves an activation for the op's backward."""
     return any(is_activation(graph, s) for s in node.saved)
 
 

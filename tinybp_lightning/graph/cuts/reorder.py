@@ -2,8 +2,7 @@
 
 In `act(gate(x)) * up(x)` the activation function runs before the second matrix product, and its result is saved after
 it: a replay that starts after both products cannot make that result, and one that starts before them repeats the first
-product. The same holds for a norm at the end of one branch of a residual block, before the convolution on the other.
-`delay_ops` moves such an op to where its result is needed, and no bit changes.
+product. `delay_ops` moves such an op to where its result is needed, and no bit changes.
 
 Note [Order of gradients]
     Autograd runs backward in descending order of creation and sums the gradients of one value in that order. An op that

@@ -44,8 +44,7 @@ class RegisteringFinder(MetaPathFinder):
     """Gives the awaited packages a loader that registers our strategies after the package has run."""
 
     def __init__(self, adapters: Iterable[Adapter]) -> None:
-        # The lock guards the dict and `sys.meta_path` only. Nobody holds it during an import: another thread could hold
-        # the import's lock and wait for this one.
+        # Nobody holds the lock during an import: another thread could hold the import's lock and wait for this one.
         self._lock = threading.Lock()
         self._awaited = {adapter.package: adapter for adapter in adapters}
         self._searching = threading.local()
@@ -80,10 +79,7 @@ class RegisteringFinder(MetaPathFinder):
         return spec
 
     def register(self, adapter: Adapter) -> None:
-        """Import the adapter, which registers its strategies. A failure warns and leaves Lightning as it is.
-
-        Where the adapter's own import loaded Lightning, that import is unfinished here, and finishes afterwards.
-        """
+        """Import the adapter, which registers its strategies. A failure warns and leaves Lightning as it is."""
         with self._lock:
             if self._awaited.pop(adapter.package, None) is None:
                 return

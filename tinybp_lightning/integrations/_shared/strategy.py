@@ -1,7 +1,6 @@
 """Add height-compressed backpropagation to a Lightning strategy, in either namespace.
 
-The mixins attach in `setup`, detach in `teardown`, choose between one device and several, and log two values. All else
-is Lightning's own code: checkpoints, precision, optimizers, validation and prediction.
+The mixins attach in `setup`, detach in `teardown`, choose between one device and several, and log two values.
 
 # Note [Two registries, separate trees]
 `lightning.pytorch` and `pytorch_lightning` have separate classes and registries. Lightning chooses precision, sampler
@@ -180,9 +179,9 @@ class OneDeviceMixin(HCBMixin):
 class AutoMixin(OneDeviceMixin):
     """`strategy="hcb"`: train one device as it is and several with DDP, as Lightning's own `"auto"` chooses.
 
-    `_configure_launcher`, the Trainer's last call while it is built, makes the choice: devices and nodes are known, and
-    nothing has asked for the strategy's type yet. The object changes its class. A proxy would fail the `isinstance`
-    checks of the Note above, and DDP on one device would shard the sampler and change the order of the data.
+    `_configure_launcher`, the Trainer's last call while it is built, makes the choice by changing the object's class. A
+    proxy would fail the `isinstance` checks of the Note above, and DDP on one device would change the order of the
+    data.
     """
 
     _many_devices_type: ClassVar[type[ManyDevicesMixin]]
@@ -267,11 +266,9 @@ def _is_compiled(lightning_module: Any) -> bool:
     """Return whether the user compiled the LightningModule as a whole; warn that it then trains without a plan."""
     if getattr(lightning_module, "_compiler_ctx", None) is None:
         return False
-    warnings.warn(
+    message = (
         f"`{type(lightning_module).__name__}` went through `torch.compile` and trains as compiled, without "
-        "height-compressed backpropagation: its `training_step` is one compiled function. Pass it uncompiled and "
-        "choose `executor='inductor'`.",
-        HCBWarning,
-        stacklevel=2,
+        "height-compressed backpropagation. Pass it uncompiled and choose `executor='inductor'`."
     )
+    warnings.warn(message, HCBWarning, stacklevel=2)
     return True

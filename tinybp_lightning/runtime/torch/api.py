@@ -103,9 +103,8 @@ def attach(
     if not discover:  # with `discover`, each target is checked when it is found: a part that is not trained may stay
         refuse_unsupported(root)
         if type(root).forward is nn.Module.forward and "forward" not in vars(root):
-            raise UnsupportedModuleError(
-                f"`{type(root).__name__}` has no forward of its own, so nothing calls it: pass the module that has one."
-            )
+            shown = f"`{type(root).__name__}` has no forward of its own"
+            raise UnsupportedModuleError(f"{shown}, so nothing calls it: pass the module that has one.")
     restore(root)
     _warn_of_compiled_parts(root)
     _take_over_checkpointing(root)
@@ -192,10 +191,6 @@ def _take_over_checkpointing(root: nn.Module) -> None:
     is_enabled = any(getattr(m, "gradient_checkpointing", False) is True for m in root.modules())
     owner = next((m for m in root.modules() if hasattr(m, "gradient_checkpointing_disable")), None)
     if is_enabled and owner is not None:
-        warnings.warn(
-            f"`{type(owner).__name__}` had gradient checkpointing enabled. It is now disabled: the plan decides what "
-            "to recompute.",
-            HCBWarning,
-            stacklevel=3,
-        )
+        shown = f"`{type(owner).__name__}` had gradient checkpointing enabled"
+        warnings.warn(f"{shown}. It is now disabled: the plan decides what to recompute.", HCBWarning, stacklevel=3)
         cast(Any, owner).gradient_checkpointing_disable()
