@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Resolution, alike
+from tinybp_lightning.schedule.bounds.live_sets import HeldSets, Resolution
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 
 __all__ = ["dp_bound_s"]
@@ -26,7 +26,6 @@ _SAFE = 1e-9
 """Slots and ticks that a quotient may be off by rounding: always in favour of a lower bound."""
 _BUFFER = 2**16
 """Costs that are offered at once: what stays near the processor."""
-_UNITS_TRIED = 400
 
 
 def dp_bound_s(relaxed: RelaxedChain, resolution: Resolution, *, limit_s: float) -> float:
@@ -65,7 +64,7 @@ class _DpBound:
         self._held = held
         self._tick_s = limit_s / _TICKS
         self._forward = [self._ticks(seconds) for seconds in relaxed.forward_s.tolist()]
-        self._unit = _unit_bytes(held, span_bytes, num_slots)
+        self._unit = max(1.0, span_bytes / num_slots)
         self._width = max(0, int(span_bytes / self._unit) + 1) + 1
         self._buffer = np.empty(_BUFFER, np.int32)
 
@@ -142,21 +141,23 @@ class _DpBound:
     def _offer_kept_holds(self, i: int, fork: int, after: _Costs, here: _Costs) -> None:
         """Offer to hold boundary `i` with less than all its storages, for ends that are all kept when they are due."""
         ways = self._held.all_kept(i, fork, left_bytes=self._relaxed.left_bytes)
+        if not ways:
+            return
         num_passing, num_ends = self._held.num_passing(i), self._relaxed.num_blocks - fork + 1
-        for counted, same in alike(ways):
-            lefts = np.full((self._width, len(same)), _NEVER, np.int32)
-            for column, way in enumerate(same):
-                lefts[self._first_slot(way.need_bytes) :, column] = self._ticks(way.seconds)
-            lows, is_due = slice(same[0].low - i, same[-1].low - i + 1), same[0].low == i
-            for index in range(self._held.count(i) if is_due else num_passing):
-                target, held_bytes = self._held.after_hold(i, index, counted)
-                ends = after.segment[-num_ends:, target, :, fork - i - 1]
-                ends = self._later(ends, self._shift(held_bytes), self._forward[i])
-                ends = ends[:, _first_true((ends < _NEVER)[..., None], width=self._width)[0] :]
-                if index < num_passing:
-                    self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
-                else:
-                    self._offer_fork(here.kept[-num_ends:, index - num_passing], lefts[:, 0], ends, slot_axis=-1)
+        counted = frozenset[int].intersection(*(way.counted for way in ways))
+        lefts = np.full((self._width, len(ways)), _NEVER, np.int32)
+        for column, way in enumerate(reversed(ways)):
+            lefts[self._first_slot(way.need_bytes) :, column] = self._ticks(way.seconds)
+        lows, is_due = slice(ways[-1].low - i, fork - i), ways[-1].low == i
+        for index in range(self._held.count(i) if is_due else num_passing):
+            target, held_bytes = self._held.after_hold(i, index, counted)
+            ends = after.segment[-num_ends:, target, :, fork - i - 1]
+            ends = self._later(ends, self._shift(held_bytes), self._forward[i])
+            ends = ends[:, _first_true((ends < _NEVER)[..., None], width=self._width)[0] :]
+            if index < num_passing:
+                self._offer_fork(here.segment[-num_ends:, index, :, lows], lefts, ends)
+            else:
+                self._offer_fork(here.kept[-num_ends:, index - num_passing], lefts[:, 0], ends, slot_axis=-1)
 
     def _offer_fork(self, costs: _Ticks, lefts: _Ticks, ends: _Ticks, *, slot_axis: int = -2) -> None:
         """Offer to serve the lower ends at `lefts`, one for each column, after what follows has served the others.
@@ -184,15 +185,6 @@ class _DpBound:
                 through = through.reshape(part.shape)
             np.add(lefts, rights[k : k + step], out=through)
             np.minimum(part, through, out=part)
-
-
-def _unit_bytes(held: HeldSets, span_bytes: float, num_slots: int) -> float:
-    """Return a slot near `span / num_slots` bytes in which what is held is just above whole slots."""
-    wanted = max(1, int(0.75 * span_bytes / num_slots))
-    sizes, counts = np.unique(np.array(held.sizes_bytes, np.int64), return_counts=True)
-    units = np.unique(np.linspace(wanted, 3 * wanted, _UNITS_TRIED).astype(np.int64))
-    lost = (sizes % units[:, None] * counts).sum(axis=1)
-    return float(units[int(lost.argmin())])
 
 
 def _first_true(found: NDArray[np.bool_], *, width: int) -> list[int]:

@@ -8,12 +8,11 @@ Where a boundary has too many held sets, some give way to their largest known su
 
 from collections.abc import Set
 from dataclasses import dataclass
-from itertools import groupby
 
 from tinybp_lightning.graph.chain import Chain, SavedSet
 from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
 
-__all__ = ["HeldKeep", "HeldSets", "KeptEnds", "Resolution", "affordable", "alike"]
+__all__ = ["HeldKeep", "HeldSets", "KeptEnds", "Resolution", "affordable"]
 
 _Set = frozenset[int]
 _WORK = 5e9
@@ -23,8 +22,6 @@ _SETS = (64, 32, 16, 8, 4, 2)
 _MIN_SLOTS = 48
 """With fewer slots the bound is too loose to be worth its time."""
 _MAX_SLOTS = 600
-_COUNTS = 3
-"""How many ways to count less than a whole boundary are told apart, for one boundary and fork."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +76,6 @@ class HeldSets:
             for option in block.options
         )
         return min(self.loss_need_bytes, *needs)
-
-    @property
-    def sizes_bytes(self) -> list[int]:
-        """The bytes that moves hold, as often as there are moves."""
-        n = len(self._chain.blocks)
-        keeps = [self._kept_bytes(i, frozenset(), option) for i in range(n) for option in self._chain.blocks[i].options]
-        holds = [self._bytes(self._boundary[i] - self._boundary[i + 1]) for i in range(n)]
-        passes = [self._bytes(s - self._boundary[i + 1]) for i in range(n) for s in self._passing[i]]
-        return [1, *keeps, *holds, *passes]
 
     def count(self, boundary: int) -> int:
         """Return the number of held sets of `boundary`."""
@@ -226,16 +214,6 @@ class HeldSets:
                 passed[i + 1] |= {held & after: None for held in passed[i]}
                 kept[i + 1] |= {(held | self._saved[i]) & after: None for held in passed[i] | kept[i]}
         return [tuple(sets) for sets in passed], [tuple(sets) for sets in kept]
-
-
-def alike(ways: list[KeptEnds]) -> list[tuple[frozenset[int], list[KeptEnds]]]:
-    """Group neighbours that count the same, with ascending lows; beyond some groups what all the rest count."""
-    groups = [(counted, list(same)[::-1]) for counted, same in groupby(ways, key=lambda way: way.counted)]
-    rest = groups[_COUNTS - 1 :]
-    if len(rest) < 2:
-        return groups
-    counted = frozenset[int].intersection(*(counted for counted, _ in rest))
-    return [*groups[: _COUNTS - 1], (counted, [way for _, same in reversed(rest) for way in same])]
 
 
 @dataclass(frozen=True, slots=True)
