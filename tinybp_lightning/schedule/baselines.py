@@ -83,11 +83,12 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
     end = num_blocks
     for block in reversed(range(num_blocks)):
         if block in kept:
-            actions += _backwards(block, block + 1)
+            actions.append(Backward(BlockId(block)))
             end = block
         elif block in starts:
-            first, *rest = _saves(block, end)
-            actions += [first, *_drop(block), *rest, *_backwards(block, end)]
+            actions += [ForwardSave(BlockId(block)), *_drop(block)]
+            actions += [ForwardSave(BlockId(b)) for b in range(block + 1, end)]
+            actions += [Backward(BlockId(b)) for b in reversed(range(block, end))]
             end = block
     return Schedule(num_blocks, tuple(actions))
 
@@ -228,14 +229,6 @@ def _leaf(block: int, *, stored: bool) -> list[Action]:
 
 def _forwards(first: int, end: int) -> list[Action]:
     return [Forward(BlockId(block)) for block in range(first, end)]
-
-
-def _saves(first: int, end: int) -> list[Action]:
-    return [ForwardSave(BlockId(block)) for block in range(first, end)]
-
-
-def _backwards(first: int, end: int) -> list[Action]:
-    return [Backward(BlockId(block)) for block in reversed(range(first, end))]
 
 
 def _store(boundary: int) -> list[Action]:

@@ -165,7 +165,6 @@ class Machine:
             case Forward(block):
                 self._run(block, self._blocks[block].forward_peak_bytes, self._blocks[block].forward_s)
                 self._move_cursor(block + 1)
-                self.at_tail = self._sweeping and block + 1 == len(self._blocks)
             case ForwardSave(block, option):
                 self._forward_save(actions, index, block, option)
             case Backward(block, option):
@@ -202,7 +201,6 @@ class Machine:
         self.live_bytes += saved.saved_bytes
         self._hold(self._saved_storages[block][option])
         self._move_cursor(None if stops_early else block + 1)
-        self.at_tail = self._sweeping and block + 1 == len(self._blocks)
 
     @staticmethod
     def _next_is_backward(actions: tuple[Action, ...], index: int, block: int) -> bool:
@@ -229,6 +227,7 @@ class Machine:
             self._wait(self._link.arrival_s(self._boundary[block]))
         self.action_peak_bytes = self.live_bytes + new_bytes
         self.now_s += seconds
+        self.at_tail = self._sweeping and block + 1 == len(self._blocks)
         if not self._sweeping:
             self.recompute_s += seconds
 

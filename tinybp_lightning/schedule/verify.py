@@ -60,10 +60,8 @@ def _stops_early(actions: tuple[Action, ...], index: int) -> bool:
     action = actions[index]
     if not isinstance(action, ForwardSave):
         return False
-    following = index + 1
-    while following < len(actions) and isinstance(actions[following], Drop):
-        following += 1
-    reader = actions[following] if following < len(actions) else None
+    following = (actions[k] for k in range(index + 1, len(actions)))
+    reader = next((one for one in following if not isinstance(one, Drop)), None)
     return isinstance(reader, Backward) and reader.block == action.block
 
 
