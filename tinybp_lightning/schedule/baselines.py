@@ -96,11 +96,9 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
 def saved_knapsack(chain: Chain, *, saved_share: float) -> Schedule:
     """Return what torch's `activation_memory_budget` does: a knapsack over saved bytes, nothing recomputed twice.
 
-    It keeps the saved sets that spare most time within a share of the bytes that plain training saves. A boundary that
-    a replay passes is not worth saving to it, because that spares no recomputation: a run of blocks that are not kept
-    is replayed at once.
-
-    **Arguments:** `saved_share`: 0 saves boundaries alone, 1 everything.
+    It keeps the saved sets that spare most time within `saved_share` of the bytes that plain training saves: 0 saves
+    boundaries alone, 1 everything. A boundary that a replay passes is not worth saving to it, because that spares no
+    recomputation: a run of blocks that are not kept is replayed at once.
 
     **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
     """
@@ -164,8 +162,6 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
 
     **Arguments:** `keep_spine`: store the boundaries of the first descent while the first sweep passes them.
 
-    **Returns:** a schedule of exactly `2n + revolve_cost(n, num_slots)` forwards, fewer with `keep_spine`.
-
     **Raises:** `ConfigError` when `num_slots` is below 1.
     """
     check_count("num_slots", num_slots, at_least=1, meaning="boundary 0 takes the first slot")
@@ -200,10 +196,10 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
 
 def _spine(num_blocks: int, num_slots: int, split: tuple[np.ndarray, ...]) -> set[int]:
     first, spine = 0, set[int]()
-    while num_blocks - first > 1 and num_slots > 1:
-        first += int(split[min(num_slots, num_blocks)][num_blocks - first])
-        num_slots -= 1
-        spine.add(first)
+    for slots in range(num_slots, 1, -1):
+        if num_blocks - first > 1:
+            first += int(split[min(slots, num_blocks)][num_blocks - first])
+            spine.add(first)
     return spine
 
 

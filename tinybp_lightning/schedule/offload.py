@@ -255,10 +255,7 @@ def _too_small(chain: Chain, budget_bytes: int, smallest: _Fitted) -> BudgetTooS
 
 
 def find_gaps(chain: Chain, actions: Sequence[Action]) -> tuple[Gap, ...]:
-    """Return every gap of a legal schedule without offload, in order of their starts.
-
-    **Returns:** gaps of boundaries that have bytes; one that no other action separates from its read is left out.
-    """
+    """Return by start the gaps, of boundaries that have bytes, with an action in them; nothing is offloaded yet."""
     is_open = open_slots(chain, actions)
     cursor, swept, used = None, 0, dict[int, int]()
     gaps: list[Gap] = []
@@ -355,10 +352,7 @@ def _hide_copies(
 
 
 def with_boundaries_away(chain: Chain, *, staying_share: float) -> Chain:
-    """Return the chain in which stored boundaries weigh `staying_share` of their bytes.
-
-    See Note [The chain with boundaries away].
-    """
+    """Return the chain of Note [The chain with boundaries away]: what is stored weighs `staying_share` of its bytes."""
     staying = tuple(int(staying_share * size) for size in chain.storage_bytes)
     spared = tuple(size - stays for size, stays in zip(chain.storage_bytes, staying, strict=True))
 

@@ -115,8 +115,6 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
     `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training needs;
     `budgets_bytes`: budgets of your own in place of these.
 
-    **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan and its bound.
-
     **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
     is not a number of bytes; `BudgetTooSmallError` for one that no plan meets.
     """
@@ -164,9 +162,8 @@ def _points(planner: Planner, budgets_bytes: Sequence[int]) -> tuple[ParetoPoint
 
 def _draw(panel: Any, curve: Pareto, unit_bytes: int) -> None:
     budgets = [p.budget_bytes / unit_bytes for p in curve.points]
-    times = [(p.total_s, p.lower_bound_s) for p in curve.points]
     plain_s = curve.plain_s or 1.0
-    plans, bounds = ([s / plain_s for s in seconds] for seconds in zip(*times, strict=True))
+    plans, bounds = [p.total_s / plain_s for p in curve.points], [p.lower_bound_s / plain_s for p in curve.points]
     # Between two budgets the plan is that of the smaller one, and the bound that of the larger one: both are steps.
     panel.plot(budgets, plans, "o-", color="tab:blue", drawstyle="steps-post", markersize=4, label="plan")
     panel.plot(budgets, bounds, color="tab:red", drawstyle="steps-pre", linewidth=1, label="lower bound")

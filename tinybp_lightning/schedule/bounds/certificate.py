@@ -72,8 +72,6 @@ def certify(chain: Chain, plan: Plan, *, planner: Planner | None = None) -> Cert
     """Return a lower bound on the time of every schedule within the budget of `plan`.
 
     **Arguments:** `planner`: of `chain`, where there is one: its tables then need not be filled again.
-
-    **Returns:** a certificate whose bound is never above the time of the best legal schedule.
     """
     spans = coarse_spans(chain) if len(chain.blocks) > _COARSE_BLOCKS else None
     num_blocks = len(spans) if spans else len(chain.blocks)

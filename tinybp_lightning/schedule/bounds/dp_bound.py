@@ -20,8 +20,7 @@ __all__ = ["dp_bound_s"]
 _Ticks = NDArray[np.int32]
 _NEVER = 2**30 - 1
 """Two of these still add up."""
-_TICKS = 2**28
-"""In `limit_s`."""
+_TICKS = 2**28  # in `limit_s`
 _SAFE = 1e-9
 """Slots and ticks that a quotient may be off by rounding: always in favour of a lower bound."""
 _BUFFER = 2**16

@@ -53,11 +53,7 @@ class LagrangianBound:
         self._forward_s = relaxed.forward_s
 
     def price(self, prices: _Floats) -> Priced:
-        """Return the bound that `prices` give, and the way to better ones.
-
-        **Returns:** `value_s` bounds the seconds of every legal schedule within the budget from below. `excess_bytes`
-        is a supergradient of the bound in the prices, up to rounding.
-        """
+        """Return the bound that `prices` give, and the way to better ones: up to rounding, a supergradient."""
         assert np.all(prices >= 0), "a negative price bounds nothing"
         n, paid = self._relaxed.num_blocks, np.cumsum(np.concatenate([[0.0], prices[1:]]))
         record = _Record(prices, paid, [np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))

@@ -36,9 +36,7 @@ class HeldKeep:
 
 @dataclass(frozen=True, slots=True)
 class KeptEnds:
-    """Blocks from `low` on that are all kept when the last is due, served from one boundary: what is counted of that
-    before, the bytes that they need at least, and their least seconds.
-    """
+    """Blocks from `low` on, all kept when the last is due: what of their boundary counts, and the least they need."""
 
     low: int
     counted: frozenset[int]

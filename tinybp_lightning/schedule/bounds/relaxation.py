@@ -70,13 +70,12 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
         passed_bytes=np.hstack([zero, np.cumsum(passed, axis=1)]),
         loss_bytes=float(first[-1, -1] + passed[-1, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=_options(chain, left_bytes=left_bytes),
+        options=_options(chain, end_of, left_bytes),
     )
 
 
-def _options(chain: Chain, *, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+def _options(chain: Chain, end_of: list[int], left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
     """The options of every block whose saved set and backward fit by themselves."""
-    end_of, _ = _ends(chain)
     found = list[tuple[RelaxedOption, ...]]()
     for b, others_bytes in enumerate(standing_bytes(chain)):
         options: list[RelaxedOption] = []
