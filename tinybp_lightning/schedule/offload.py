@@ -120,8 +120,6 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     check_budget(budget_bytes)
     check_link(link_bytes_per_s)
     search = _Search(planner, budget_bytes, link_bytes_per_s)
-    if budget_bytes >= planner.smallest_bytes:
-        search.start(planner.plan(budget_bytes=budget_bytes).schedule)
     for staying_share in _STAYING_SHARES:
         search.descend(_source(planner, budget_bytes, staying_share))
     if search.best is None:
@@ -151,11 +149,9 @@ class _Search:
         self._link_bytes_per_s = link_bytes_per_s
         self._machine = Machine(planner.chain, link_bytes_per_s=link_bytes_per_s)
         self.best: _Fitted | None = None
-        self.smallest: _Fitted | None = None
-
-    def start(self, schedule: Schedule) -> None:
-        """Begin with a schedule that fits without offload: nothing slower is of interest."""
-        self.best = self.smallest = self._played(schedule.actions, ())
+        if budget_bytes >= planner.smallest_bytes:  # nothing slower than the plan without offload is of interest
+            self.best = self._played(planner.plan(budget_bytes=budget_bytes).schedule.actions, ())
+        self.smallest = self.best
 
     def descend(self, source: Callable[[float], Schedule]) -> None:
         """Find about the fastest schedule of `source` that fits, from `source(1.0)`, its fastest, down."""

@@ -142,9 +142,7 @@ class Machine:
         self.at_tail = False
         self.live_bytes = self._chain.workspace_bytes
         self.action_peak_bytes = 0
-        self.now_s = 0.0
-        self.recompute_s = 0.0
-        self.wait_s = 0.0
+        self.now_s = self.recompute_s = self.wait_s = 0.0
         self._hold(self._boundary[0])
 
     def start(self) -> tuple[int, float]:
