@@ -41,10 +41,7 @@ def check_schedule(value: object) -> None:
 
 
 def check_budget(value: object, *, name: str = "budget_bytes", may_be_negative: bool = False) -> None:
-    """Raise `BudgetError` if `value` is not a number of bytes. The planner refuses one that is too small.
-
-    **Arguments:** `may_be_negative`: what is left of a budget may be, and is too small.
-    """
+    """Raise `BudgetError` if `value` is not a number of bytes; what is left of a budget may be negative."""
     shown = f"`{name}={_shown(value)}`"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise BudgetError(

@@ -83,11 +83,12 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
     end = num_blocks
     for block in reversed(range(num_blocks)):
         if block in kept:
-            actions += _backwards(block, block + 1)
+            actions.append(Backward(BlockId(block)))
             end = block
         elif block in starts:
-            first, *rest = _saves(block, end)
-            actions += [first, *_drop(block), *rest, *_backwards(block, end)]
+            actions += [ForwardSave(BlockId(block)), *_drop(block)]
+            actions += [ForwardSave(BlockId(b)) for b in range(block + 1, end)]
+            actions += [Backward(BlockId(b)) for b in reversed(range(block, end))]
             end = block
     return Schedule(num_blocks, tuple(actions))
 
@@ -95,11 +96,9 @@ def keep_some(chain: Chain, *, kept: Collection[int], stored: Collection[int]) -
 def saved_knapsack(chain: Chain, *, saved_share: float) -> Schedule:
     """Return what torch's `activation_memory_budget` does: a knapsack over saved bytes, nothing recomputed twice.
 
-    It keeps the saved sets that spare most time within a share of the bytes that plain training saves. A boundary that
-    a replay passes is not worth saving to it, because that spares no recomputation: a run of blocks that are not kept
-    is replayed at once.
-
-    **Arguments:** `saved_share`: 0 saves boundaries alone, 1 everything.
+    It keeps the saved sets that spare most time within `saved_share` of the bytes that plain training saves: 0 saves
+    boundaries alone, 1 everything. A boundary that a replay passes is not worth saving to it, because that spares no
+    recomputation: a run of blocks that are not kept is replayed at once.
 
     **Raises:** `ConfigError` when `saved_share` is not from 0 to 1.
     """
@@ -163,8 +162,6 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
 
     **Arguments:** `keep_spine`: store the boundaries of the first descent while the first sweep passes them.
 
-    **Returns:** a schedule of exactly `2n + revolve_cost(n, num_slots)` forwards, fewer with `keep_spine`.
-
     **Raises:** `ConfigError` when `num_slots` is below 1.
     """
     check_count("num_slots", num_slots, at_least=1, meaning="boundary 0 takes the first slot")
@@ -199,10 +196,10 @@ def revolve(chain: Chain, *, num_slots: int, keep_spine: bool = False) -> Schedu
 
 def _spine(num_blocks: int, num_slots: int, split: tuple[np.ndarray, ...]) -> set[int]:
     first, spine = 0, set[int]()
-    while num_blocks - first > 1 and num_slots > 1:
-        first += int(split[min(num_slots, num_blocks)][num_blocks - first])
-        num_slots -= 1
-        spine.add(first)
+    for slots in range(num_slots, 1, -1):
+        if num_blocks - first > 1:
+            first += int(split[min(slots, num_blocks)][num_blocks - first])
+            spine.add(first)
     return spine
 
 
@@ -228,14 +225,6 @@ def _leaf(block: int, *, stored: bool) -> list[Action]:
 
 def _forwards(first: int, end: int) -> list[Action]:
     return [Forward(BlockId(block)) for block in range(first, end)]
-
-
-def _saves(first: int, end: int) -> list[Action]:
-    return [ForwardSave(BlockId(block)) for block in range(first, end)]
-
-
-def _backwards(first: int, end: int) -> list[Action]:
-    return [Backward(BlockId(block)) for block in reversed(range(first, end))]
 
 
 def _store(boundary: int) -> list[Action]:

@@ -26,6 +26,9 @@ __all__ = ["from_text", "to_text"]
 _WORD = re.compile(r"([FKBSDOR])(\d+)(?:\.(\d+))?")
 _OF_BLOCK = {"K": ForwardSave, "B": Backward}
 _OF_BOUNDARY = {"S": Store, "D": Drop, "O": Offload, "R": Reload}
+_LETTERS: dict[type[Action], str] = {
+    kind: letter for letter, kind in {"F": Forward, **_OF_BLOCK, **_OF_BOUNDARY}.items()
+}
 
 
 def to_text(schedule: Schedule) -> str:
@@ -47,22 +50,13 @@ def from_text(text: str, *, num_blocks: int | None = None) -> Schedule:
 
 def _word(action: Action) -> str:
     match action:
-        case Forward(block):
-            return f"F{block}"
-        case ForwardSave(block, option):
-            return f"K{block}.{option}" if option else f"K{block}"
-        case Backward(block, option):
-            return f"B{block}.{option}" if option else f"B{block}"
-        case Store(boundary):
-            return f"S{boundary}"
-        case Drop(boundary):
-            return f"D{boundary}"
-        case Offload(boundary):
-            return f"O{boundary}"
-        case Reload(boundary):
-            return f"R{boundary}"
+        case Forward(number) | Store(number) | Drop(number) | Offload(number) | Reload(number):
+            option = 0
+        case ForwardSave(number, option) | Backward(number, option):
+            pass
         case _:
             assert_never(action)
+    return f"{_LETTERS[type(action)]}{number}" + (f".{option}" if option else "")
 
 
 def _action(word: str) -> Action:

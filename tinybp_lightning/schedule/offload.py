@@ -1,19 +1,14 @@
 """Plan copies of stored boundaries to host memory. The simulator plays such schedules; the runtime does not yet.
 
-A boundary in host memory costs no device bytes and no recomputation, only a copy that runs beside compute. So a
-schedule made for a *larger* budget, which recomputes less, may keep this one once its boundaries are away. The search
-starts from such schedules: the planner's plans for larger budgets, and plans for the chain in which stored boundaries
-weigh less. For each it puts copies where compute hides them, or copies all boundaries; it then moves single copies of
-the best schedule while that helps. The exact simulator judges all of them. The search is deterministic, and the plan
-without offload is one of the candidates.
-
+The search starts from plans for *larger* budgets, which recompute less, and from plans for the chain in which stored
+boundaries weigh less. For each it puts copies where compute hides them, or copies all boundaries; it then moves single
+copies of the best schedule while that helps. The exact simulator judges all of them, the plan without offload too.
 Only boundaries move; saved sets stay. No lower bound covers schedules with offload.
 
 # Note [The chain with boundaries away]
-A planner that knows nothing of the link plans for `with_boundaries_away(chain)`, in which a stored boundary weighs
-little or nothing. What is not stored still counts: a run counts the boundary it starts from, and a saved set the
-boundary storages it aliases, as bytes of its own. A schedule for that chain is legal on the true one; what it costs
-there is for the simulator to say.
+In `with_boundaries_away(chain)` a stored boundary weighs little or nothing. What is not stored still counts: a run
+counts the boundary it starts from, and a saved set the boundary storages it aliases, as bytes of its own. A schedule
+for that chain is legal on the true one, where the simulator finds what it costs.
 """
 
 from bisect import bisect_right
@@ -125,10 +120,8 @@ def plan_offload(planner: Planner, *, budget_bytes: int, link_bytes_per_s: float
     check_budget(budget_bytes)
     check_link(link_bytes_per_s)
     search = _Search(planner, budget_bytes, link_bytes_per_s)
-    if budget_bytes >= planner.smallest_bytes:
-        search.start(planner.plan(budget_bytes=budget_bytes).schedule)
-    for source in _sources(planner, budget_bytes):
-        search.descend(source)
+    for staying_share in _STAYING_SHARES:
+        search.descend(_source(planner, budget_bytes, staying_share))
     if search.best is None:
         assert search.smallest is not None, "every source gives a schedule"
         raise _too_small(planner.chain, budget_bytes, search.smallest)
@@ -156,28 +149,23 @@ class _Search:
         self._link_bytes_per_s = link_bytes_per_s
         self._machine = Machine(planner.chain, link_bytes_per_s=link_bytes_per_s)
         self.best: _Fitted | None = None
-        self.smallest: _Fitted | None = None
-
-    def start(self, schedule: Schedule) -> None:
-        """Begin with a schedule that fits without offload: nothing slower is of interest."""
-        self.best = self.smallest = self._played(schedule.actions, ())
+        if budget_bytes >= planner.smallest_bytes:  # nothing slower than the plan without offload is of interest
+            self.best = self._played(planner.plan(budget_bytes=budget_bytes).schedule.actions, ())
+        self.smallest = self.best
 
     def descend(self, source: Callable[[float], Schedule]) -> None:
         """Find about the fastest schedule of `source` that fits, from `source(1.0)`, its fastest, down."""
-        any(self._is_enough(source(k / _STEPS)) for k in reversed(range(_STEPS + 1)))
-
-    def _is_enough(self, schedule: Schedule) -> bool:
-        """Whether slower schedules of the source cannot help: this one fits, or is not faster than the best."""
-        plain = self._played(schedule.actions, ())
-        if self.best is not None and plain.total_s >= self.best.total_s:
-            return True
-        fitted = plain if plain.excess_bytes == 0 else self._fit(plain)
-        if self.smallest is None or max(fitted.peak_bytes) < max(self.smallest.peak_bytes):
-            self.smallest = fitted
-        if fitted.excess_bytes or (self.best is not None and fitted.cost >= self.best.cost):
-            return False  # also if its copies make it slow: one that moves less may be faster
-        self.best = fitted
-        return True
+        for k in reversed(range(_STEPS + 1)):
+            plain = self._played(source(k / _STEPS).actions, ())
+            if self.best is not None and plain.total_s >= self.best.total_s:
+                return
+            fitted = plain if plain.excess_bytes == 0 else self._fit(plain)
+            if self.smallest is None or max(fitted.peak_bytes) < max(self.smallest.peak_bytes):
+                self.smallest = fitted
+            # If its copies make it slow, one that moves less may be faster.
+            if not fitted.excess_bytes and (self.best is None or fitted.cost < self.best.cost):
+                self.best = fitted
+                return
 
     def _fit(self, plain: _Fitted) -> _Fitted:
         """Move the boundaries whose copies compute hides, or all of them if the budget needs that."""
@@ -240,17 +228,13 @@ def _choices(gap: Gap, aways: Sequence[Away], is_open: Sequence[bool]) -> list[i
     return [choice for choice in (None, *near) if choice != now]
 
 
-def _sources(planner: Planner, budget_bytes: int) -> list[Callable[[float], Schedule]]:
-    """Return where schedules come from: each a function of how fast they shall be, from 0 to 1."""
-
-    def planned(staying_share: float) -> Callable[[float], Schedule]:
-        away = with_boundaries_away(planner.chain, staying_share=staying_share)
-        other = planner if staying_share == 1 else Planner(away)
-        highest = other.largest_bytes
-        lowest = min(highest, max(budget_bytes, other.smallest_bytes))
-        return lambda share: other.plan(budget_bytes=round(lowest * (highest / max(1, lowest)) ** share)).schedule
-
-    return [planned(staying_share) for staying_share in _STAYING_SHARES]
+def _source(planner: Planner, budget_bytes: int, staying_share: float) -> Callable[[float], Schedule]:
+    """Return where schedules come from: a function of how fast they shall be, from 0 to 1."""
+    if staying_share < 1:
+        planner = Planner(with_boundaries_away(planner.chain, staying_share=staying_share))
+    highest = planner.largest_bytes
+    lowest = min(highest, max(budget_bytes, planner.smallest_bytes))
+    return lambda share: planner.plan(budget_bytes=round(lowest * (highest / max(1, lowest)) ** share)).schedule
 
 
 def _too_small(chain: Chain, budget_bytes: int, smallest: _Fitted) -> BudgetTooSmallError:
@@ -267,10 +251,7 @@ def _too_small(chain: Chain, budget_bytes: int, smallest: _Fitted) -> BudgetTooS
 
 
 def find_gaps(chain: Chain, actions: Sequence[Action]) -> tuple[Gap, ...]:
-    """Return every gap of a legal schedule without offload, in order of their starts.
-
-    **Returns:** gaps of boundaries that have bytes; one that no other action separates from its read is left out.
-    """
+    """Return by start the gaps, of boundaries that have bytes, with an action in them; nothing is offloaded yet."""
     is_open = open_slots(chain, actions)
     cursor, swept, used = None, 0, dict[int, int]()
     gaps: list[Gap] = []
@@ -278,7 +259,8 @@ def find_gaps(chain: Chain, actions: Sequence[Action]) -> tuple[Gap, ...]:
         match action:
             case Forward(block) | ForwardSave(block):
                 if block != cursor and block in used:
-                    gaps.append(_gap(chain, block, used[block], index, is_open))
+                    size_bytes = sum(chain.storage_bytes[s] for s in chain.boundaries[block].storages)
+                    gaps.append(Gap(block, is_open.index(True, used[block] + 1), index, size_bytes))
                     used[block] = index
                 swept += swept < len(chain.blocks)
                 # A replay that stops early leaves no cursor, and the backward that follows takes it anyway.
@@ -294,12 +276,6 @@ def find_gaps(chain: Chain, actions: Sequence[Action]) -> tuple[Gap, ...]:
             case _:
                 assert_never(action)
     return tuple(sorted((g for g in gaps if g.start < g.stop and g.size_bytes), key=lambda g: (g.start, g.boundary)))
-
-
-def _gap(chain: Chain, boundary: int, used: int, read: int, is_open: Sequence[bool]) -> Gap:
-    start = next(slot for slot in range(used + 1, read + 1) if is_open[slot])
-    size_bytes = sum(chain.storage_bytes[s] for s in chain.boundaries[boundary].storages)
-    return Gap(boundary, start, read, size_bytes)
 
 
 def open_slots(chain: Chain, actions: Sequence[Action]) -> list[bool]:
@@ -372,17 +348,14 @@ def _hide_copies(
 
 
 def with_boundaries_away(chain: Chain, *, staying_share: float) -> Chain:
-    """Return the chain in which stored boundaries weigh `staying_share` of their bytes.
-
-    See Note [The chain with boundaries away].
-    """
+    """Return the chain of Note [The chain with boundaries away]: what is stored weighs `staying_share` of its bytes."""
     staying = tuple(int(staying_share * size) for size in chain.storage_bytes)
     spared = tuple(size - stays for size, stays in zip(chain.storage_bytes, staying, strict=True))
 
     def of(storages: Sequence[StorageId]) -> int:
         return sum(spared[s] for s in storages)
 
-    def saved(option: SavedSet, input_bytes: int) -> SavedSet:
+    def option_away(option: SavedSet, input_bytes: int) -> SavedSet:
         alias_bytes = of(option.storages)
         replay_peak_bytes = option.replay_peak_bytes + alias_bytes + input_bytes
         return replace(
@@ -392,14 +365,10 @@ def with_boundaries_away(chain: Chain, *, staying_share: float) -> Chain:
             replay_peak_bytes=replay_peak_bytes,
         )
 
-    def block(before: Block, input_bytes: int) -> Block:
-        options = tuple(saved(option, input_bytes) for option in before.options)
-        return replace(before, forward_peak_bytes=before.forward_peak_bytes + input_bytes, options=options)
-
-    blocks = tuple(block(b, of(chain.boundaries[i].storages)) for i, b in enumerate(chain.blocks))
-    return replace(
-        chain,
-        storage_bytes=staying,
-        blocks=blocks,
-        tail_peak_bytes=chain.tail_peak_bytes + of(chain.boundaries[-1].storages),
-    )
+    blocks = list[Block]()
+    *inputs_bytes, last_bytes = (of(boundary.storages) for boundary in chain.boundaries)
+    for block, input_bytes in zip(chain.blocks, inputs_bytes, strict=True):
+        options = tuple(option_away(option, input_bytes) for option in block.options)
+        blocks.append(replace(block, forward_peak_bytes=block.forward_peak_bytes + input_bytes, options=options))
+    tail_peak_bytes = chain.tail_peak_bytes + last_bytes
+    return replace(chain, storage_bytes=staying, blocks=tuple(blocks), tail_peak_bytes=tail_peak_bytes)

@@ -14,7 +14,6 @@ from tinybp_lightning.analysis import estimate_chain
 from tinybp_lightning.errors import MissingPackageError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.graph.ir import Graph
-from tinybp_lightning.schedule.actions import Schedule
 from tinybp_lightning.schedule.arguments import check_budgets, check_count, check_path
 from tinybp_lightning.schedule.baselines import every_sqrt_n, keep_all, per_block
 from tinybp_lightning.schedule.bounds.certificate import certify
@@ -22,7 +21,6 @@ from tinybp_lightning.schedule.planner.planner import Planner
 from tinybp_lightning.schedule.simulator import simulate
 
 __all__ = ["Pareto", "ParetoPoint", "ParetoReference", "pareto"]
-
 
 _GIB, _MIB = 2**30, 2**20
 _MARKERS = ("s", "^", "D")
@@ -84,7 +82,30 @@ class Pareto:
         (`pip install tinybp-lightning[recipes]`).
         """
         check_path(path)
-        return _plot(self, Path(path))
+        path = Path(path)
+        try:
+            from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise MissingPackageError(
+                "`Pareto.plot` draws with matplotlib, which is not installed: `pip install tinybp-lightning[recipes]`."
+            ) from error
+        figure: Any = Figure(figsize=(8.5, 5), layout="constrained")
+        panel = figure.subplots()
+        unit_bytes, unit = (_GIB, "GiB") if self.plain_peak_bytes >= _GIB else (_MIB, "MiB")
+        _draw(panel, self, unit_bytes)
+        panel.set_xlabel(f"budget ({unit})")
+        how = ", estimated" if self.is_estimated else ""
+        panel.set_ylabel(f"time of a step (plain training = 1{how})")
+        panel.set_title(
+            f"smallest budget {self.smallest_bytes / unit_bytes:.3g} {unit}, plain training "
+            f"{self.plain_peak_bytes / unit_bytes:.3g} {unit}, largest gap {max(p.gap for p in self.points):.1%}",
+            fontsize=10,
+        )
+        panel.grid(visible=True, alpha=0.25)
+        panel.legend(fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+        return path
 
 
 def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequence[int] | None = None) -> Pareto:
@@ -93,8 +114,6 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
     **Arguments:** `chain`: with measured costs, or a `Graph`, which stands for `estimate_chain(graph)`;
     `num_points`: how many budgets, at equal ratios from the smallest feasible one to what plain training needs;
     `budgets_bytes`: budgets of your own in place of these.
-
-    **Returns:** frozen data, the same for equal arguments; each point takes as long as a plan and its bound.
 
     **Raises:** `ConfigError` for something that is neither or for fewer than 2 points; `BudgetError` for a budget that
     is not a number of bytes; `BudgetTooSmallError` for one that no plan meets.
@@ -107,7 +126,8 @@ def pareto(chain: Chain | Graph, *, num_points: int = 12, budgets_bytes: Sequenc
         chain = estimate_chain(chain)
     planner = Planner(chain)
     methods = (("keep all", keep_all), ("per block", per_block), ("every sqrt(n)", every_sqrt_n))
-    references = tuple(_reference(chain, name, method(chain)) for name, method in methods)
+    played = ((name, simulate(chain, method(chain))) for name, method in methods)
+    references = tuple(ParetoReference(name, t.peak_bytes, t.total_s, t.recompute_s) for name, t in played)
     plain = references[0]
     if budgets_bytes is None:
         chosen = _budgets(planner.smallest_bytes, max(plain.peak_bytes, planner.largest_bytes), num_points)
@@ -140,43 +160,10 @@ def _points(planner: Planner, budgets_bytes: Sequence[int]) -> tuple[ParetoPoint
     return tuple(reversed(points))
 
 
-def _reference(chain: Chain, name: str, schedule: Schedule) -> ParetoReference:
-    timeline = simulate(chain, schedule)
-    return ParetoReference(name, timeline.peak_bytes, timeline.total_s, timeline.recompute_s)
-
-
-def _plot(curve: Pareto, path: Path) -> Path:
-    """Draw the plan as a line, and the bound as a shaded one below."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise MissingPackageError(
-            "`Pareto.plot` draws with matplotlib, which is not installed: `pip install tinybp-lightning[recipes]`."
-        ) from error
-    figure: Any = Figure(figsize=(8.5, 5), layout="constrained")
-    panel = figure.subplots()
-    unit_bytes, unit = (_GIB, "GiB") if curve.plain_peak_bytes >= _GIB else (_MIB, "MiB")
-    _draw(panel, curve, unit_bytes)
-    panel.set_xlabel(f"budget ({unit})")
-    how = ", estimated" if curve.is_estimated else ""
-    panel.set_ylabel(f"time of a step (plain training = 1{how})")
-    panel.set_title(
-        f"smallest budget {curve.smallest_bytes / unit_bytes:.3g} {unit}, plain training "
-        f"{curve.plain_peak_bytes / unit_bytes:.3g} {unit}, largest gap {max(p.gap for p in curve.points):.1%}",
-        fontsize=10,
-    )
-    panel.grid(visible=True, alpha=0.25)
-    panel.legend(fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
-
-
 def _draw(panel: Any, curve: Pareto, unit_bytes: int) -> None:
     budgets = [p.budget_bytes / unit_bytes for p in curve.points]
-    times = [(p.total_s, p.lower_bound_s) for p in curve.points]
     plain_s = curve.plain_s or 1.0
-    plans, bounds = ([s / plain_s for s in seconds] for seconds in zip(*times, strict=True))
+    plans, bounds = [p.total_s / plain_s for p in curve.points], [p.lower_bound_s / plain_s for p in curve.points]
     # Between two budgets the plan is that of the smaller one, and the bound that of the larger one: both are steps.
     panel.plot(budgets, plans, "o-", color="tab:blue", drawstyle="steps-post", markersize=4, label="plan")
     panel.plot(budgets, bounds, color="tab:red", drawstyle="steps-pre", linewidth=1, label="lower bound")

@@ -131,18 +131,10 @@ def saved_ops_frontier(ops: BlockOps) -> tuple[SavedOps, ...]:
     """
     n = len(ops.seconds)
     untied = replace(ops, seconds=tuple(s * (1 + _TIE_BREAK * v / n) for v, s in enumerate(ops.seconds)))
-    return tuple(replace(c, repeat_s=_seconds(ops, c.repeated)) for c in _corners(untied))
-
-
-def _seconds(ops: BlockOps, repeated: frozenset[int]) -> float:
-    return float(sum(ops.seconds[v] for v in sorted(repeated)))
-
-
-def _corners(ops: BlockOps) -> tuple[SavedOps, ...]:
-    total_s, total_bytes = sum(ops.seconds), sum(ops.size_bytes)
+    total_s, total_bytes = sum(untied.seconds), sum(ops.size_bytes)
     # At these prices all repeating together costs less than any one byte, and the reverse.
-    fewest = cheapest_saved_ops(ops, seconds_per_byte=1e3 * max(total_s, 1e-12))
-    most = cheapest_saved_ops(ops, seconds_per_byte=1e-9 * max(total_s, 1e-12) / max(1, total_bytes))
+    fewest = cheapest_saved_ops(untied, seconds_per_byte=1e3 * max(total_s, 1e-12))
+    most = cheapest_saved_ops(untied, seconds_per_byte=1e-9 * max(total_s, 1e-12) / max(1, total_bytes))
     found = {most.saved_bytes: most, fewest.saved_bytes: fewest}
     pending = [(most, fewest)]
     while pending and len(found) < _MAX_CORNERS:
@@ -150,8 +142,13 @@ def _corners(ops: BlockOps) -> tuple[SavedOps, ...]:
         if high.saved_bytes <= low.saved_bytes or low.repeat_s <= high.repeat_s:
             continue
         slope = (low.repeat_s - high.repeat_s) / (high.saved_bytes - low.saved_bytes)
-        between = cheapest_saved_ops(ops, seconds_per_byte=slope)
+        between = cheapest_saved_ops(untied, seconds_per_byte=slope)
         if low.saved_bytes < between.saved_bytes < high.saved_bytes:
             found[between.saved_bytes] = between
             pending += [(high, between), (between, low)]
-    return tuple(found[size_bytes] for size_bytes in sorted(found, reverse=True))
+    corners = (found[size_bytes] for size_bytes in sorted(found, reverse=True))
+    return tuple(replace(corner, repeat_s=_seconds(ops, corner.repeated)) for corner in corners)
+
+
+def _seconds(ops: BlockOps, repeated: frozenset[int]) -> float:
+    return float(sum(ops.seconds[v] for v in sorted(repeated)))

@@ -25,7 +25,6 @@ __all__ = [
     "SCHEMA_VERSION",
     "chain_digest",
     "chain_from_data",
-    "chain_to_data",
     "load_measured_plan",
     "measured_plan_from_json",
     "measured_plan_to_json",
@@ -58,11 +57,7 @@ def chain_digest(chain: Chain) -> str:
 
 
 def measured_plan_to_json(known: MeasuredPlan, *, context: Mapping[str, str] | None = None) -> str:
-    """Return `known` as JSON text.
-
-    **Arguments:** `context`: what else the plan depends on, such as device and library versions; the reader has to give
-    the same.
-    """
+    """Return `known` as JSON text; the reader has to give the same `context`, such as device and library versions."""
     plan = known.plan
     file = _PlanFile(
         schema_version=SCHEMA_VERSION,
@@ -74,7 +69,7 @@ def measured_plan_to_json(known: MeasuredPlan, *, context: Mapping[str, str] | N
         peak_bytes=plan.peak_bytes,
         total_s=float(plan.total_s),
         recompute_s=float(plan.recompute_s),
-        costs=chain_to_data(known.chain),
+        costs=asdict(known.chain),
     )
     payload = asdict(file)
     return json.dumps({**payload, "checksum": _checksum(payload)}, indent=1, allow_nan=False) + "\n"
@@ -163,13 +158,8 @@ def _unusable(problem: str) -> PlanFileError:
     return PlanFileError(f"this plan file cannot be used: {problem}. Delete it, or plan again.")
 
 
-def chain_to_data(chain: Chain) -> dict[str, Any]:
-    """Return `chain` as dictionaries, sequences, strings and numbers, which JSON can hold exactly."""
-    return asdict(chain)
-
-
 def chain_from_data(found: object) -> Chain:
-    """Return the chain that `chain_to_data` wrote, after it went through JSON.
+    """Return the chain whose `asdict` went through JSON, which holds its numbers and strings exactly.
 
     **Raises:** `PlanFileError` that names the field that is missing, unknown, of another type, or against
     `verify_chain`.
@@ -185,7 +175,7 @@ def chain_from_data(found: object) -> Chain:
 def _read(kind: Any, found: object, where: str) -> object:
     """Return `found`, which came from JSON, as a value of type `kind`; `where` names it in errors."""
     if isinstance(kind, NewType):
-        return _read(kind.__supertype__, found, where)
+        kind = kind.__supertype__
     if is_dataclass(kind) and isinstance(kind, type):
         return _read_fields(kind, found, where)
     if get_origin(kind) is tuple:

@@ -83,8 +83,6 @@ def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None
 
     **Arguments:** `link_bytes_per_s`: bandwidth to host memory in each direction, for schedules that offload.
 
-    **Returns:** the timeline; its `peak_bytes` is exact in the model of this file.
-
     **Raises:** `ScheduleError` when the schedule is not legal, or offloads and no bandwidth is given; `ConfigError` for
     an argument of a wrong type.
     """
@@ -100,10 +98,9 @@ def simulate(chain: Chain, schedule: Schedule, *, link_bytes_per_s: float | None
         machine.play(schedule.actions, index)
         moments.append(Moment(before, machine.action_peak_bytes, machine.live_bytes, start_s, machine.now_s))
         if machine.at_tail:
-            before = machine.live_bytes
+            before, now = machine.live_bytes, machine.now_s
             machine.tail()
-            tail_peak, now = machine.action_peak_bytes, machine.now_s
-            tail, tail_after = Moment(before, tail_peak, machine.live_bytes, now, now), index
+            tail, tail_after = Moment(before, machine.action_peak_bytes, machine.live_bytes, now, now), index
     peak = max(tail.peak_bytes, *(moment.peak_bytes for moment in moments))
     peak_action = next((k for k, moment in enumerate(moments) if moment.peak_bytes == peak), tail_after)
     return Timeline(
@@ -145,9 +142,7 @@ class Machine:
         self.at_tail = False
         self.live_bytes = self._chain.workspace_bytes
         self.action_peak_bytes = 0
-        self.now_s = 0.0
-        self.recompute_s = 0.0
-        self.wait_s = 0.0
+        self.now_s = self.recompute_s = self.wait_s = 0.0
         self._hold(self._boundary[0])
 
     def start(self) -> tuple[int, float]:
@@ -165,7 +160,6 @@ class Machine:
             case Forward(block):
                 self._run(block, self._blocks[block].forward_peak_bytes, self._blocks[block].forward_s)
                 self._move_cursor(block + 1)
-                self.at_tail = self._sweeping and block + 1 == len(self._blocks)
             case ForwardSave(block, option):
                 self._forward_save(actions, index, block, option)
             case Backward(block, option):
@@ -202,22 +196,18 @@ class Machine:
         self.live_bytes += saved.saved_bytes
         self._hold(self._saved_storages[block][option])
         self._move_cursor(None if stops_early else block + 1)
-        self.at_tail = self._sweeping and block + 1 == len(self._blocks)
 
     @staticmethod
     def _next_is_backward(actions: tuple[Action, ...], index: int, block: int) -> bool:
-        while isinstance(actions[index + 1], Drop):
-            index += 1
-        following = actions[index + 1]
+        following = next(actions[k] for k in range(index + 1, len(actions)) if not isinstance(actions[k], Drop))
         return isinstance(following, Backward) and following.block == block
 
     def _backward(self, block: int, option: int) -> None:
         costs, saved = self._blocks[block], self._blocks[block].options[option]
         self._move_cursor(None)
-        gradient_bytes = costs.parameter_gradient_bytes
+        gradient_bytes, boundaries = costs.parameter_gradient_bytes, self._chain.boundaries
         self.action_peak_bytes = self.live_bytes + saved.backward_peak_bytes + gradient_bytes
         self._release(self._saved_storages[block][option])
-        boundaries = self._chain.boundaries
         self.live_bytes += boundaries[block].gradient_bytes - boundaries[block + 1].gradient_bytes
         self.live_bytes += gradient_bytes - saved.saved_bytes
         if block == 0:
@@ -229,6 +219,7 @@ class Machine:
             self._wait(self._link.arrival_s(self._boundary[block]))
         self.action_peak_bytes = self.live_bytes + new_bytes
         self.now_s += seconds
+        self.at_tail = self._sweeping and block + 1 == len(self._blocks)
         if not self._sweeping:
             self.recompute_s += seconds
 

@@ -60,10 +60,8 @@ def _stops_early(actions: tuple[Action, ...], index: int) -> bool:
     action = actions[index]
     if not isinstance(action, ForwardSave):
         return False
-    following = index + 1
-    while following < len(actions) and isinstance(actions[following], Drop):
-        following += 1
-    reader = actions[following] if following < len(actions) else None
+    following = (actions[k] for k in range(index + 1, len(actions)))
+    reader = next((one for one in following if not isinstance(one, Drop)), None)
     return isinstance(reader, Backward) and reader.block == action.block
 
 
@@ -122,8 +120,7 @@ class _State:
         in_sweep = self.sweep_next < self.num_blocks
         if in_sweep and block != self.sweep_next:
             return f"the first sweep must run block {self.sweep_next} next"
-        if in_sweep:
-            self.sweep_next += 1
+        self.sweep_next += in_sweep
         # What the loss does with the last boundary ends the first sweep; a replay cannot start from it.
         sweep_ended = in_sweep and self.sweep_next == self.num_blocks
         self.cursor = block + 1 if leaves_cursor and not sweep_ended else None

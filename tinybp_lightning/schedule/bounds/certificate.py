@@ -30,10 +30,8 @@ _COARSE_BLOCKS = 100
 """Both bounds of a chain of more blocks are those of its coarse chain."""
 _WORK = 1e7
 """About how many elementary steps the search for prices may take: a second or two."""
-_MOST_STEPS = 30
-"""The most steps of that search, however short the chain."""
-_LEAST_STEPS = 3
-"""The least steps of that search, however long the chain."""
+_LEAST_STEPS, _MOST_STEPS = 3, 30
+"""The limits on the steps of that search, however long or short the chain."""
 _STRIDES = 50
 """The stride of `LagrangianBound` is this part of the chain."""
 _NEARLY_FULL = 0.97
@@ -74,8 +72,6 @@ def certify(chain: Chain, plan: Plan, *, planner: Planner | None = None) -> Cert
     """Return a lower bound on the time of every schedule within the budget of `plan`.
 
     **Arguments:** `planner`: of `chain`, where there is one: its tables then need not be filled again.
-
-    **Returns:** a certificate whose bound is never above the time of the best legal schedule.
     """
     spans = coarse_spans(chain) if len(chain.blocks) > _COARSE_BLOCKS else None
     num_blocks = len(spans) if spans else len(chain.blocks)

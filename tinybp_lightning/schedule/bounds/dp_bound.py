@@ -20,8 +20,7 @@ __all__ = ["dp_bound_s"]
 _Ticks = NDArray[np.int32]
 _NEVER = 2**30 - 1
 """Two of these still add up."""
-_TICKS = 2**28
-"""In `limit_s`."""
+_TICKS = 2**28  # in `limit_s`
 _SAFE = 1e-9
 """Slots and ticks that a quotient may be off by rounding: always in favour of a lower bound."""
 _BUFFER = 2**16
@@ -150,7 +149,7 @@ class _DpBound:
             lefts[self._first_slot(way.need_bytes) :, column] = self._ticks(way.seconds)
         lows, is_due = slice(ways[-1].low - i, fork - i), ways[-1].low == i
         for index in range(self._held.count(i) if is_due else num_passing):
-            target, held_bytes = self._held.after_hold(i, index, counted)
+            target, held_bytes = self._held.after_pass(i, index, counted)
             ends = after.segment[-num_ends:, target, :, fork - i - 1]
             ends = self._later(ends, self._shift(held_bytes), self._forward[i])
             ends = ends[:, _first_true((ends < _NEVER)[..., None], width=self._width)[0] :]

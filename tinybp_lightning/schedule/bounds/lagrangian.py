@@ -53,35 +53,30 @@ class LagrangianBound:
         self._forward_s = relaxed.forward_s
 
     def price(self, prices: _Floats) -> Priced:
-        """Return the bound that `prices` give, and the way to better ones.
-
-        **Returns:** `value_s` bounds the seconds of every legal schedule within the budget from below. `excess_bytes`
-        is a supergradient of the bound in the prices, up to rounding.
-        """
+        """Return the bound that `prices` give, and the way to better ones: up to rounding, a supergradient."""
         assert np.all(prices >= 0), "a negative price bounds nothing"
-        paid, n = _paid(prices), self._relaxed.num_blocks
-        record = _Record([np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
+        n, paid = self._relaxed.num_blocks, np.cumsum(np.concatenate([[0.0], prices[1:]]))
+        record = _Record(prices, paid, [np.empty((1, 1), np.float32)] * (n + 1), [np.empty(0)] * (n + 1))
         # `segment[q, j]` and `sweep[q]` belong to boundary `i`, the last one that the loop has reached.
         segment = np.full((n + 1, n + 1), _INFINITE)
         sweep = np.full(n + 1, _INFINITE)
         sweep[n] = prices[n + 1] * self._relaxed.loss_bytes
         record.sweeps[n] = sweep
         for i in reversed(range(n)):
-            segment, sweep = self._moves(i, segment, sweep, prices, paid)
+            segment, sweep = self._moves(i, segment, sweep, record)
             self._fork_segments(i, segment, paid)
             self._fork_sweep(i, segment, sweep, paid)
             record.segments[i], record.sweeps[i] = segment[i:, i:].astype(np.float32), sweep
         value_s = float(sweep[0]) - self._relaxed.left_bytes * float(prices[1:].sum())
-        return Priced(value_s, self._used_bytes(record, prices, paid) - self._relaxed.left_bytes)
+        return Priced(value_s, self._used_bytes(record) - self._relaxed.left_bytes)
 
-    def _moves(
-        self, i: int, after: _Floats, after_sweep: _Floats, prices: _Floats, paid: _Floats
-    ) -> tuple[_Floats, _Floats]:
+    def _moves(self, i: int, after: _Floats, after_sweep: _Floats, record: "_Record") -> tuple[_Floats, _Floats]:
         """Keep block `i` or run and leave it, given the costs from boundary `i + 1`."""
+        paid = record.paid
         segment, sweep = after + self._forward_s[i], after_sweep + self._forward_s[i]
         segment[i], sweep[i] = _INFINITE, _INFINITE
         for option in self._relaxed.options[i]:
-            own_s = option.backward_s + prices[i + 1] * option.backward_bytes
+            own_s = option.backward_s + record.prices[i + 1] * option.backward_bytes
             segment[i, i + 1] = min(segment[i, i + 1], option.replay_s + own_s)
             kept = self._forward_s[i] + own_s + option.weight_bytes * (paid[i + 2 : -1] - paid[i + 1])
             segment[i, i + 2 :] = np.minimum(segment[i, i + 2 :], kept + after[i + 1, i + 2 :])
@@ -125,74 +120,62 @@ class LagrangianBound:
             return self._first[i, forks] + self._passed[i, forks] - self._passed[i, low]
         return None
 
-    def _used_bytes(self, record: "_Record", prices: _Floats, paid: _Floats) -> _Floats:
+    def _used_bytes(self, record: "_Record") -> _Floats:
         """Walk the cheapest schedule and count its bytes at every moment."""
         n = self._relaxed.num_blocks
         used_bytes = np.zeros(n + 2)
-        pending = [_Segment(0, 0, n + 1)]
+        # Boundaries at hand and the ends they serve, `low .. end-1`; the loss is end `n`.
+        pending = [(0, 0, n + 1)]
         while pending:
-            segment = pending.pop()
-            i, low, end = segment.boundary, segment.low, segment.end
+            i, low, end = pending.pop()
             if i == n:
                 used_bytes[n + 1] += self._relaxed.loss_bytes
                 continue
             forks = np.arange(low + 1, end)
             held_bytes = self._held_bytes(i, low, forks) if len(forks) else None
-            move_s, option = self._cheapest_move(segment, record, prices, paid)
+            move_s, option = self._cheapest_move(i, low, end, record)
             forked_s = np.array([_INFINITE])
             if held_bytes is not None:
-                held_s = held_bytes * (paid[end] - paid[forks])
+                held_s = held_bytes * (record.paid[end] - record.paid[forks])
                 forked_s = self._forward_s[i] + record.tops(i + 1, forks, end) + record.rows(i, low, forks) + held_s
             if held_bytes is not None and forked_s.min() < move_s:
                 fork = int(forks[forked_s.argmin()])
                 used_bytes[fork + 1 : end + 1] += held_bytes[fork - low - 1]
-                pending += [_Segment(i + 1, fork, end), _Segment(i, low, fork)]
+                pending += [(i + 1, fork, end), (i, low, fork)]
             elif option is None:
-                pending.append(_Segment(i + 1, low, end))
+                pending.append((i + 1, low, end))
             else:
                 used_bytes[i + 1] += option.backward_bytes
                 used_bytes[i + 2 : end + 1] += option.weight_bytes
-                pending += [_Segment(i + 1, i + 1, end)] if end > i + 1 else []
+                pending += [(i + 1, i + 1, end)] if end > i + 1 else []
         return used_bytes
 
-    def _cheapest_move(
-        self, segment: "_Segment", record: "_Record", prices: _Floats, paid: _Floats
-    ) -> tuple[float, RelaxedOption | None]:
+    def _cheapest_move(self, i: int, low: int, end: int, record: "_Record") -> tuple[float, RelaxedOption | None]:
         """Return the cost of running the first block, and the option to keep it with, if it is one of the ends."""
-        i, end = segment.boundary, segment.end
-        if segment.low > i:
-            return float(self._forward_s[i]) + record.cost(i + 1, segment.low, end), None
+        if low > i:
+            return float(self._forward_s[i]) + record.cost(i + 1, low, end), None
         best_s, best = _INFINITE, None
         for option in self._relaxed.options[i]:
-            own_s = option.backward_s + prices[i + 1] * option.backward_bytes
+            own_s = option.backward_s + record.prices[i + 1] * option.backward_bytes
             if end == i + 1:
                 total_s = own_s + option.replay_s
             else:
-                held_s = option.weight_bytes * (paid[end] - paid[i + 1])
+                held_s = option.weight_bytes * (record.paid[end] - record.paid[i + 1])
                 total_s = own_s + self._forward_s[i] + held_s + record.cost(i + 1, i + 1, end)
             if total_s < best_s:
                 best_s, best = total_s, option
         return best_s, best
 
 
-def _paid(prices: _Floats) -> _Floats:
-    """`paid[j] - paid[q]` is the price of a byte held while the ends `q .. j-1` are served."""
-    return np.cumsum(np.concatenate([[0.0], prices[1:]]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Boundary at hand and the ends it serves, `low .. end-1`; the loss is end `n`, so a whole step ends at `n + 1`."""
-
-    boundary: int
-    low: int
-    end: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """All costs of one evaluation: `segments[i][q - i, j - i]`, `sweeps[i][q]`."""
+    """The prices and all costs of one evaluation: `segments[i][q - i, j - i]`, `sweeps[i][q]`.
 
+    `paid[j] - paid[q]` is the price of a byte held while the ends `q .. j-1` are served.
+    """
+
+    prices: _Floats
+    paid: _Floats
     segments: list[NDArray[np.float32]]
     sweeps: list[_Floats]
 

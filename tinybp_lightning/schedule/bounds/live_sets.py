@@ -9,8 +9,8 @@ Where a boundary has too many held sets, some give way to their largest known su
 from collections.abc import Set
 from dataclasses import dataclass
 
-from tinybp_lightning.graph.chain import Chain, SavedSet
-from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain
+from tinybp_lightning.graph.chain import Chain
+from tinybp_lightning.schedule.bounds.relaxation import RelaxedChain, standing_bytes
 
 __all__ = ["HeldKeep", "HeldSets", "KeptEnds", "Resolution", "affordable"]
 
@@ -19,9 +19,8 @@ _WORK = 5e9
 """About how many elementary steps a bound may take: a few seconds."""
 _SETS = (64, 32, 16, 8, 4, 2)
 """The limits on held sets that are tried, from the closest bound to the fastest."""
-_MIN_SLOTS = 48
-"""With fewer slots the bound is too loose to be worth its time."""
-_MAX_SLOTS = 600
+_MIN_SLOTS, _MAX_SLOTS = 48, 600
+"""With fewer slots the bound is too loose to be worth its time; more are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,7 @@ class HeldKeep:
 
 @dataclass(frozen=True, slots=True)
 class KeptEnds:
-    """Blocks from `low` on that are all kept when the last is due, served from one boundary: what is counted of that
-    before, the bytes that they need at least, and their least seconds.
-    """
+    """Blocks from `low` on, all kept when the last is due: what of their boundary counts, and the least they need."""
 
     low: int
     counted: frozenset[int]
@@ -57,9 +54,9 @@ class HeldSets:
         self._boundary = [frozenset(int(s) for s in b.storages if size[s]) for b in chain.boundaries]
         self._saved = [self._bound_to_save(b) for b in range(len(chain.blocks))]
         self._private_bytes = [min(option.saved_bytes for option in block.options) for block in chain.blocks]
-        self._last = self._last_boundaries()
+        self._last = {s: i for i, boundary in enumerate(self._boundary) for s in boundary}
         self._last_left_out = [max((self._last[s] for s in boundary), default=0) for boundary in self._boundary]
-        self._standing = self._standing_bytes()
+        self._standing = standing_bytes(chain)
         self.num_blocks = len(chain.blocks)
         # What must be left at the last boundary for the code after the last block.
         self.loss_need_bytes = self._bytes(self._boundary[-1]) + chain.tail_peak_bytes
@@ -96,12 +93,12 @@ class HeldSets:
         spare_bytes = self._private_bytes[q - 1] - self._bytes(self._boundary[i] - self._saved[q - 1])
         return bool(left_out) and spare_bytes < 0
 
-    def after_pass(self, i: int, index: int) -> tuple[int, int]:
-        """Return where running block `i` and releasing boundary `i` leads, and the bytes paid."""
-        return self._go(i, self._sets[i][index], passing=True)
+    def after_pass(self, i: int, index: int, counted: _Set = frozenset()) -> tuple[int, int]:
+        """Return where running block `i` leads while `counted` of boundary `i` stays held, and the bytes paid."""
+        return self._go(i, self._sets[i][index] | counted, passing=True)
 
     def after_store(self, i: int) -> tuple[int, int]:
-        """Return the same for holding boundary `i`, whatever for."""
+        """Return the same for holding all of boundary `i`, whatever for."""
         return self._go(i, self._boundary[i], passing=True)
 
     def all_kept(self, i: int, q: int, *, left_bytes: int) -> list[KeptEnds]:
@@ -138,24 +135,17 @@ class HeldSets:
             found.append(KeptEnds(low, boundary - really, need_bytes, seconds))
         return found
 
-    def after_hold(self, i: int, index: int, counted: frozenset[int]) -> tuple[int, int]:
-        """Return where holding boundary `i` with only `counted` of it leads, and the bytes paid."""
-        return self._go(i, self._sets[i][index] | counted, passing=True)
-
     def keeps(self, i: int, index: int, *, left_bytes: int) -> list[HeldKeep]:
         """Return what keeping block `i` costs, for each of its options that fits into `left_bytes` by itself."""
-        held, keeps = self._sets[i][index], list[HeldKeep]()
+        held, keeps = self._sets[i][index] | self._saved[i], list[HeldKeep]()
+        target, paid_bytes = self._go(i, held, passing=False)
         for option in self._chain.blocks[i].options:
-            target, _ = self._go(i, held | self._saved[i], passing=False)
             own_bytes = option.saved_bytes + self._standing[i] + option.backward_peak_bytes
             if own_bytes + sum(self._size[s] for s in option.storages) > left_bytes:
                 continue
-            held_bytes, need_bytes = self._kept_bytes(i, held, option), own_bytes + self._bytes(held | self._saved[i])
+            held_bytes, need_bytes = paid_bytes + option.saved_bytes, own_bytes + self._bytes(held)
             keeps.append(HeldKeep(target, held_bytes, need_bytes, option.backward_s, option.replay_s))
         return keeps
-
-    def _kept_bytes(self, i: int, held: _Set, option: SavedSet) -> int:
-        return self._bytes((held | self._saved[i]) - self._boundary[i + 1]) + option.saved_bytes
 
     def _go(self, i: int, held: _Set, *, passing: bool) -> tuple[int, int]:
         """The index of `held` at the next boundary, or of its largest known subset, and the bytes paid."""
@@ -173,21 +163,6 @@ class HeldSets:
         """The boundary storages beside block `b` that all its options alias."""
         beside = self._boundary[b] | self._boundary[b + 1]
         return beside.intersection(*({int(s) for s in option.storages} for option in self._chain.blocks[b].options))
-
-    def _last_boundaries(self) -> list[int]:
-        last = [0] * len(self._size)
-        for i, storages in enumerate(self._boundary):
-            for storage in storages:
-                last[storage] = i
-        return last
-
-    def _standing_bytes(self) -> list[int]:
-        """What is alive at each block's backward whatever is held, its own peak left out."""
-        chain, gradients, standing = self._chain, 0, list[int]()
-        for b in reversed(range(len(chain.blocks))):
-            gradients += chain.blocks[b].parameter_gradient_bytes
-            standing.append(chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients)
-        return standing[::-1]
 
     def _find(self, max_sets: int) -> tuple[list[tuple[_Set, ...]], list[tuple[_Set, ...]]]:
         """The held sets that can occur at each boundary, with which a block may be passed, and the others.
@@ -218,9 +193,7 @@ class HeldSets:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """How finely `dp_bound_s` counts: about `num_slots` pieces of the bytes left, and at most `max_sets` held sets
-    at each boundary. Finer is slower and closer.
-    """
+    """How finely `dp_bound_s` counts: in how many pieces of the bytes left, and held sets of a boundary."""
 
     num_slots: int
     max_sets: int

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tinybp_lightning.graph.chain import Block, Boundary, Chain, SavedSet
 from tinybp_lightning.graph.ids import StorageId
 
-__all__ = ["RelaxedChain", "RelaxedOption", "coarse_spans", "coarsen", "relax"]
+__all__ = ["RelaxedChain", "RelaxedOption", "coarse_spans", "coarsen", "relax", "standing_bytes"]
 
 _Floats = NDArray[np.float64]
 _SMALL = 64
@@ -70,28 +70,33 @@ def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
         passed_bytes=np.hstack([zero, np.cumsum(passed, axis=1)]),
         loss_bytes=float(first[-1, -1] + passed[-1, -1]) + chain.tail_peak_bytes,
         forward_s=np.array([block.forward_s for block in chain.blocks]),
-        options=_options(chain, left_bytes=left_bytes),
+        options=_options(chain, end_of, left_bytes),
     )
 
 
-def _options(chain: Chain, *, left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
+def _options(chain: Chain, end_of: list[int], left_bytes: int) -> tuple[tuple[RelaxedOption, ...], ...]:
     """The options of every block whose saved set and backward fit by themselves."""
-    end_of, _ = _ends(chain)
-    found, gradients_bytes = list[tuple[RelaxedOption, ...]](), 0
-    for b in reversed(range(len(chain.blocks))):
-        block = chain.blocks[b]
-        gradients_bytes += block.parameter_gradient_bytes
-        standing_bytes = chain.tail_live_bytes + chain.boundaries[b + 1].gradient_bytes + gradients_bytes
+    found = list[tuple[RelaxedOption, ...]]()
+    for b, others_bytes in enumerate(standing_bytes(chain)):
         options: list[RelaxedOption] = []
-        for option in block.options:
+        for option in chain.blocks[b].options:
             counted_bytes = sum(chain.storage_bytes[s] for s in option.storages if end_of[s] == b)
             weight_bytes = option.saved_bytes + counted_bytes
             held_bytes = option.saved_bytes + sum(chain.storage_bytes[s] for s in option.storages)
-            if held_bytes + standing_bytes + option.backward_peak_bytes <= left_bytes:
-                backward_bytes = weight_bytes + standing_bytes + option.backward_peak_bytes
+            if held_bytes + others_bytes + option.backward_peak_bytes <= left_bytes:
+                backward_bytes = weight_bytes + others_bytes + option.backward_peak_bytes
                 options.append(RelaxedOption(weight_bytes, backward_bytes, option.backward_s, option.replay_s))
         found.append(tuple(options))
-    return tuple(reversed(found))
+    return tuple(found)
+
+
+def standing_bytes(chain: Chain) -> list[int]:
+    """Return what is alive at each block's backward whatever is held, its own peak left out."""
+    gradients_bytes, standing = 0, list[int]()
+    for block, boundary in zip(reversed(chain.blocks), reversed(chain.boundaries), strict=False):
+        gradients_bytes += block.parameter_gradient_bytes
+        standing.append(chain.tail_live_bytes + boundary.gradient_bytes + gradients_bytes)
+    return standing[::-1]
 
 
 def _ends(chain: Chain) -> tuple[list[int], list[int]]:
