@@ -23,8 +23,7 @@ from tinybp_lightning.schedule.serialize import SCHEMA_VERSION, load_measured_pl
 
 __all__ = ["MAX_CACHE_BYTES", "DiskCache", "cache_folder", "open_cache"]
 
-MAX_CACHE_BYTES = 64 * 2**20
-"""A plan for a hundred blocks takes about 100 KiB."""
+MAX_CACHE_BYTES = 64 * 2**20  # a plan for a hundred blocks takes about 100 KiB
 _PLAN_FILE = re.compile(r"[0-9a-f]{32}\.json")
 _UNFINISHED_FILE = re.compile(r"\.[0-9a-f]{32}\.json\..+")
 _UNFINISHED_S = 3600.0  # no write takes this long: a process that died has left an older file
@@ -69,10 +68,7 @@ class DiskCache:
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
 
     def find(self, context: Mapping[str, str], check: Callable[[Chain], None]) -> MeasuredPlan | None:
-        """Return the plan for `context`, or `None` if there is none, or (with a warning) if it cannot be used.
-
-        **Arguments:** `check`: raises `PlanFileError` for a chain that is not the caller's.
-        """
+        """Return the plan for `context`; `None` if there is none or, with a warning, if `check` refuses its chain."""
         path = self.path_of(context)
         try:
             known = load_measured_plan(path, context=context)

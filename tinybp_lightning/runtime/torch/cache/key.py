@@ -23,10 +23,7 @@ __all__ = ["ProgramKey", "plan_key", "program_key"]
 
 @dataclass(frozen=True, slots=True)
 class ProgramKey:
-    """Hashes of what a plan depends on in a program: its graph, its code and its cuts.
-
-    `layout` is equal for programs that differ only in sizes. Hashing takes long beside a step, so hash a program once.
-    """
+    """What a plan depends on in a program, hashed; `layout` is equal for programs that differ only in sizes."""
 
     graph: str
     code: str
@@ -82,15 +79,16 @@ def _device_name(device: torch.device) -> str:
 def _kernel_settings() -> str:
     """Return the settings that make torch pick kernels with other scratch memory."""
     cuda = torch.backends.cuda
-    settings = {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "benchmark": torch.backends.cudnn.benchmark,
-        "flash": cuda.flash_sdp_enabled(),
-        "mem_efficient": cuda.mem_efficient_sdp_enabled(),
-        "math": cuda.math_sdp_enabled(),
-        "cudnn": cuda.cudnn_sdp_enabled(),
-    }
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    return repr(
+        {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "benchmark": torch.backends.cudnn.benchmark,
+            "flash": cuda.flash_sdp_enabled(),
+            "mem_efficient": cuda.mem_efficient_sdp_enabled(),
+            "math": cuda.math_sdp_enabled(),
+            "cudnn": cuda.cudnn_sdp_enabled(),
+        }
+    )
 
 
 @functools.cache

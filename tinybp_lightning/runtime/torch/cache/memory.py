@@ -100,11 +100,8 @@ class PlanCache:
         self._num_plans[origin] += 1
 
     def record(self, entry: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
-        """Record what a controller has learned for its entry; on disk once it is measured.
-
-        A larger shape's plan is not recorded, see Note [Larger shapes].
-        """
-        if entry.origin is Origin.LARGER:
+        """Record what a controller has learned for its entry; on disk once it is measured."""
+        if entry.origin is Origin.LARGER:  # See Note [Larger shapes]
             return
         name = _name(entry.key)
         last = self._entries.get(name, entry)

@@ -1,13 +1,13 @@
 """What an executor decides: how a traced forward is cut, what runs its pieces, and which options the pieces have."""
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from tinybp_lightning.capture.torch.pieces import Piece, Program
+from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.graph.ir import Graph
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
@@ -96,7 +96,3 @@ class Executor(Protocol):
     def is_ready(self, call: Call) -> bool:
         """Return whether one of a piece's `calls` can run."""
         return True
-
-    def code_of(self, piece: Piece) -> Hashable:
-        """Return what tells pieces of one signature apart: those with equal code are measured once."""
-        return None

@@ -20,7 +20,7 @@ Private API: `torch._functorch.partitioners`, `torch._inductor.compile_fx.compil
 # AOTAutograd's partitioners are private and barely annotated.
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,10 +92,6 @@ class InductorExecutor(Executor):
     def is_ready(self, call: Call) -> bool:
         """Return whether `call` is compiled."""
         return not isinstance(call, _FurtherOption) or call.compiled is not None
-
-    def code_of(self, piece: Piece) -> Hashable:
-        """Return the compiled functions: pieces of one signature may differ in constants or strides."""
-        return piece.calls
 
 
 @dataclass(eq=False)

@@ -144,12 +144,36 @@ class AllocatorTrace(ABC):
             self.abandon()
         if len(marks) != len(self._labels):
             raise LostTraceError(f"the recording has {len(marks)} of {len(self._labels)} marks")
-        _drop_left_out(self._left_out, events, marks)
-        return _intervals(self._labels, events, marks)
+        self._drop_left_out(events, marks)
+        return self._intervals(events, marks)
 
     def abandon(self) -> None:
         """Stop without reading, if it has not stopped: on the thread that opened it, or once that thread has ended."""
         self._undo.close()
+
+    def _drop_left_out(self, events: list[tuple[int, int]], marks: Sequence[int]) -> None:
+        """Remove from the events the newest allocation at each left-out address before its mark, and its release."""
+        for mark, addresses in self._left_out:
+            before = enumerate(events[: marks[mark]])
+            newest = {address: i for i, (address, size) in before if size > 0 and address in addresses}
+            for address, i in newest.items():
+                releases = (j for j in range(i + 1, len(events)) if events[j][0] == address and events[j][1] < 0)
+                for j in (i, *itertools.islice(releases, 1)):
+                    events[j] = (address, 0)
+
+    def _intervals(self, events: Sequence[tuple[int, int]], marks: Sequence[int]) -> tuple[Interval, ...]:
+        """Cut the events at the labelled marks; `marks[k]` is the number of events before mark `k`."""
+        cuts = [(label, mark) for label, mark in zip(self._labels, marks, strict=True) if label is not None]
+        ends = [*(mark for _, mark in cuts[1:]), len(events)]
+        intervals: list[Interval] = []
+        live = sum(size for _, size in events[: marks[0]])
+        for (label, start), end in zip(cuts, ends, strict=True):
+            first = peak = live
+            for _, size in events[start:end]:
+                live += size
+                peak = max(peak, live)
+            intervals.append(Interval(label, first, peak, live))
+        return tuple(intervals)
 
     @abstractmethod
     def _allocate_mark(self) -> None: ...
@@ -250,33 +274,3 @@ def local_part(t: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a sharded tensor (`DTensor`), and any other tensor itself."""
     to_local: Callable[[], torch.Tensor] | None = getattr(t, "to_local", None)
     return t if to_local is None else to_local()
-
-
-def _drop_left_out(
-    left_out: Sequence[tuple[int, set[int]]], events: list[tuple[int, int]], marks: Sequence[int]
-) -> None:
-    """Remove from the events the newest allocation at each left-out address before its mark, and its release."""
-    for mark, addresses in left_out:
-        before = enumerate(events[: marks[mark]])
-        newest = {address: i for i, (address, size) in before if size > 0 and address in addresses}
-        for address, i in newest.items():
-            releases = (j for j in range(i + 1, len(events)) if events[j][0] == address and events[j][1] < 0)
-            for j in (i, *itertools.islice(releases, 1)):
-                events[j] = (address, 0)
-
-
-def _intervals(
-    labels: Sequence[str | None], events: Sequence[tuple[int, int]], marks: Sequence[int]
-) -> tuple[Interval, ...]:
-    """Cut the events at the labelled marks; `marks[k]` is the number of events before mark `k`."""
-    cuts = [(label, mark) for label, mark in zip(labels, marks, strict=True) if label is not None]
-    ends = [*(mark for _, mark in cuts[1:]), len(events)]
-    intervals: list[Interval] = []
-    live = sum(size for _, size in events[: marks[0]])
-    for (label, start), end in zip(cuts, ends, strict=True):
-        first = peak = live
-        for _, size in events[start:end]:
-            live += size
-            peak = max(peak, live)
-        intervals.append(Interval(label, first, peak, live))
-    return tuple(intervals)

@@ -123,9 +123,8 @@ class BlockProfiler:
             run = self._save_and_backward(trace.mark)
             trace.leave_out(run.parameter_gradients)
             parts = {interval.label: interval for interval in trace.close()}
-        except BaseException:
+        finally:
             trace.abandon()
-            raise
         save_peak_bytes = max(_peak(parts["save"]), saved_bytes)
         numbers: dict[int, int] = {}
         return BlockProfile(

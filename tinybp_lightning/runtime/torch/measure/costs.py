@@ -61,16 +61,15 @@ def measure_chain(
         wants: list[list[bool]] = [[]]
         for piece, seed in zip(program.pieces, seeds, strict=True):
             with autocast_as(autocast), torch.enable_grad():
-                profilers = [
-                    BlockProfiler(piece, option, inputs, leaves, wants[-1], seed, timer)
-                    for option in range(len(piece.calls))
-                ]
-                options = known.setdefault((piece.span.signature, seed, executor.code_of(piece)), {})
-                for option, (profiler, call) in enumerate(zip(profilers, piece.calls, strict=True)):
+                profiler = BlockProfiler(piece, 0, inputs, leaves, wants[-1], seed, timer)
+                # Compiled pieces of one signature may differ in constants or strides.
+                code = piece.calls if piece.is_compiled else None
+                options = known.setdefault((piece.span.signature, seed, code), {})
+                for option, call in enumerate(piece.calls):
                     if option not in options and executor.is_ready(call):
-                        options[option] = profiler.measure()
+                        options[option] = replace(profiler, option=option).measure()
                 profiles.append(_with_estimates(piece, options, executor))
-                out = profilers[0].run_dropping()
+                out = profiler.run_dropping()
             wants.append([isinstance(t, torch.Tensor) and t.requires_grad for t in out])
             leaves = [t.detach() if isinstance(t, torch.Tensor) else t for t in out]
             report(len(profiles), len(seeds))
@@ -128,10 +127,7 @@ def _seeds(program: Program, layouts: Sequence[Mapping[int, Layout]]) -> _Seeds:
 
 
 def _with_estimates(piece: Piece, measured: Mapping[int, BlockProfile], executor: Executor) -> tuple[BlockProfile, ...]:
-    """Return each option's profile: as measured, or estimated and corrected.
-
-    The correction is the smallest error that the estimates of the measured options had.
-    """
+    """Return each option as measured, or as estimated and corrected by the measured options' smallest error."""
     estimates = {
         o: _estimated(measured[0], forecast, piece)
         for o, call in enumerate(piece.calls)

@@ -104,7 +104,8 @@ class OptimizerState:
         if not mine:
             return
         state: Mapping[torch.Tensor, Any] = optimizer.state
-        now_bytes = sum(_state_bytes(p, state.get(p)) for p in mine)
+        kept = [(p, t) for p in mine for t in tree_leaves(state.get(p)) if isinstance(t, torch.Tensor)]
+        now_bytes = sum(_local_bytes(t) for p, t in kept if t.device == p.device)  # a step counter may be on the CPU
         if not has_stepped:
             self._before_bytes = now_bytes
             return
@@ -122,11 +123,6 @@ def _look(state: "weakref.ref[OptimizerState]", has_stepped: bool, optimizer: to
     alive = state()
     if alive is not None:
         alive.look(optimizer, has_stepped=has_stepped)
-
-
-def _state_bytes(p: torch.Tensor, state: Any) -> int:
-    """Return the bytes of one parameter's state on its own device; a step counter may be on the CPU."""
-    return sum(_local_bytes(t) for t in tree_leaves(state) if isinstance(t, torch.Tensor) and t.device == p.device)
 
 
 def _local_bytes(t: torch.Tensor) -> int:

@@ -148,10 +148,7 @@ def _measured(intervals: Sequence[Interval]) -> StepMeasurement:
 
 
 class _StepMonitors:
-    """The process's monitors whose traces are open, and the optimizer hooks that wait to settle them.
-
-    A profiler is stopped by the thread that started it, so each thread settles its own traces, the newest first.
-    """
+    """The process's monitors with open traces, which each thread settles for itself: only it can stop its profiler."""
 
     def __init__(self) -> None:
         self.num_started = 0
@@ -174,8 +171,8 @@ class _StepMonitors:
     def listen(self) -> None:
         """Hear the next optimizer step: its begin, and its end, as a closure runs forward and backward inside it."""
         if not self._handles:
-            self._handles.append(register_optimizer_step_pre_hook(self._settle_mine))
-            self._handles.append(register_optimizer_step_post_hook(self._settle_mine))
+            registers = (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+            self._handles += [register(self._settle_mine) for register in registers]
 
     def settle_pending(self) -> None:
         """Close this thread's traces of steps whose backward has ended. Call it outside of backward only."""

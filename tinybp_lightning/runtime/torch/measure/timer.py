@@ -22,12 +22,10 @@ from tinybp_lightning.capture.torch.private import hold_cuda
 
 __all__ = ["Timer", "Timing"]
 
-_HOLD_CYCLES = 20_000_000
-"""About 10 ms at 2 GHz: longer than the host takes to launch a block."""
+_HOLD_CYCLES = 20_000_000  # about 10 ms at 2 GHz: longer than the host takes to launch a block
 _REPEATS = 3
 _IDLE_REPEATS = 5
-_CACHE_BYTES = 64 * 2**20
-"""More than the caches that one core can fill."""
+_CACHE_BYTES = 64 * 2**20  # more than the caches that one core can fill
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,13 +200,12 @@ def why_not_rerun(config: HCBConfig) -> str | None:
     """Return why no step may be run again here, as a sentence; `None` if it may."""
     if config.on_oom == "raise":
         return '`on_oom="raise"` was asked for; `on_oom="replan"` runs the step again under a tighter plan.'
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        num_ranks = torch.distributed.get_world_size()
-        if num_ranks > 1:
-            return (
-                f"backward is synchronised over {num_ranks} ranks, so one of them cannot run its step again. "
-                "Start anew from the last checkpoint with a lower budget or a smaller batch."
-            )
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and (num_ranks := torch.distributed.get_world_size()) > 1:
+        return (
+            f"backward is synchronised over {num_ranks} ranks, so one of them cannot run its step again. "
+            "Start anew from the last checkpoint with a lower budget or a smaller batch."
+        )
     return None
 
 

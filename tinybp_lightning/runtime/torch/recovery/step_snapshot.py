@@ -109,8 +109,6 @@ class StepSnapshot:
         while self._handles:
             self._handles.pop().remove()
 
-    # ---- while the step runs -----------------------------------------------------------------------------------
-
     def begin(self, inputs: Sequence[Any]) -> None:
         """Note everything before the forward; a second run will get `inputs` again."""
         self._release()
@@ -152,8 +150,6 @@ class StepSnapshot:
         for index, finished in self._finished.items():
             self._parameters[index][1].grad = finished
         self._release()
-
-    # ---- after a failure ---------------------------------------------------------------------------------------
 
     def obstacle(self) -> str | None:
         """Return why the step cannot be run again, or `None` if it can."""

@@ -21,8 +21,6 @@ __all__ = [
     "set_random_state",
 ]
 
-_REGION_DEVICE_TYPES = ("cpu", "cuda")
-
 
 @dataclass(frozen=True, slots=True)
 class Autocast:
@@ -66,7 +64,7 @@ def closing_regions() -> Generator[None]:
     second. With autocast left open, later steps would use this step's cached weights.
     """
     nesting = _autocast_nesting()
-    settings = autocast_now(_REGION_DEVICE_TYPES)
+    settings = autocast_now(("cpu", "cuda"))
     grad_mode = torch.is_grad_enabled()
     try:
         yield

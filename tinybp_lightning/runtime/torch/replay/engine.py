@@ -116,8 +116,6 @@ class Run:
         # CPU and device autograd threads may both unpack, and a replay may itself unpack a slot of an earlier run.
         self._lock = threading.RLock()
 
-    # ---- first sweep -------------------------------------------------------------------------------------------
-
     def begin(self, root: list[Any]) -> None:
         """Start the chain from the leaves of boundary 0, which the caller holds (`[]` if no block reads a leaf)."""
         self._stored[0] = _Stored.of(root)
@@ -162,8 +160,6 @@ class Run:
         """Return the bytes that block `index` gave up in the first sweep, without its `outputs`, which live on."""
         saved = self._saved.get(index)
         return 0 if saved is None else saved.dropped_bytes(outputs)
-
-    # ---- backward ----------------------------------------------------------------------------------------------
 
     def _unpack(self, packed: Slot | Reference) -> torch.Tensor:
         name = self._blocks[packed.block].name

@@ -107,10 +107,7 @@ def pin_program(program: ReplayProgram, blocks: Collection[int]) -> ReplayProgra
 def _replay_steps(
     actions: Sequence[Action], pinned: Collection[int] = (), after: Collection[int] = ()
 ) -> tuple[ReplayStep, ...]:
-    """Mark each `ForwardSave` whose outputs no later action reads.
-
-    Leave out the runs of pinned blocks, the forwards that only led to them, and actions on the boundaries after them.
-    """
+    """Mark what stops early; leave out `pinned` blocks, what only led to them, and the boundaries `after` them."""
     steps: list[ReplayStep] = []
     read_next: int | None = None  # the boundary that the next step takes from the cursor, if none is stored
     for action in reversed(actions):

@@ -147,8 +147,7 @@ class _View:
         start_bytes = _offset_bytes(base) + self.offset_bytes
         if self.dtype != base.dtype:
             whole = torch.empty(0, dtype=self.dtype, device=base.device)
-            whole.set_(base.untyped_storage(), start_bytes // whole.element_size(), self.shape, self.stride)
-            return whole
+            return whole.set_(base.untyped_storage(), start_bytes // whole.element_size(), self.shape, self.stride)
         return base.as_strided(self.shape, self.stride, start_bytes // base.element_size())
 
 
@@ -198,7 +197,7 @@ class SavedTensors:
         self._is_out_of_place = is_out_of_place
         self._holds = holds
         self._forms: list[tuple[torch.Size, torch.dtype, torch.device]] = []  # for a replay to match
-        self._slots: list[weakref.ref[Slot] | None] = []
+        self._slots: list[Callable[[], Slot | None]] = []  # weak references
         self._views_of_leaf: dict[int, list[_View]] = {}
         self._views_of_saved: dict[int, list[_View]] = {}  # by the position of the source
         self._leaves: dict[int, _Source] = {}  # by storage, during the first run
@@ -214,15 +213,13 @@ class SavedTensors:
         self._stop_op_at = -1
         self.num_replayed = 0
 
-    # ---- first run ---------------------------------------------------------------------------------------------
-
     def pack(self, t: torch.Tensor) -> Slot | Reference:
         """Take a saved tensor, and return what autograd holds instead."""
         position = len(self._slots)
         self._forms.append((t.shape, t.dtype, t.device))
         key = storage_key(t) if has_storage(t) else None
         if key is not None and key in self._outer_storages:
-            self._slots.append(None)
+            self._slots.append(lambda: None)
             return Reference(self._block, t.detach() if t.grad_fn is not None else t, t._version)
         slot = Slot(self._block, position)
         if self._holds:
@@ -256,20 +253,14 @@ class SavedTensors:
 
     def release(self) -> None:
         """Empty the slots."""
-        for position in range(len(self._slots)):
-            if (slot := self._living_slot(position)) is not None:
+        for slot_of in self._slots:
+            if (slot := slot_of()) is not None:
                 slot.value = None
-
-    def _living_slot(self, position: int) -> Slot | None:
-        reference = self._slots[position]
-        return None if reference is None else reference()
 
     def dropped_bytes(self, outputs: Sequence[Any]) -> int:
         """Return the bytes of the storages that the block saved and that its `outputs` do not keep alive."""
         kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
         return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
-
-    # ---- replay ------------------------------------------------------------------------------------------------
 
     def fill_views(self, state: Sequence[Any]) -> None:
         """Fill the slots that view the boundary's leaves."""
@@ -291,7 +282,7 @@ class SavedTensors:
             self._filled += 1
             self._check_form(position, t)
             self.note_value(position, t)
-            if (slot := self._living_slot(position)) is not None:
+            if (slot := self._slots[position]()) is not None:
                 slot.fill(t.detach())  # not detached, a saved output would hold itself alive (a cycle gc cannot see)
             self._fill_each(self._views_of_saved.get(position, ()), t)
             if stops_early and self._filled in (self.num_replayed, self._stop_op_at) and not fills_after_saving():
@@ -319,11 +310,9 @@ class SavedTensors:
 
     def _fill_each(self, views: Sequence[_View], source: torch.Tensor) -> None:
         for view in views:
-            slot = view.slot()
-            if slot is not None:
-                slot.fill(view.of(source))
-                assert slot.value is not None
-                self.note_value(slot.position, slot.value)
+            if (slot := view.slot()) is not None:
+                slot.fill(value := view.of(source))
+                self.note_value(slot.position, value)
 
     def _run_skippable(self, number: int, run: Callable[[], Any], *, is_silent: bool) -> Any:
         """Run the op up to its last saved tensor that a slot waits for. See Note [Skippable ops]."""
