@@ -124,12 +124,7 @@ class ControlLoop:
         return profile
 
     def observe(self, seen: Observation) -> bool:
-        """Let the controller decide, and act on it.
-
-        **Returns:** whether it chose a plan; if not, the plan in force stays.
-
-        **Raises:** `BudgetTooSmallError` where no plan fits any more.
-        """
+        """Let the controller decide, and act on it. Returns whether it chose a plan; if not, the one in force stays."""
         state = replace(self.state, limit=self._headroom.read())
         self.state, decision = calibrate(state, seen, self._planner_of)
         self._headroom.share(self.state.limit)

@@ -189,8 +189,6 @@ def start(
 ) -> CalibrationState:
     """Return the state before the first step: of a chain that was just measured, or of a cached plan with its chain.
 
-    **Arguments:** `cached_from`: where a cached plan is from, for reports.
-
     **Raises:** `BudgetTooSmallError` where no plan fits by the costs of `found`.
     """
     if isinstance(found, Chain):

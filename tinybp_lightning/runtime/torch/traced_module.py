@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -56,17 +57,11 @@ class _Forward:
     """One call of the graph. `values`: one per graph input; `device`: the one whose memory is planned."""
 
     values: list[Any]
+    tensors: list[torch.Tensor]
+    parameters: list[torch.Tensor]
     device: torch.device
     devices: tuple[torch.device, ...]
     situation: _Situation
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [v for v in self.values if isinstance(v, torch.Tensor)]
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [t for t in self.tensors if t.requires_grad and t.is_leaf]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +133,10 @@ class TracedModule:
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         devices = tuple(sorted({t.device for t in tensors}, key=str))
         device = next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
-        has_gradients = any(t.grad is not None for t in tensors if t.requires_grad and t.is_leaf)
-        return _Forward(values, device, devices, _Situation(autocast_now(device_type_of(devices)), has_gradients))
+        parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
+        has_gradients = any(p.grad is not None for p in parameters)
+        situation = _Situation(autocast_now(device_type_of(devices)), has_gradients)
+        return _Forward(values, tensors, parameters, device, devices, situation)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: blocks can only be measured by a profiler of our own, and the user's is running."""
@@ -152,8 +149,7 @@ class TracedModule:
         return fx.Interpreter(self._module).run(*arguments)
 
     def _run(self, pieces: _Pieces, control: ControlLoop, forward: _Forward) -> Any:
-        if self._monitor is not None:
-            self._monitor.abandon()  # if the last forward had no backward (yet), it can no longer be measured
+        self.release()  # if the last forward had no backward (yet), it can no longer be measured
         values, program = forward.values, pieces.program
         self._monitor = monitor = control.begin_step(forward.parameters)
         externals = NonBoundaryInputs.of(values)
@@ -174,8 +170,7 @@ class TracedModule:
         mine = weakref.ref(self)
 
         def ended(monitor: StepMonitor) -> None:
-            me = mine()
-            if me is not None:
+            if (me := mine()) is not None:
                 me.profile = control.end_step(monitor, stats)
 
         monitor.forward_ended(outputs, ended)
@@ -329,13 +324,5 @@ _ARGUMENT = object()
 
 def _constants(module: fx.GraphModule) -> list[Any]:
     """Return the graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one."""
-    constants: list[Any] = []
-    for n in module.graph.nodes:
-        if n.op == "placeholder":
-            constants.append(_ARGUMENT)
-        elif n.op == "get_attr":
-            value: Any = module
-            for name in str(n.target).split("."):
-                value = getattr(value, name)
-            constants.append(value)
-    return constants
+    inputs = (n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
+    return [_ARGUMENT if n.op == "placeholder" else attrgetter(str(n.target))(module) for n in inputs]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tinybp_lightning.capture.torch.record import flops_of
 from tinybp_lightning.schedule import saved_ops
-from tinybp_lightning.schedule.saved_ops import BlockOps, SavedOps, saved_ops_frontier
+from tinybp_lightning.schedule.saved_ops import BlockOps, saved_ops_frontier
 
 __all__ = ["ClosurePartitioner", "repeated_share", "value_bytes"]
 
@@ -49,7 +49,9 @@ class ClosurePartitioner(CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         nodes, ops = _block_ops(gm, self._parameters, kwargs["num_fwd_outputs"])
         if any(ops.is_read):
-            chosen = _at_most(saved_ops_frontier(ops), self._share)
+            frontier = saved_ops_frontier(ops)
+            limit_bytes = self._share * frontier[0].saved_bytes
+            chosen = next((corner for corner in frontier if corner.saved_bytes <= limit_bytes), frontier[-1])
             for v, node in enumerate(nodes):
                 if v in chosen.saved:
                     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -62,11 +64,6 @@ class ClosurePartitioner(CustomPartitionerFn):
         assert saved_ops.__file__ is not None
         source = get_hash_for_files((__file__, saved_ops.__file__))
         return source, self._share, tuple(sorted(self._parameters))
-
-
-def _at_most(frontier: Sequence[SavedOps], share: float) -> SavedOps:
-    limit_bytes = share * frontier[0].saved_bytes
-    return next((corner for corner in frontier if corner.saved_bytes <= limit_bytes), frontier[-1])
 
 
 def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int) -> tuple[list[fx.Node], BlockOps]:
