@@ -108,25 +108,23 @@ def _groups(graph: Graph, blocks: Sequence[BlockSpan]) -> tuple[BlockGroup, ...]
     alike: dict[str, list[BlockSpan]] = {}
     for block in blocks:
         alike.setdefault(block.signature, []).append(block)
-    groups = (_group(graph, same) for same in alike.values())
+    groups: list[BlockGroup] = []
+    for signature, same in alike.items():
+        nodes = graph.nodes[same[0].start : same[0].stop]
+        before = graph.storages_of(same[0].inputs)
+        made = graph.storages_of(v for node in nodes for v in node.makes)
+        saved = {storage for node in nodes for storage in node.saved}
+        group = BlockGroup(
+            signature=signature,
+            num_blocks=len(same),
+            first=same[0].name,
+            num_ops=len(nodes),
+            input_bytes=graph.activation_bytes(before),
+            made_bytes=graph.activation_bytes(made - before),
+            saved_bytes=graph.activation_bytes(saved - before),
+        )
+        groups.append(group)
     return tuple(sorted(groups, key=lambda group: -group.num_blocks * group.saved_bytes))
-
-
-def _group(graph: Graph, same: Sequence[BlockSpan]) -> BlockGroup:
-    first = same[0]
-    nodes = graph.nodes[first.start : first.stop]
-    before = graph.storages_of(first.inputs)
-    made = graph.storages_of(v for node in nodes for v in node.makes)
-    saved = {storage for node in nodes for storage in node.saved}
-    return BlockGroup(
-        signature=first.signature,
-        num_blocks=len(same),
-        first=first.name,
-        num_ops=first.stop - first.start,
-        input_bytes=graph.activation_bytes(before),
-        made_bytes=graph.activation_bytes(made - before),
-        saved_bytes=graph.activation_bytes(saved - before),
-    )
 
 
 def _verdict(diagnosis: Diagnosis) -> str:

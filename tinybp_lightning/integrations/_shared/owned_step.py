@@ -62,8 +62,7 @@ class OwnedStep:
     def training_step(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `run(*args, **kwargs)` returns, the strategy's own `training_step`."""
         self._forward_again = None
-        reason = self._why_not()
-        if reason is not None:
+        if (reason := self._why_not()) is not None:
             with explaining(self._targets, reason):
                 return run(*args, **kwargs)
         untouched = fresh_containers((args, kwargs))

@@ -47,8 +47,6 @@ class ControlLoop:
 
     **Arguments:** `found`: the chain as it was measured, or a cached plan with its chain; `cached_from`: where that
     plan is from, for reports. `note_plan`: called with a plan worth caching, and whether it was measured to fit.
-
-    **Raises:** `BudgetTooSmallError` where no plan fits.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, 
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
-from tinybp_lightning.runtime.torch.submodules import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.submodules import ModuleSteps, is_sharded
 from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
@@ -50,14 +50,11 @@ class Target:
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
-        self._last: TracedModule | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self.module_steps = ModuleSteps(module, plain, context) if has_sharded_units(module) else None
-
-    @property
-    def _last_used(self) -> ModuleSteps | TracedModule | None:
-        return self.module_steps or self._last
+        has_sharded_units = any(is_sharded(part) for part in module.modules())
+        self.module_steps = ModuleSteps(module, plain, context) if has_sharded_units else None
+        self._last_used: ModuleSteps | TracedModule | None = self.module_steps
 
     @property
     def _control(self) -> ControlLoop | None:
@@ -125,7 +122,7 @@ class Target:
         except BaseException:
             steps.remove()  # the forward itself raises (a wrong call, say), which is not a reason to give up tracing
             raise
-        self.module_steps = steps
+        self.module_steps = self._last_used = steps
         warnings.warn(
             f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
             "results, but whole submodules are the smallest blocks.",
@@ -148,7 +145,7 @@ class Target:
         self._num_graphs += 1
 
         def run(*args: Any) -> Any:
-            self._last = traced = self._traced_module(number, module)
+            self._last_used = traced = self._traced_module(number, module)
             return traced(*args)
 
         return run

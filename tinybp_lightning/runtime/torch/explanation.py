@@ -65,10 +65,7 @@ class Explanation:
         return Path(path)
 
     def pareto(self, *, num_points: int = 12) -> tuple[Pareto, ...]:
-        """Return the time of the best plan and its bound against the budget, for the chain of each of `plans`.
-
-        **Arguments:** `num_points`: how many budgets; each takes as long as a plan.
-        """
+        """Return, for each of `plans`, the best time and its bound at `num_points` budgets; each takes one planning."""
         return tuple(pareto(plan.chain, num_points=num_points) for plan in self.plans)
 
 
@@ -135,8 +132,9 @@ def _plan_markdown(plan: PlanReport) -> str:
 
 def _plan_data(plan: PlanReport) -> dict[str, object]:
     timeline = simulate(plan.chain, plan.schedule)
-    data = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("chain", "schedule", "costs")}
-    return data | {
+    simple = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("chain", "schedule", "costs")}
+    return {
+        **simple,
         "num_blocks": len(plan.chain.blocks),
         "lower_bound_s": _certificate(plan).lower_bound_s,
         "gap": _certificate(plan).gap,

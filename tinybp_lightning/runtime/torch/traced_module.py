@@ -113,7 +113,10 @@ class TracedModule:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
         forward = self._forward(args)
         if self._cut is not None and self._cut.original is not None and _are_watched(forward.parameters):
-            self._start_over(self._cut.original)
+            reorder(self._module, self._cut.original)  # and forget what was planned for another order
+            self._cut = self.control = None
+            self._pieces.clear()
+            self._planned.clear()
         planned = self._planned.get(forward.situation)
         if planned is None or planned.control is None:
             stop_tracing()
@@ -216,8 +219,7 @@ class TracedModule:
 
     def _prepared(self, forward: _Forward, headroom: Headroom, progress: PlanningProgress) -> _Pieces:
         """Return the pieces for the autocast of `forward`: cut on the first call, prepared once for each autocast."""
-        known = self._pieces.get(forward.situation.autocast)
-        if known is not None:
+        if (known := self._pieces.get(forward.situation.autocast)) is not None:
             return known
         if self._cut is None:
             progress.stage("tracing")
@@ -245,13 +247,6 @@ class TracedModule:
         if budget.kind is BudgetKind.ACTIVATION and budget.fraction is not None:
             return budget.fraction
         return headroom(plain_bytes) / max(1, plain_bytes)
-
-    def _start_over(self, graph: Graph) -> None:
-        """Bring the calls back into the order of `graph`, and forget what was planned for another order."""
-        reorder(self._module, graph)
-        self._cut = self.control = None
-        self._pieces.clear()
-        self._planned.clear()
 
     def _measure(self, planned: _Planned, forward: _Forward, progress: PlanningProgress) -> Chain:
         """Return the chain as its planner sees it: what is compiled is measured, once, and the rest is estimated."""

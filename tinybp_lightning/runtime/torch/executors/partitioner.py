@@ -115,13 +115,11 @@ def _is_random(n: fx.Node) -> bool:
 
 def repeated_share(forward: fx.GraphModule, backward: fx.GraphModule) -> float:
     """Return the share of a divided block's forward that its backward repeats, in estimated seconds."""
-    seconds = {n.name: _seconds(n) for n in forward.graph.nodes if _takes_time(n)}
+    views = aot.get_default_op_list()
+    ops = (n for n in forward.graph.nodes if n.op == "call_function" and not views.is_view(n) and not _is_item(n))
+    seconds = {n.name: _seconds(n) for n in ops}
     repeated_s = sum(seconds.get(n.name, 0.0) for n in backward.graph.nodes)
     return repeated_s / max(sum(seconds.values()), 1e-30)
-
-
-def _takes_time(n: fx.Node) -> bool:
-    return n.op == "call_function" and not aot.get_default_op_list().is_view(n) and not _is_item(n)
 
 
 def value_bytes(value: Any) -> int:
@@ -129,13 +127,9 @@ def value_bytes(value: Any) -> int:
     return sum(int(t.numel()) * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
-def _value(argument: Any) -> Any:
-    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-
-
 def _seconds(n: fx.Node) -> float:
     """Estimate an op's time by a roofline: its operations, or the bytes it reads and writes."""
-    args, kwargs = tree_map(_value, (n.args, dict(n.kwargs)))
+    args, kwargs = tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, (n.args, dict(n.kwargs)))
     value = n.meta.get("val")
     tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
     device_type = tensors[0].device.type if tensors else "cpu"
