@@ -5,6 +5,7 @@ keys, so that two reports can be compared line by line.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -192,6 +193,4 @@ def _piped(rows: Sequence[_Row]) -> str:
 
 def _escape(text: str) -> str:
     """Return `text` escaped for Markdown, also for a table cell."""
-    for character in "\\`*_[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

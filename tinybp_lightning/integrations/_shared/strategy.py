@@ -168,9 +168,8 @@ class OneDeviceMixin(HCBMixin):
 
     def _configure_launcher(self) -> None:
         if self._num_processes > 1:
-            num_devices = len(self.parallel_devices or ())
             raise ConfigError(
-                f"`hcb_single` trains on one device, and the Trainer has `devices={num_devices}` "
+                f"`hcb_single` trains on one device, and the Trainer has `devices={len(self.parallel_devices or ())}` "
                 f"and `num_nodes={self.num_nodes}`. Pass `devices=1`, or use `strategy='hcb'` or `'hcb_ddp'`."
             )
         super()._configure_launcher()

@@ -21,8 +21,6 @@ __all__ = [
     "refuse_unsupported",
 ]
 
-_FAKE_QUANTISED = ("FakeQuantizeBase", "ObserverBase")
-
 
 def refuse_other_than_module(value: object) -> None:
     """Raise `UnsupportedModuleError` if `value` is not a module."""
@@ -45,7 +43,7 @@ def _why_unsupported(part: nn.Module) -> str | None:
         return "copies its module in every forward, and each copy would need a plan: use DistributedDataParallel."
     if type(part).__module__.startswith("torch.ao.nn.quantized"):
         return "is quantised and has no backward: train the float module and quantise it afterwards."
-    if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
+    if any(c.__name__ in ("FakeQuantizeBase", "ObserverBase") for c in type(part).__mro__):
         return "observes ranges while it runs, and a replay would update them again: leave it out of the module."
     return None
 

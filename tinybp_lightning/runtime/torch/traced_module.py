@@ -43,6 +43,8 @@ from tinybp_lightning.schedule.measured import plain_peak_bytes
 
 __all__ = ["TracedModule"]
 
+_ARGUMENT = object()
+
 
 @dataclass(frozen=True, slots=True)
 class _Situation:
@@ -91,7 +93,9 @@ class TracedModule:
         self._context = context
         self._pinned_paths = pinned_paths
         self._executor = EXECUTORS[context.config.executor]
-        self._constants = _constants(module)
+        # The graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one.
+        inputs = (n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
+        self._constants = [_ARGUMENT if n.op == "placeholder" else attrgetter(str(n.target))(module) for n in inputs]
         self._cut: Cut | None = None
         self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}
         self._planned: dict[_Situation, _Planned] = {}
@@ -238,8 +242,9 @@ class TracedModule:
         return pieces
 
     def _preparation(self, program: Program, forward: _Forward, progress: PlanningProgress) -> Preparation:
-        externals = partial(measuring_values, program, forward.values)
-        return Preparation(program, externals, forward.devices, progress.advance)
+        return Preparation(
+            program, partial(measuring_values, program, forward.values), forward.devices, progress.advance
+        )
 
     def _budget_share(self, headroom: Headroom, plain_bytes: int) -> float:
         """Return about which share of plain training's activations the budget is."""
@@ -309,15 +314,5 @@ class TracedModule:
 
 def _are_watched(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether somebody may see in which order gradients come: a hook, or a reduction over ranks."""
-    distributed = torch.distributed
-    is_distributed = distributed.is_available() and distributed.is_initialized()
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_distributed or any(has_gradient_hooks(t) for t in tensors)
-
-
-_ARGUMENT = object()
-
-
-def _constants(module: fx.GraphModule) -> list[Any]:
-    """Return the graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one."""
-    inputs = (n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
-    return [_ARGUMENT if n.op == "placeholder" else attrgetter(str(n.target))(module) for n in inputs]

@@ -84,7 +84,8 @@ def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int)
         value = n.meta.get("val")
         if n.all_input_nodes and all(i in fixed for i in n.all_input_nodes):
             fixed.add(n)
-        if _is_random(n) or (_is_item(n) and n.args[0] in random):
+        is_random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        if is_random or (_is_item(n) and n.args[0] in random):
             random.add(n)
         is_view = views.is_view(n)
         in_forward = info.is_required_fw(n)
@@ -107,10 +108,6 @@ def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int)
 
 def _is_item(n: fx.Node) -> bool:
     return getattr(n.target, "__name__", "") == "getitem"
-
-
-def _is_random(n: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
 
 
 def repeated_share(forward: fx.GraphModule, backward: fx.GraphModule) -> float:
