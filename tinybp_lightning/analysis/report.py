@@ -5,10 +5,11 @@ keys, so that two reports can be compared line by line.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, LongSkip, WidestOp, WidestPoint, diagnose
+from tinybp_lightning.analysis.diagnosis import SKINNY_RATIO, Diagnosis, WidestOp, WidestPoint, diagnose
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.ir import Graph, StorageKind
 from tinybp_lightning.graph.signature import graph_signature
@@ -108,25 +109,23 @@ def _groups(graph: Graph, blocks: Sequence[BlockSpan]) -> tuple[BlockGroup, ...]
     alike: dict[str, list[BlockSpan]] = {}
     for block in blocks:
         alike.setdefault(block.signature, []).append(block)
-    groups = (_group(graph, same) for same in alike.values())
+    groups: list[BlockGroup] = []
+    for signature, same in alike.items():
+        nodes = graph.nodes[same[0].start : same[0].stop]
+        before = graph.storages_of(same[0].inputs)
+        made = graph.storages_of(v for node in nodes for v in node.makes)
+        saved = {storage for node in nodes for storage in node.saved}
+        group = BlockGroup(
+            signature=signature,
+            num_blocks=len(same),
+            first=same[0].name,
+            num_ops=len(nodes),
+            input_bytes=graph.activation_bytes(before),
+            made_bytes=graph.activation_bytes(made - before),
+            saved_bytes=graph.activation_bytes(saved - before),
+        )
+        groups.append(group)
     return tuple(sorted(groups, key=lambda group: -group.num_blocks * group.saved_bytes))
-
-
-def _group(graph: Graph, same: Sequence[BlockSpan]) -> BlockGroup:
-    first = same[0]
-    nodes = graph.nodes[first.start : first.stop]
-    before = graph.storages_of(first.inputs)
-    made = graph.storages_of(v for node in nodes for v in node.makes)
-    saved = {storage for node in nodes for storage in node.saved}
-    return BlockGroup(
-        signature=first.signature,
-        num_blocks=len(same),
-        first=first.name,
-        num_ops=first.stop - first.start,
-        input_bytes=graph.activation_bytes(before),
-        made_bytes=graph.activation_bytes(made - before),
-        saved_bytes=graph.activation_bytes(saved - before),
-    )
 
 
 def _verdict(diagnosis: Diagnosis) -> str:
@@ -164,24 +163,21 @@ def _place(where: WidestPoint | WidestOp) -> str:
 
 def _tables(report: GraphReport) -> Iterator[tuple[str, list[_Row]]]:
     """Yield a title and a table, with the header as its first row, for every list that is not empty."""
-    header = ("blocks", "first", "ops", "before", "made", "saved")
-    yield from _table("Blocks by structure", header, [*map(_group_row, report.groups)])
-    header = ("bytes", "layer cuts crossed", "made by", "module")
-    yield from _table("Storages that cross several layer cuts", header, [*map(_skip_row, report.diagnosis.long_skips)])
-
-
-def _table(title: str, header: _Row, rows: Sequence[_Row]) -> Iterator[tuple[str, list[_Row]]]:
-    if rows:
-        yield title if len(rows) <= MAX_ROWS else f"{title} ({MAX_ROWS} of {len(rows)})", [header, *rows[:MAX_ROWS]]
-
-
-def _group_row(group: BlockGroup) -> _Row:
-    sizes = (group.input_bytes, group.made_bytes, group.saved_bytes)
-    return (f"{group.num_blocks}", group.first, f"{group.num_ops}", *map(format_bytes, sizes))
-
-
-def _skip_row(skip: LongSkip) -> _Row:
-    return format_bytes(skip.size_bytes), f"{skip.num_cuts}", f"{skip.op} ({skip.made_by})", skip.module
+    groups: list[_Row] = []
+    for g in report.groups:
+        sizes = map(format_bytes, (g.input_bytes, g.made_bytes, g.saved_bytes))
+        groups.append((f"{g.num_blocks}", g.first, f"{g.num_ops}", *sizes))
+    skips: list[_Row] = [
+        (format_bytes(s.size_bytes), f"{s.num_cuts}", f"{s.op} ({s.made_by})", s.module)
+        for s in report.diagnosis.long_skips
+    ]
+    for title, header, rows in (
+        ("Blocks by structure", ("blocks", "first", "ops", "before", "made", "saved"), groups),
+        ("Storages that cross several layer cuts", ("bytes", "layer cuts crossed", "made by", "module"), skips),
+    ):
+        if rows:
+            shown = title if len(rows) <= MAX_ROWS else f"{title} ({MAX_ROWS} of {len(rows)})"
+            yield shown, [header, *rows[:MAX_ROWS]]
 
 
 def _aligned(rows: Sequence[_Row]) -> str:
@@ -197,6 +193,4 @@ def _piped(rows: Sequence[_Row]) -> str:
 
 def _escape(text: str) -> str:
     """Return `text` escaped for Markdown, also for a table cell."""
-    for character in "\\`*_[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

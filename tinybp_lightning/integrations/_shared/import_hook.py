@@ -35,11 +35,6 @@ ADAPTERS = (
 )
 
 
-def install() -> None:
-    """Register with every namespace, now or when it is imported. It may be called again, and from several threads."""
-    _FINDER.install()
-
-
 class RegisteringFinder(MetaPathFinder):
     """Gives the awaited packages a loader that registers our strategies after the package has run."""
 
@@ -119,4 +114,5 @@ class _RegisteringLoader(Loader):
         return getattr(self._loader, name)
 
 
-_FINDER = RegisteringFinder(ADAPTERS)
+install = RegisteringFinder(ADAPTERS).install
+"""Registers with every namespace, now or when it is imported. It may be called again, and from several threads."""

@@ -13,7 +13,7 @@ Private parts of Lightning 2.6 used: `LightningModule._current_fx_name` (which h
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,6 @@ from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 
 if TYPE_CHECKING:
     from tinybp_lightning.runtime.torch import Session
-    from tinybp_lightning.runtime.torch.dispatcher import Target
 
 __all__ = ["OwnedStep"]
 
@@ -38,13 +37,13 @@ class OwnedStep:
 
     def __init__(self, strategy: Any, session: "Session", trainer: Any, step_log: Any) -> None:
         self._strategy, self._session, self._trainer, self._step_log = strategy, session, trainer, step_log
+        self._targets = lambda: session.targets
         module: nn.Module = strategy.lightning_module
         # torchmetrics need not be installed.
         self._metrics = [m for m in module.modules() if hasattr(m, "metric_state")]
         self._retry = OomRetry(StepSnapshot(module), self._targets, self._note_metrics)
         self._forward_again: Callable[[], Any] | None = None
         self._returned: list[weakref.ref[torch.Tensor]] = []
-
         trainer.callbacks.insert(0, step_log)
 
     def detach(self) -> None:
@@ -52,9 +51,6 @@ class OwnedStep:
         if self._step_log in self._trainer.callbacks:
             self._trainer.callbacks.remove(self._step_log)
         self._session.detach()
-
-    def _targets(self) -> "Sequence[Target]":
-        return self._session.targets
 
     def _why_not(self) -> str | None:
         if not self._strategy.lightning_module.automatic_optimization:
@@ -66,8 +62,7 @@ class OwnedStep:
     def training_step(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `run(*args, **kwargs)` returns, the strategy's own `training_step`."""
         self._forward_again = None
-        reason = self._why_not()
-        if reason is not None:
+        if (reason := self._why_not()) is not None:
             with explaining(self._targets, reason):
                 return run(*args, **kwargs)
         untouched = fresh_containers((args, kwargs))

@@ -168,9 +168,8 @@ class OneDeviceMixin(HCBMixin):
 
     def _configure_launcher(self) -> None:
         if self._num_processes > 1:
-            num_devices = len(self.parallel_devices or ())
             raise ConfigError(
-                f"`hcb_single` trains on one device, and the Trainer has `devices={num_devices}` "
+                f"`hcb_single` trains on one device, and the Trainer has `devices={len(self.parallel_devices or ())}` "
                 f"and `num_nodes={self.num_nodes}`. Pass `devices=1`, or use `strategy='hcb'` or `'hcb_ddp'`."
             )
         super()._configure_launcher()
@@ -206,13 +205,9 @@ class AutoMixin(OneDeviceMixin):
         self._ddp_options = ddp_options
 
     def _configure_launcher(self) -> None:
-        if self._num_processes > 1:
-            self._become_ddp()
-        else:
+        if self._num_processes <= 1:
             super()._configure_launcher()
-
-    def _become_ddp(self) -> None:
-        """Turn this object into the DDP strategy and hand it all that the Trainer has set so far."""
+            return
         if "_many_devices_type" not in vars(type(self)):
             raise ConfigError(
                 f"`{type(self).__name__}` cannot choose between one device and several: it subclasses `HCBStrategy`. "
@@ -221,7 +216,7 @@ class AutoMixin(OneDeviceMixin):
         # Lightning's "auto" forks in a notebook, where there is no script to start again.
         start_method = {"start_method": "fork"} if hasattr(sys, "ps1") else {}
         num_nodes, layer_sync = self.num_nodes, self._layer_sync
-        told: dict[str, Any] = dict(vars(self))
+        told: dict[str, Any] = dict(vars(self))  # all that the Trainer has set so far
         ddp: Any = self
         vars(self).clear()
         ddp.__class__ = self._many_devices_type

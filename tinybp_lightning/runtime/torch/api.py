@@ -18,14 +18,15 @@ from tinybp_lightning.config import (
     ExecutorChoice,
     HCBConfig,
     OnOomChoice,
+    check_config,
     config_from,
     refuse_unknown_options,
 )
-from tinybp_lightning.errors import HCBWarning, UnsupportedModuleError
-from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile
+from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
+from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile, check_observers
 from tinybp_lightning.runtime.torch.dispatcher import Dispatcher, Target, dispatcher_of
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState
-from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported, refuse_wrong_options
+from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported
 
 __all__ = ["Session", "attach", "hcb", "restore", "targets"]
 
@@ -98,7 +99,10 @@ def attach(
 
     **Raises:** `UnsupportedModuleError` for what cannot be trained this way; `ConfigError` for options of a wrong type.
     """
-    refuse_wrong_options(config, observers, discover=discover)
+    check_config(config)
+    check_observers(observers)
+    if not isinstance(cast(Any, discover), bool):
+        raise ConfigError(f"`discover={discover!r}` has type {type(discover).__name__}: expected True or False.")
     _refuse_untrainable(root)
     if not discover:  # with `discover`, each target is checked when it is found: a part that is not trained may stay
         refuse_unsupported(root)

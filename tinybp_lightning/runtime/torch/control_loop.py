@@ -47,8 +47,6 @@ class ControlLoop:
 
     **Arguments:** `found`: the chain as it was measured, or a cached plan with its chain; `cached_from`: where that
     plan is from, for reports. `note_plan`: called with a plan worth caching, and whether it was measured to fit.
-
-    **Raises:** `BudgetTooSmallError` where no plan fits.
     """
 
     def __init__(
@@ -124,12 +122,7 @@ class ControlLoop:
         return profile
 
     def observe(self, seen: Observation) -> bool:
-        """Let the controller decide, and act on it.
-
-        **Returns:** whether it chose a plan; if not, the plan in force stays.
-
-        **Raises:** `BudgetTooSmallError` where no plan fits any more.
-        """
+        """Let the controller decide, and act on it. Returns whether it chose a plan; if not, the one in force stays."""
         state = replace(self.state, limit=self._headroom.read())
         self.state, decision = calibrate(state, seen, self._planner_of)
         self._headroom.share(self.state.limit)

@@ -189,8 +189,6 @@ def start(
 ) -> CalibrationState:
     """Return the state before the first step: of a chain that was just measured, or of a cached plan with its chain.
 
-    **Arguments:** `cached_from`: where a cached plan is from, for reports.
-
     **Raises:** `BudgetTooSmallError` where no plan fits by the costs of `found`.
     """
     if isinstance(found, Chain):
@@ -244,9 +242,6 @@ def unmeasured_options(state: CalibrationState) -> frozenset[tuple[int, int]]:
     if state.phase is Phase.CALIBRATE:  # the first step's plan uses measured options only
         return frozenset()
     return options_to_measure(state.chain, state.active.schedule)
-
-
-# ---- what each observation changes ---------------------------------------------------------------------------------
 
 
 def _after_measured_step(
@@ -360,9 +355,6 @@ def _with_plain_peak(state: CalibrationState) -> CalibrationState:
     return replace(state, limit=replace(state.limit, largest_plain_bytes=largest_bytes))
 
 
-# ---- what a measured step shows about the chain --------------------------------------------------------------------
-
-
 def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> Chain:
     """Return `chain` with the code after its last block as it was `measured` in a step that ran `schedule`."""
     missing_bytes = simulate(chain, schedule).tail.after_bytes - measured.backward_start_bytes
@@ -388,9 +380,6 @@ def _with_residual(
     if limit.cap_bytes is not None:  # the cap stands for the same plans: only their prediction has changed
         limit = replace(limit, cap_bytes=limit.cap_bytes + chain.workspace_bytes - before_bytes)
     return replace(state, chain=chain, limit=limit)
-
-
-# ---- planning ------------------------------------------------------------------------------------------------------
 
 
 def _plain_peak(state: CalibrationState) -> int:
@@ -453,22 +442,18 @@ def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) 
     except BudgetTooSmallError as error:
         if estimated_options(state.chain):  # one of them may need less than its estimate
             return planner.smallest_plan().schedule, True
-        raise _in_terms_of(state.task, error, budget_bytes=budget_bytes) from error
-
-
-def _in_terms_of(task: Task, error: BudgetTooSmallError, *, budget_bytes: int) -> BudgetTooSmallError:
-    """Return the planner's error in terms of the user's budget, of which `budget_bytes` were left to plan with."""
-    budget = task.budget
-    user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
-    smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
-    message = (
-        f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{task.target}`: the smallest "
-        f"plan for this step needs {smallest_bytes} bytes, set by {error.bottleneck}. Raise the budget or lower the "
-        "batch size."
-    )
-    return BudgetTooSmallError(
-        message, budget_bytes=user_bytes, smallest_bytes=smallest_bytes, bottleneck=error.bottleneck
-    )
+        # In terms of the user's budget, of which `budget_bytes` were left to plan with.
+        budget = state.task.budget
+        user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
+        smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
+        raise BudgetTooSmallError(
+            f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{state.task.target}`: the "
+            f"smallest plan for this step needs {smallest_bytes} bytes, set by {error.bottleneck}. Raise the budget or "
+            "lower the batch size.",
+            budget_bytes=user_bytes,
+            smallest_bytes=smallest_bytes,
+            bottleneck=error.bottleneck,
+        ) from error
 
 
 def _active_plan(

@@ -8,8 +8,9 @@ import inspect
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,7 +29,7 @@ from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, 
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
-from tinybp_lightning.runtime.torch.submodules import ModuleSteps, has_sharded_units
+from tinybp_lightning.runtime.torch.submodules import ModuleSteps, is_sharded
 from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
 __all__ = ["Dispatcher", "Target", "dispatcher_of"]
@@ -49,16 +50,11 @@ class Target:
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
-        self._last: TracedModule | None = None
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self.module_steps: ModuleSteps | None = None
-        if has_sharded_units(module):
-            self.module_steps = ModuleSteps(module, plain, self._context)
-
-    @property
-    def _last_used(self) -> ModuleSteps | TracedModule | None:
-        return self.module_steps or self._last
+        has_sharded_units = any(is_sharded(part) for part in module.modules())
+        self.module_steps = ModuleSteps(module, plain, context) if has_sharded_units else None
+        self._last_used: ModuleSteps | TracedModule | None = self.module_steps
 
     @property
     def _control(self) -> ControlLoop | None:
@@ -85,10 +81,8 @@ class Target:
     @property
     def reports(self) -> tuple[PlanReport, ...]:
         """The plans in force, one per live graph."""
-        loops = [traced.control for traced in self.traced_modules]
-        if self.module_steps is not None:
-            loops.append(self.module_steps.control)
-        return tuple(control.report for control in loops if control is not None)
+        controls = (used.control for used in (*self.traced_modules, self.module_steps) if used is not None)
+        return tuple(control.report for control in controls if control is not None)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -128,7 +122,7 @@ class Target:
         except BaseException:
             steps.remove()  # the forward itself raises (a wrong call, say), which is not a reason to give up tracing
             raise
-        self.module_steps = steps
+        self.module_steps = self._last_used = steps
         warnings.warn(
             f"`{self.name}` cannot be traced as one graph ({reason}). It is trained by module steps instead: the same "
             "results, but whole submodules are the smallest blocks.",
@@ -151,7 +145,7 @@ class Target:
         self._num_graphs += 1
 
         def run(*args: Any) -> Any:
-            self._last = traced = self._traced_module(number, module)
+            self._last_used = traced = self._traced_module(number, module)
             return traced(*args)
 
         return run
@@ -210,7 +204,8 @@ class Dispatcher:
         settle_pending()
         if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
-        if not self._wants_gradients(args, kwargs):
+        tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        if not any(t.requires_grad for t in chain(self.module.parameters(), tensors)):
             return self.plain(*args, **kwargs)  # a frozen teacher has no backward to save memory in
         if self.target is None:
             refuse_unrepeatable(self.module)
@@ -224,17 +219,12 @@ class Dispatcher:
         refuse_capture()
         return self.target.call(args, kwargs)
 
-    def _wants_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if any(p.requires_grad for p in self.module.parameters()):
-            return True
-        return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
-
     @property
     def plain(self) -> Callable[..., Any]:
         """The forward that was there before."""
         if self._own_forward is not None:
             return self._own_forward
-        return MethodType(cast("Callable[..., Any]", type(self.module).forward), self.module)
+        return MethodType(type(self.module).forward, self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -254,12 +244,7 @@ class Dispatcher:
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans, graphs and observers are left out: a copy plans for itself in its first step.
-        return {"module": self.module, "config": self.config, "own_forward": self._own_forward}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
-        self.config = state["config"]
-        self._own_forward = state["own_forward"]
+        return {"module": self.module, "config": self.config, "_own_forward": self._own_forward}
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:

@@ -1,7 +1,7 @@
 """Explain the plans in force and what the memory is for, as text, Markdown, JSON and a picture."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,7 @@ class Explanation:
         return Path(path)
 
     def pareto(self, *, num_points: int = 12) -> tuple[Pareto, ...]:
-        """Return the time of the best plan and its bound against the budget, for the chain of each of `plans`.
-
-        **Arguments:** `num_points`: how many budgets; each takes as long as a plan.
-        """
+        """Return, for each of `plans`, the best time and its bound at `num_points` budgets; each takes one planning."""
         return tuple(pareto(plan.chain, num_points=num_points) for plan in self.plans)
 
 
@@ -135,18 +132,12 @@ def _plan_markdown(plan: PlanReport) -> str:
 
 def _plan_data(plan: PlanReport) -> dict[str, object]:
     timeline = simulate(plan.chain, plan.schedule)
+    simple = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("chain", "schedule", "costs")}
     return {
-        "target": plan.target,
+        **simple,
         "num_blocks": len(plan.chain.blocks),
-        "num_kept": plan.num_kept,
-        "budget_bytes": plan.budget_bytes,
-        "predicted_peak_bytes": plan.predicted_peak_bytes,
-        "plain_peak_bytes": plan.plain_peak_bytes,
-        "predicted_recompute_s": plan.predicted_recompute_s,
-        "predicted_step_s": plan.predicted_step_s,
         "lower_bound_s": _certificate(plan).lower_bound_s,
         "gap": _certificate(plan).gap,
-        "reason": plan.reason,
         "costs": plan.costs.value,
         "schedule": to_text(plan.schedule),
         "timeline": [[m.start_s, m.end_s, m.peak_bytes] for m in timeline.moments],

@@ -66,10 +66,7 @@ def pinned_paths(root: nn.Module) -> tuple[str, ...]:
 
 
 def blocks_of_modules(graph: Graph, spans: Collection[tuple[int, int]], paths: Collection[str]) -> frozenset[int]:
-    """Return the blocks that have an op of a module at one of `paths`.
-
-    **Arguments:** `spans`: each block's first node, and the one after its last.
-    """
+    """Return which of the blocks `graph.nodes[start:stop]` (their `spans`) have an op of a module at one of `paths`."""
     return frozenset(
         block
         for block, (start, stop) in enumerate(spans)

@@ -11,9 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from tinybp_lightning.config import check_config
-from tinybp_lightning.errors import ConfigError, UnsupportedModuleError
-from tinybp_lightning.runtime.profile import check_observers
+from tinybp_lightning.errors import UnsupportedModuleError
 
 __all__ = [
     "redraws_dropout",
@@ -21,24 +19,13 @@ __all__ = [
     "refuse_other_than_module",
     "refuse_unrepeatable",
     "refuse_unsupported",
-    "refuse_wrong_options",
 ]
-
-_FAKE_QUANTISED = ("FakeQuantizeBase", "ObserverBase")
 
 
 def refuse_other_than_module(value: object) -> None:
     """Raise `UnsupportedModuleError` if `value` is not a module."""
     if not isinstance(value, nn.Module):
         raise UnsupportedModuleError(f"`{type(value).__name__}` is not a torch.nn.Module: pass the model itself.")
-
-
-def refuse_wrong_options(config: object, observers: object, *, discover: object) -> None:
-    """Raise `ConfigError` for an option of `attach` that has a wrong type."""
-    check_config(config)
-    check_observers(observers)
-    if not isinstance(discover, bool):
-        raise ConfigError(f"`discover={discover!r}` has type {type(discover).__name__}: expected True or False.")
 
 
 def refuse_unsupported(root: nn.Module) -> None:
@@ -56,7 +43,7 @@ def _why_unsupported(part: nn.Module) -> str | None:
         return "copies its module in every forward, and each copy would need a plan: use DistributedDataParallel."
     if type(part).__module__.startswith("torch.ao.nn.quantized"):
         return "is quantised and has no backward: train the float module and quantise it afterwards."
-    if any(c.__name__ in _FAKE_QUANTISED for c in type(part).__mro__):
+    if any(c.__name__ in ("FakeQuantizeBase", "ObserverBase") for c in type(part).__mro__):
         return "observes ranges while it runs, and a replay would update them again: leave it out of the module."
     return None
 
@@ -72,9 +59,7 @@ def refuse_capture() -> None:
 
 def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:
     """Return whether a recurrent layer on `device` would draw another dropout mask in a replay."""
-    if not isinstance(layer, nn.RNNBase):
-        return False
-    return device.type == "cuda" and layer.num_layers > 1 and layer.dropout > 0
+    return isinstance(layer, nn.RNNBase) and device.type == "cuda" and layer.num_layers > 1 and layer.dropout > 0
 
 
 def refuse_unrepeatable(module: nn.Module) -> None:

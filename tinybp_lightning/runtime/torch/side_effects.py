@@ -44,13 +44,10 @@ def _frozen(value: Any, depth: int) -> Any:
         return (type(value), repr(value) if isinstance(value, (float, complex)) else value)  # so that NaN equals NaN
     if depth == _MAX_DEPTH:
         return _OTHER
-    if isinstance(value, (list, tuple, deque)):
-        ordered = cast("Iterable[Any]", value)
-        return (type(cast("Any", value)), tuple(_frozen(v, depth + 1) for v in ordered))
     if isinstance(value, dict):
         items = cast("dict[Any, Any]", value).items()
         return (dict, tuple((_frozen(k, depth + 1), _frozen(v, depth + 1)) for k, v in items))
-    if isinstance(value, (set, frozenset)):
-        unordered = cast("Iterable[Any]", value)
-        return (type(cast("Any", value)), frozenset(_frozen(v, depth + 1) for v in unordered))
+    if isinstance(value, (list, tuple, deque, set, frozenset)):
+        parts = (_frozen(v, depth + 1) for v in cast("Iterable[Any]", value))
+        return (type(cast("Any", value)), frozenset(parts) if isinstance(value, (set, frozenset)) else tuple(parts))
     return _OTHER

@@ -33,7 +33,7 @@ from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayS
 from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state
 from tinybp_lightning.schedule.actions import ForwardSave
 
-__all__ = ["ModuleSteps", "has_sharded_units", "step_modules"]
+__all__ = ["ModuleSteps", "is_sharded", "step_modules"]
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
@@ -45,12 +45,8 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
-def has_sharded_units(module: nn.Module) -> bool:
-    """Return whether some part of `module` is an FSDP unit: those break the graph, and always are boundaries."""
-    return any(_is_sharded(m) for m in module.modules())
-
-
-def _is_sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether `module` is an FSDP unit: those break the graph, and always are boundaries."""
     return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__)
 
 
@@ -62,13 +58,13 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
     block. A module that is marked as kept is neither a block nor part of one.
     """
     units: dict[str, nn.Module] = {}
-    sharded = any(_is_sharded(m) for m in root.modules() if m is not root)
+    sharded = any(is_sharded(m) for m in root.modules() if m is not root)
     seen: set[int] = set()
 
     def is_split(module: nn.Module) -> bool:
         inside = [c for c in module.modules() if c is not module]
         if sharded:
-            return not _is_sharded(module) and any(_is_sharded(c) for c in inside)
+            return not is_sharded(module) and any(is_sharded(c) for c in inside)
         is_repeated = isinstance(module, _NEVER_CALLED) or any(_is_repeated(c) for c in [module, *inside])
         return is_repeated or any(is_kept(c) for c in inside)
 
@@ -79,7 +75,7 @@ def step_modules(root: nn.Module) -> dict[str, nn.Module]:
         if is_split(module):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}", child)
-        elif not sharded or (_is_sharded(module) and not any(is_kept(m) for m in module.modules())):
+        elif not sharded or (is_sharded(module) and not any(is_kept(m) for m in module.modules())):
             units[name] = module
 
     for child_name, child in root.named_children():
@@ -268,7 +264,9 @@ class ModuleSteps:
         cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
         forward.num_calls[unit.name] += 1
         forward.calls.append(cost)
-        if self._keeps(cost) or not self._is_replayable(unit, leaves):
+        place = self._largest.place(cost)
+        is_kept_by_plan = self.control is not None and place is not None and self.control.program.kept[place]
+        if is_kept_by_plan or not self._is_replayable(unit, leaves):
             result = unit.impl(*args, **kwargs)
         else:
             result = self._drop(unit, leaves, spec, cost, forward)
@@ -283,7 +281,7 @@ class ModuleSteps:
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
-        externals = NonBoundaryInputs.of([] if _is_sharded(module) else list(module.parameters()))
+        externals = NonBoundaryInputs.of([] if is_sharded(module) else list(module.parameters()))
         block = _ModuleBlock(unit.name, unit, spec, externals, devices, volatile)
         autocast, checks = autocast_now(device_type_of(devices)), self._context.config.check
         run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time, checks=checks)
@@ -308,10 +306,6 @@ class ModuleSteps:
                 run.let_go()
         cost.guard_bytes = block.guard_bytes
         return result
-
-    def _keeps(self, call: CallCost) -> bool:
-        place = self._largest.place(call)
-        return self.control is not None and place is not None and self.control.program.kept[place]
 
     def _is_replayable(self, unit: _Unit, leaves: list[Any]) -> bool:
         odd = [t for t in leaves if not isinstance(t, (torch.Tensor, *_PLAIN_DATA))]

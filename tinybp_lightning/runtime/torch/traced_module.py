@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from tinybp_lightning.schedule.measured import plain_peak_bytes
 
 __all__ = ["TracedModule"]
 
+_ARGUMENT = object()
+
 
 @dataclass(frozen=True, slots=True)
 class _Situation:
@@ -56,17 +59,11 @@ class _Forward:
     """One call of the graph. `values`: one per graph input; `device`: the one whose memory is planned."""
 
     values: list[Any]
+    tensors: list[torch.Tensor]
+    parameters: list[torch.Tensor]
     device: torch.device
     devices: tuple[torch.device, ...]
     situation: _Situation
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [v for v in self.values if isinstance(v, torch.Tensor)]
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [t for t in self.tensors if t.requires_grad and t.is_leaf]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,9 @@ class TracedModule:
         self._context = context
         self._pinned_paths = pinned_paths
         self._executor = EXECUTORS[context.config.executor]
-        self._constants = _constants(module)
+        # The graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one.
+        inputs = (n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
+        self._constants = [_ARGUMENT if n.op == "placeholder" else attrgetter(str(n.target))(module) for n in inputs]
         self._cut: Cut | None = None
         self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}
         self._planned: dict[_Situation, _Planned] = {}
@@ -118,7 +117,10 @@ class TracedModule:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
         forward = self._forward(args)
         if self._cut is not None and self._cut.original is not None and _are_watched(forward.parameters):
-            self._start_over(self._cut.original)
+            reorder(self._module, self._cut.original)  # and forget what was planned for another order
+            self._cut = self.control = None
+            self._pieces.clear()
+            self._planned.clear()
         planned = self._planned.get(forward.situation)
         if planned is None or planned.control is None:
             stop_tracing()
@@ -138,8 +140,10 @@ class TracedModule:
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         devices = tuple(sorted({t.device for t in tensors}, key=str))
         device = next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
-        has_gradients = any(t.grad is not None for t in tensors if t.requires_grad and t.is_leaf)
-        return _Forward(values, device, devices, _Situation(autocast_now(device_type_of(devices)), has_gradients))
+        parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
+        has_gradients = any(p.grad is not None for p in parameters)
+        situation = _Situation(autocast_now(device_type_of(devices)), has_gradients)
+        return _Forward(values, tensors, parameters, device, devices, situation)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
         """Run plainly: blocks can only be measured by a profiler of our own, and the user's is running."""
@@ -152,8 +156,7 @@ class TracedModule:
         return fx.Interpreter(self._module).run(*arguments)
 
     def _run(self, pieces: _Pieces, control: ControlLoop, forward: _Forward) -> Any:
-        if self._monitor is not None:
-            self._monitor.abandon()  # if the last forward had no backward (yet), it can no longer be measured
+        self.release()  # if the last forward had no backward (yet), it can no longer be measured
         values, program = forward.values, pieces.program
         self._monitor = monitor = control.begin_step(forward.parameters)
         externals = NonBoundaryInputs.of(values)
@@ -174,8 +177,7 @@ class TracedModule:
         mine = weakref.ref(self)
 
         def ended(monitor: StepMonitor) -> None:
-            me = mine()
-            if me is not None:
+            if (me := mine()) is not None:
                 me.profile = control.end_step(monitor, stats)
 
         monitor.forward_ended(outputs, ended)
@@ -221,8 +223,7 @@ class TracedModule:
 
     def _prepared(self, forward: _Forward, headroom: Headroom, progress: PlanningProgress) -> _Pieces:
         """Return the pieces for the autocast of `forward`: cut on the first call, prepared once for each autocast."""
-        known = self._pieces.get(forward.situation.autocast)
-        if known is not None:
+        if (known := self._pieces.get(forward.situation.autocast)) is not None:
             return known
         if self._cut is None:
             progress.stage("tracing")
@@ -241,8 +242,9 @@ class TracedModule:
         return pieces
 
     def _preparation(self, program: Program, forward: _Forward, progress: PlanningProgress) -> Preparation:
-        externals = partial(measuring_values, program, forward.values)
-        return Preparation(program, externals, forward.devices, progress.advance)
+        return Preparation(
+            program, partial(measuring_values, program, forward.values), forward.devices, progress.advance
+        )
 
     def _budget_share(self, headroom: Headroom, plain_bytes: int) -> float:
         """Return about which share of plain training's activations the budget is."""
@@ -250,13 +252,6 @@ class TracedModule:
         if budget.kind is BudgetKind.ACTIVATION and budget.fraction is not None:
             return budget.fraction
         return headroom(plain_bytes) / max(1, plain_bytes)
-
-    def _start_over(self, graph: Graph) -> None:
-        """Bring the calls back into the order of `graph`, and forget what was planned for another order."""
-        reorder(self._module, graph)
-        self._cut = self.control = None
-        self._pieces.clear()
-        self._planned.clear()
 
     def _measure(self, planned: _Planned, forward: _Forward, progress: PlanningProgress) -> Chain:
         """Return the chain as its planner sees it: what is compiled is measured, once, and the rest is estimated."""
@@ -319,23 +314,5 @@ class TracedModule:
 
 def _are_watched(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether somebody may see in which order gradients come: a hook, or a reduction over ranks."""
-    distributed = torch.distributed
-    is_distributed = distributed.is_available() and distributed.is_initialized()
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_distributed or any(has_gradient_hooks(t) for t in tensors)
-
-
-_ARGUMENT = object()
-
-
-def _constants(module: fx.GraphModule) -> list[Any]:
-    """Return the graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one."""
-    constants: list[Any] = []
-    for n in module.graph.nodes:
-        if n.op == "placeholder":
-            constants.append(_ARGUMENT)
-        elif n.op == "get_attr":
-            value: Any = module
-            for name in str(n.target).split("."):
-                value = getattr(value, name)
-            constants.append(value)
-    return constants

@@ -61,10 +61,7 @@ def measured_part(chain: Chain) -> MeasuredPart:
 
 
 def prefer_measured(found: Plan, chain: Chain, planner_of: Callable[[Chain], Planner] = Planner) -> Plan:
-    """Return `found`, or a plan that uses measured options only if that is about as fast.
-
-    **Arguments:** `found`: the best plan for its budget on `chain`, estimates included.
-    """
+    """Return `found`, the best plan on `chain`, or a plan that uses measured options only if that is about as fast."""
     backwards = [a for a in found.schedule.actions if isinstance(a, Backward)]
     if not any(chain.blocks[a.block].options[a.option].is_estimated for a in backwards):
         return found

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tinybp_lightning.capture.torch.record import flops_of
 from tinybp_lightning.schedule import saved_ops
-from tinybp_lightning.schedule.saved_ops import BlockOps, SavedOps, saved_ops_frontier
+from tinybp_lightning.schedule.saved_ops import BlockOps, saved_ops_frontier
 
 __all__ = ["ClosurePartitioner", "repeated_share", "value_bytes"]
 
@@ -49,7 +49,9 @@ class ClosurePartitioner(CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         nodes, ops = _block_ops(gm, self._parameters, kwargs["num_fwd_outputs"])
         if any(ops.is_read):
-            chosen = _at_most(saved_ops_frontier(ops), self._share)
+            frontier = saved_ops_frontier(ops)
+            limit_bytes = self._share * frontier[0].saved_bytes
+            chosen = next((corner for corner in frontier if corner.saved_bytes <= limit_bytes), frontier[-1])
             for v, node in enumerate(nodes):
                 if v in chosen.saved:
                     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -62,11 +64,6 @@ class ClosurePartitioner(CustomPartitionerFn):
         assert saved_ops.__file__ is not None
         source = get_hash_for_files((__file__, saved_ops.__file__))
         return source, self._share, tuple(sorted(self._parameters))
-
-
-def _at_most(frontier: Sequence[SavedOps], share: float) -> SavedOps:
-    limit_bytes = share * frontier[0].saved_bytes
-    return next((corner for corner in frontier if corner.saved_bytes <= limit_bytes), frontier[-1])
 
 
 def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int) -> tuple[list[fx.Node], BlockOps]:
@@ -87,7 +84,8 @@ def _block_ops(gm: fx.GraphModule, parameters: frozenset[int], num_outputs: int)
         value = n.meta.get("val")
         if n.all_input_nodes and all(i in fixed for i in n.all_input_nodes):
             fixed.add(n)
-        if _is_random(n) or (_is_item(n) and n.args[0] in random):
+        is_random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        if is_random or (_is_item(n) and n.args[0] in random):
             random.add(n)
         is_view = views.is_view(n)
         in_forward = info.is_required_fw(n)
@@ -112,19 +110,13 @@ def _is_item(n: fx.Node) -> bool:
     return getattr(n.target, "__name__", "") == "getitem"
 
 
-def _is_random(n: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-
-
 def repeated_share(forward: fx.GraphModule, backward: fx.GraphModule) -> float:
     """Return the share of a divided block's forward that its backward repeats, in estimated seconds."""
-    seconds = {n.name: _seconds(n) for n in forward.graph.nodes if _takes_time(n)}
+    views = aot.get_default_op_list()
+    ops = (n for n in forward.graph.nodes if n.op == "call_function" and not views.is_view(n) and not _is_item(n))
+    seconds = {n.name: _seconds(n) for n in ops}
     repeated_s = sum(seconds.get(n.name, 0.0) for n in backward.graph.nodes)
     return repeated_s / max(sum(seconds.values()), 1e-30)
-
-
-def _takes_time(n: fx.Node) -> bool:
-    return n.op == "call_function" and not aot.get_default_op_list().is_view(n) and not _is_item(n)
 
 
 def value_bytes(value: Any) -> int:
@@ -132,13 +124,9 @@ def value_bytes(value: Any) -> int:
     return sum(int(t.numel()) * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
-def _value(argument: Any) -> Any:
-    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-
-
 def _seconds(n: fx.Node) -> float:
     """Estimate an op's time by a roofline: its operations, or the bytes it reads and writes."""
-    args, kwargs = tree_map(_value, (n.args, dict(n.kwargs)))
+    args, kwargs = tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, (n.args, dict(n.kwargs)))
     value = n.meta.get("val")
     tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
     device_type = tensors[0].device.type if tensors else "cpu"
