@@ -38,7 +38,7 @@ def chain_to_json(chain: Chain, *, made_by: str) -> str:
         blocks.append([name, kind, aliases])
     lines = {
         "made_by": json.dumps(made_by),
-        "workspace_bytes": chain.workspace_bytes,
+        "unmodelled_bytes": chain.unmodelled_bytes,
         "tail_peak_bytes": chain.tail_peak_bytes,
         "tail_live_bytes": chain.tail_live_bytes,
         "storage_bytes": json.dumps(chain.storage_bytes),
@@ -61,7 +61,7 @@ def chain_from_json(text: str) -> Chain:
         ),
         tail_peak_bytes=data["tail_peak_bytes"],
         tail_live_bytes=data["tail_live_bytes"],
-        workspace_bytes=data["workspace_bytes"],
+        unmodelled_bytes=data["unmodelled_bytes"],
     )
     verify_chain(chain)
     return chain

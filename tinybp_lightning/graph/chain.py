@@ -76,7 +76,7 @@ class Chain:
     `tail_peak_bytes` is the most that the code after the last block (the loss) has alive at once, above boundary `n`,
     between the end of the forward and the backward of the last block; `tail_live_bytes` is what it still holds, beside
     the gradients of boundary `n`, while the backwards of the blocks run.
-    `workspace_bytes` is added to every moment: the measured bytes that the model does not explain.
+    `unmodelled_bytes` is added to every moment: the measured bytes that the model does not explain.
     """
 
     storage_bytes: tuple[int, ...]
@@ -84,4 +84,4 @@ class Chain:
     boundaries: tuple[Boundary, ...]
     tail_peak_bytes: int = 0
     tail_live_bytes: int = 0
-    workspace_bytes: int = 0
+    unmodelled_bytes: int = 0

@@ -73,7 +73,7 @@ def verify_chain(chain: Chain) -> None:
     _check_consecutive(chain)
     for index, block in enumerate(chain.blocks):
         _check_block(chain, index, block)
-    _check_numbers("the chain", tail_live_bytes=chain.tail_live_bytes, workspace_bytes=chain.workspace_bytes)
+    _check_numbers("the chain", tail_live_bytes=chain.tail_live_bytes, unmodelled_bytes=chain.unmodelled_bytes)
     _check_at_least("the chain", "tail_peak_bytes", chain.tail_peak_bytes, "tail_live_bytes", chain.tail_live_bytes)
 
 

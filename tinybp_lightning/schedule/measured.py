@@ -16,7 +16,7 @@ _MUCH = 0.02
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPlan:
-    """A plan that was measured to fit, and the chain as it was known then, tail and workspace included.
+    """A plan that was measured to fit, and the chain as it was known then, tail and unmodelled bytes included.
 
     `plan.budget_bytes` is the budget it ran under.
     """
@@ -30,8 +30,8 @@ class MeasuredPlan:
 
 
 def plain_peak_bytes(chain: Chain) -> int:
-    """Return the predicted peak of plain training, which needs no workspace of the engine's."""
-    return simulate(replace(chain, workspace_bytes=0), keep_all(chain)).peak_bytes
+    """Return the predicted peak of plain training, which needs nothing of the engine's."""
+    return simulate(replace(chain, unmodelled_bytes=0), keep_all(chain)).peak_bytes
 
 
 def measured_plan(chain: Chain, schedule: Schedule, *, headroom_bytes: int) -> MeasuredPlan:

@@ -2,24 +2,23 @@
 
 Live bytes are the *set* of storages held for any reason (stored boundaries, the cursor, what saved sets alias), each
 counted once, plus the private bytes of the saved sets alive, the gradient of the boundary the backward stands at, the
-parameter gradients accumulated so far, what the code after the last block still holds, and the workspace. The model
-follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*, with shared storages, early stop and copies
-to host memory (Note [Two directions of one link]) added.
+parameter gradients accumulated so far, what the code after the last block still holds, and the unmodelled bytes. The
+model follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*, with shared storages, early stop and
+copies to host memory (Note [Two directions of one link]) added.
 
-# Note [Where the loss stands]
-The first sweep ends with the last block's first forward. Then, before any other action, comes the *tail*: the caller's
-code after the last block, with the last boundary held. After it the last boundary is released (unless a saved set
-aliases it) and its gradient is alive.
+# Note [Where the loss stands] The first sweep ends with the last block's first forward. Then, before any other action,
+comes the *tail*: the caller's code after the last block, with the last boundary held. After it the last boundary is
+released (unless a saved set aliases it) and its gradient is alive.
 
-# Note [Two directions of one link]
-Copies run beside compute, and each direction of the link moves one boundary after the other. The directions do not
-share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at the same rate both ways at once.
+# Note [Two directions of one link] Copies run beside compute, and each direction of the link moves one boundary after
+the other. The directions do not share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at
+the same rate both ways at once.
 
 - `Offload` copies the storages of its boundary that have no host copy yet; another offloaded boundary may share some.
-  They are on the device until the copy has ended, and are let go of before the first action after that.
-- `Reload` copies those that nothing holds on the device. One that is still on its way out is waited for first, and
-  compute waits with it. The bytes are taken at once; the first forward that reads the boundary waits for the end.
-- A boundary dropped while its copy is under way is released when the copy has ended.
+They are on the device until the copy has ended, and are let go of before the first action after that. - `Reload` copies
+those that nothing holds on the device. One that is still on its way out is waited for first, and   compute waits with
+it. The bytes are taken at once; the first forward that reads the boundary waits for the end. - A boundary dropped while
+its copy is under way is released when the copy has ended.
 """
 
 from collections.abc import Sequence
@@ -140,7 +139,7 @@ class Machine:
         self._link = _Link(self._chain.storage_bytes, self._link_bytes_per_s)
         self._sweeping = True
         self.at_tail = False
-        self.live_bytes = self._chain.workspace_bytes
+        self.live_bytes = self._chain.unmodelled_bytes
         self.action_peak_bytes = 0
         self.now_s = self.recompute_s = self.wait_s = 0.0
         self._hold(self._boundary[0])

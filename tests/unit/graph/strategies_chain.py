@@ -27,7 +27,7 @@ def chains(draw: st.DrawFn, *, max_blocks: int = 5) -> Chain:
         boundaries=tuple(Boundary(tuple(map(StorageId, storages)), draw(SMALL)) for storages in boundaries),
         tail_peak_bytes=tail_live + draw(SMALL),
         tail_live_bytes=tail_live,
-        workspace_bytes=draw(SMALL),
+        unmodelled_bytes=draw(SMALL),
     )
 
 

@@ -196,7 +196,7 @@ BROKEN_CHAINS: dict[str, tuple[Callable[[], Chain], str]] = {
         lambda: replace(CHAIN, tail_peak_bytes=0),
         "the chain has `tail_peak_bytes=0`: expected at least `1`",
     ),
-    "workspace": (lambda: replace(CHAIN, workspace_bytes=-1), "the chain has `workspace_bytes=-1`"),
+    "workspace": (lambda: replace(CHAIN, unmodelled_bytes=-1), "the chain has `unmodelled_bytes=-1`"),
 }
 
 

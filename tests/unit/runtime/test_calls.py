@@ -72,7 +72,7 @@ def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
     dropped = calls("ab")
     chain = LargestStep(dropped).chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped)))
     assert chain.storage_bytes == (500,)
-    assert chain.workspace_bytes == 16
+    assert chain.unmodelled_bytes == 16
     assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 2
 
 

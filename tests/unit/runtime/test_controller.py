@@ -99,7 +99,7 @@ def test_until_a_step_is_measured_a_margin_is_left_for_what_the_model_does_not_s
     state = first_state()
     small_bytes = simulate(CHAIN, state.active.schedule).peak_bytes
     assert state.phase is Phase.CALIBRATE
-    assert state.chain.workspace_bytes == int(0.03 * small_bytes) > 0
+    assert state.chain.unmodelled_bytes == int(0.03 * small_bytes) > 0
     assert state.active.report.predicted_peak_bytes == small_bytes + int(0.03 * small_bytes)
 
 
@@ -120,7 +120,7 @@ def test_the_first_step_teaches_the_tail_and_what_it_needed_beyond_the_model() -
     learned = after(state, StepEnded(seen)).chain
     assert (learned.tail_peak_bytes, learned.tail_live_bytes) == (50, 30)
     assert simulate(learned, state.active.schedule).peak_bytes == small_bytes + 77
-    assert learned.workspace_bytes == 77 - 30
+    assert learned.unmodelled_bytes == 77 - 30
 
 
 def test_gradients_that_the_tail_did_not_make_are_not_counted() -> None:
@@ -141,7 +141,7 @@ def test_after_the_first_step_the_plan_for_the_budget_runs_and_is_noted_as_a_gue
     assert not decision.is_measured
     assert decision.noted.plan.schedule == state.active.schedule
     assert state.phase is Phase.SETTLE
-    assert state.chain.workspace_bytes == 0, "the margin was measured away"
+    assert state.chain.unmodelled_bytes == 0, "the margin was measured away"
     assert state.active.report.predicted_peak_bytes <= BUDGET
     assert state.active.schedule == Planner(CHAIN).plan(budget_bytes=BUDGET).schedule
 
@@ -185,7 +185,7 @@ def test_a_plan_that_is_measured_to_fit_as_predicted_is_noted_and_measured_no_mo
 def test_a_plan_over_the_budget_gives_way_to_one_with_fewer_kept_blocks() -> None:
     state = calibrated()
     other, decision = calibrate(state, measured(state, BUDGET + 10), Planner)
-    assert other.chain.workspace_bytes == BUDGET + 10 - predicted(state)
+    assert other.chain.unmodelled_bytes == BUDGET + 10 - predicted(state)
     assert other.active.schedule != state.active.schedule
     assert other.active.report.num_kept < state.active.report.num_kept
     assert other.active.report.predicted_peak_bytes <= BUDGET
@@ -195,7 +195,7 @@ def test_a_plan_over_the_budget_gives_way_to_one_with_fewer_kept_blocks() -> Non
 def test_a_plan_that_needs_much_less_than_predicted_gives_way_to_a_faster_one() -> None:
     state = calibrated(1500)
     better, decision = calibrate(state, measured(state, predicted(state) - 1500), Planner)
-    assert better.chain.workspace_bytes == 0
+    assert better.chain.unmodelled_bytes == 0
     assert better.phase is Phase.SETTLE
     assert decision is not None
     assert better.active.schedule == Planner(CHAIN).plan(budget_bytes=BUDGET).schedule

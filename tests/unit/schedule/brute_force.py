@@ -56,7 +56,7 @@ class _Search:
         self.held = cache(self._held)
 
     def _held(self, stored: int, cursors: tuple[int, ...], saved: int) -> int:
-        mask, total = 0, self.chain.workspace_bytes
+        mask, total = 0, self.chain.unmodelled_bytes
         for k in (*_ones(stored), *(c for c in cursors if c >= 0)):
             mask |= self.boundary[k]
         for index in _ones(saved):

@@ -41,12 +41,12 @@ class _Search:
         self.chain, self.budget, self.rate, self.n = chain, budget_bytes, rate, len(chain.blocks)
         self.boundary = [sum(1 << s for s in b.storages if chain.storage_bytes[s]) for b in chain.boundaries]
         self.standing = [
-            chain.workspace_bytes
+            chain.unmodelled_bytes
             + (chain.tail_live_bytes + b.gradient_bytes if i else 0)
             + sum(block.parameter_gradient_bytes for block in chain.blocks[i:])
             for i, b in enumerate(chain.boundaries)
         ]
-        self.standing.append(chain.workspace_bytes)
+        self.standing.append(chain.unmodelled_bytes)
 
     def size(self, mask: int) -> int:
         return sum(self.chain.storage_bytes[s] for s in _ones(mask))

@@ -58,7 +58,7 @@ def pass_through_chain() -> Chain:
         ),
         tail_peak_bytes=7,
         tail_live_bytes=6,
-        workspace_bytes=100,
+        unmodelled_bytes=100,
     )
 
 
@@ -101,7 +101,7 @@ def random_chain(rng: random.Random, num_blocks: int, *, max_options: int = 2) -
         boundaries=tuple(Boundary(tuple(map(StorageId, m)), rng.randint(0, 2)) for m in members),
         tail_peak_bytes=tail_live_bytes + rng.randint(0, 3),
         tail_live_bytes=tail_live_bytes,
-        workspace_bytes=rng.choice([0, 2]),
+        unmodelled_bytes=rng.choice([0, 2]),
     )
 
 

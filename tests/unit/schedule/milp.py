@@ -223,7 +223,7 @@ class _Program:
         counted = {k: v for k, v in self.index.items() if k[0] == "counted" and k[-1] in own}
         # Boundary 0 is always there: its storages are a constant, not a choice.
         terms = {variable: x for variable, x in terms.items() if variable not in counted.values()}
-        self.add(terms, -np.inf, self.budget_bytes - self.chain.workspace_bytes - other_bytes - root_bytes)
+        self.add(terms, -np.inf, self.budget_bytes - self.chain.unmodelled_bytes - other_bytes - root_bytes)
 
     # ---- solution
 

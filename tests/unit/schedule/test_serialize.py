@@ -27,7 +27,7 @@ from tinybp_lightning.schedule.serialize import (
     save_measured_plan,
 )
 
-CHAIN = replace(transformer_chain(2), tail_peak_bytes=5, tail_live_bytes=3, workspace_bytes=7)
+CHAIN = replace(transformer_chain(2), tail_peak_bytes=5, tail_live_bytes=3, unmodelled_bytes=7)
 HEADROOM_BYTES = 30 * 2**20
 PLAN = Planner(CHAIN).plan(budget_bytes=HEADROOM_BYTES)
 KNOWN = measured_plan(CHAIN, PLAN.schedule, headroom_bytes=HEADROOM_BYTES)
@@ -105,10 +105,10 @@ def test_one_changed_letter_is_refused_or_changes_nothing(position: int, letter:
         ({"costs": _costs(blocks=3)}, "`costs.blocks=3` is not a list"),
         ({"costs": _costs(blocks=[3])}, "`costs.blocks\\[0\\]=3` is not an object"),
         ({"costs": _costs(blocks=[])}, "at least one block"),
-        ({"costs": _costs(workspace_bytes=True)}, "`costs.workspace_bytes=True` is not of type `int`"),
-        ({"costs": _costs(workspace_bytes=1.0)}, "`costs.workspace_bytes=1.0` is not of type `int`"),
-        ({"costs": _costs(workspace_bytes=-1)}, "`workspace_bytes=-1`"),
-        ({"costs": _costs(workspace_bytes=8)}, "another chain"),
+        ({"costs": _costs(unmodelled_bytes=True)}, "`costs.unmodelled_bytes=True` is not of type `int`"),
+        ({"costs": _costs(unmodelled_bytes=1.0)}, "`costs.unmodelled_bytes=1.0` is not of type `int`"),
+        ({"costs": _costs(unmodelled_bytes=-1)}, "`unmodelled_bytes=-1`"),
+        ({"costs": _costs(unmodelled_bytes=8)}, "another chain"),
         ({"costs": _costs(storage_bytes=["x" * 100])}, "`costs.storage_bytes\\[0\\]='x{59}..."),
         ({"budget_bytes": 1}, "exceeds `budget_bytes=1`"),
         ({"budget_bytes": "1"}, "not of type `int`"),
@@ -128,7 +128,7 @@ def test_a_number_of_thousands_of_digits_is_refused() -> None:
 
 
 def test_plain_training_needs_no_workspace() -> None:
-    assert plain_peak_bytes(pass_through_chain()) == plain_peak_bytes(replace(pass_through_chain(), workspace_bytes=0))
+    assert plain_peak_bytes(pass_through_chain()) == plain_peak_bytes(replace(pass_through_chain(), unmodelled_bytes=0))
 
 
 def test_everything_kept_is_known_without_a_planner() -> None:
@@ -179,7 +179,7 @@ def test_digest_changes_with_any_cost() -> None:
     block = replace(chain.blocks[0], forward_s=1.5)
     digests = {
         chain_digest(chain),
-        chain_digest(replace(chain, workspace_bytes=1)),
+        chain_digest(replace(chain, unmodelled_bytes=1)),
         chain_digest(replace(chain, blocks=(block, chain.blocks[1]))),
         chain_digest(replace(chain, storage_bytes=(0, 1, 2))),
     }

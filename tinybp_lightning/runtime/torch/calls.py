@@ -108,7 +108,7 @@ class LargestStep:
         boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(self._calls) + 1))
         blocks = tuple(_block(call, int(one_call * working_bytes)) for call in self._calls)
         guard_bytes = sum(c.guard_bytes for c in self._calls)
-        return Chain((int(all_calls * live_bytes),), blocks, boundaries, workspace_bytes=guard_bytes)
+        return Chain((int(all_calls * live_bytes),), blocks, boundaries, unmodelled_bytes=guard_bytes)
 
     def _times_larger(self, dropped: Sequence[CallCost]) -> tuple[float, float]:
         """Return how many times larger the inputs of this step are than those of `dropped`: of all calls, of any."""

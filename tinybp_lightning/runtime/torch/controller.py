@@ -7,7 +7,7 @@ Note [Calibration]
     method whose predicted peak leaves most of the budget to that code, or else the smallest plan, which exceeds a
     budget only if every plan does. We prefer the known method because the smallest plan of a long chain takes seconds
     to make, and its step takes several times as long as plain training's. The second step runs the plan for the budget.
-    What it needs beyond the model is learned as `workspace_bytes`, and the plan is repaired until a traced step is at
+    What it needs beyond the model is learned as `unmodelled_bytes`, and the plan is repaired until a traced step is at
     or under the budget. After that no step is traced.
 
     A plan may use options that are estimated because they are not compiled yet. They are compiled and measured before
@@ -110,7 +110,7 @@ class Phase(Enum):
 class CalibrationState:
     """Everything that is known about one chain.
 
-    `chain` includes what was learned; `base_bytes` is the workspace that it had before. `plan`: the active one.
+    `chain` includes what was learned; `base_bytes` are the unmodelled bytes that it had before. `plan`: the active one.
     `fitting`: the fastest plan that was measured to fit. `plain_fits`: plain training has not been seen to exceed the
     budget. `exceeded`: the peak of each schedule that was. `plain_bytes`: the largest measured peak of a step that kept
     everything. `cached`: the cached plan that runs now, until a step has been measured.
@@ -192,10 +192,10 @@ def start(
     **Raises:** `BudgetTooSmallError` where no plan fits by the costs of `found`.
     """
     if isinstance(found, Chain):
-        state = CalibrationState(task, limit, found, found.workspace_bytes)
+        state = CalibrationState(task, limit, found, found.unmodelled_bytes)
         return _with_plain_peak(_with_first_plan(state, planner_of))
     chain, schedule = found.chain, found.plan.schedule
-    state = CalibrationState(task, limit, chain, chain.workspace_bytes, phase=Phase.SETTLE)
+    state = CalibrationState(task, limit, chain, chain.unmodelled_bytes, phase=Phase.SETTLE)
     # If plain training seemed to fit and was not chosen, a step had shown that it does not.
     state = replace(state, plain_fits=schedule == keep_all(chain) or _plain_peak(state) > found.plan.budget_bytes)
     budget_bytes = _budget(state, planner_of)
@@ -253,7 +253,7 @@ def _after_measured_step(
         state = replace(state, plain_bytes=max(state.plain_bytes, measured.peak_bytes))
     if state.phase is Phase.SETTLE:
         return _settled(state, measured.peak_bytes, is_whole, planner_of)
-    chain = _with_tail(replace(state.chain, workspace_bytes=state.base_bytes), schedule, measured)
+    chain = _with_tail(replace(state.chain, unmodelled_bytes=state.base_bytes), schedule, measured)
     state = _with_residual(replace(state, chain=chain), schedule, measured.peak_bytes, may_shrink=False)
     plan = _for_budget(state, "budget", planner_of)
     return _run(replace(state, phase=Phase.SETTLE), plan, Decision(_as_measured(plan)))
@@ -298,7 +298,7 @@ def _settled(state: CalibrationState, peak_bytes: int, is_whole: bool, planner_o
         state = replace(state, exceeded={**state.exceeded, ran.schedule: peak_bytes})
     if fits and not is_whole and state.num_partial < _MAX_PARTIAL:
         return replace(state, num_partial=state.num_partial + 1), None  # a whole step is still to be measured
-    cached, before_bytes = state.cached, state.chain.workspace_bytes
+    cached, before_bytes = state.cached, state.chain.unmodelled_bytes
     state = replace(state, num_traces=state.num_traces + 1, cached=None)
     if cached is not None and fits:
         plan = replace(state.active, report=replace(ran, predicted_peak_bytes=peak_bytes))
@@ -310,7 +310,7 @@ def _settled(state: CalibrationState, peak_bytes: int, is_whole: bool, planner_o
     plan = replace(state.active, report=shown)
     if fits and (state.fitting is None or ran.predicted_step_s <= state.fitting.report.predicted_step_s):
         state = replace(state, fitting=plan)
-    slack_bytes = before_bytes - state.chain.workspace_bytes
+    slack_bytes = before_bytes - state.chain.unmodelled_bytes
     if state.num_traces < _MAX_TRACES and (not fits or slack_bytes > _SLACK * ran.budget_bytes):
         state, better = _better_plan(state, ran, fits=fits, planner_of=planner_of)
         if better is not None:
@@ -370,15 +370,15 @@ def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> C
 def _with_residual(
     state: CalibrationState, schedule: Schedule, peak_bytes: int, *, may_shrink: bool
 ) -> CalibrationState:
-    """Learn the workspace with which `schedule` is predicted to peak at `peak_bytes`; a smaller one if `may_shrink`."""
+    """Learn the unmodelled bytes with which `schedule` is predicted to peak at `peak_bytes`; fewer if `may_shrink`."""
     residual_bytes = peak_bytes - simulate(state.chain, schedule).peak_bytes
     if residual_bytes <= 0 and not may_shrink:
         return state
-    before_bytes = state.chain.workspace_bytes
-    chain = replace(state.chain, workspace_bytes=max(0, before_bytes + residual_bytes))
+    before_bytes = state.chain.unmodelled_bytes
+    chain = replace(state.chain, unmodelled_bytes=max(0, before_bytes + residual_bytes))
     limit = state.limit
     if limit.cap_bytes is not None:  # the cap stands for the same plans: only their prediction has changed
-        limit = replace(limit, cap_bytes=limit.cap_bytes + chain.workspace_bytes - before_bytes)
+        limit = replace(limit, cap_bytes=limit.cap_bytes + chain.unmodelled_bytes - before_bytes)
     return replace(state, chain=chain, limit=limit)
 
 
@@ -389,13 +389,13 @@ def _plain_peak(state: CalibrationState) -> int:
 
 def _with_first_plan(state: CalibrationState, planner_of: PlannerOf) -> CalibrationState:
     """Choose the plan of the first step (Note [Calibration]), by measured options only: it runs once."""
-    part = measured_part(replace(state.chain, workspace_bytes=state.base_bytes))
+    part = measured_part(replace(state.chain, unmodelled_bytes=state.base_bytes))
     plain_bytes = _plain_peak(state)
     budget_bytes = state.limit.bytes_for(plain_bytes)
     small, timeline = small_schedule(part.chain, budget_bytes=budget_bytes, planner_of=planner_of)
     schedule, needs_all_options = part.renumbered(small), False
     margin_bytes = int(_MARGIN * timeline.peak_bytes)
-    state = replace(state, chain=replace(state.chain, workspace_bytes=state.base_bytes + margin_bytes))
+    state = replace(state, chain=replace(state.chain, unmodelled_bytes=state.base_bytes + margin_bytes))
     if timeline.peak_bytes + margin_bytes > budget_bytes:
         if plain_bytes <= budget_bytes:  # of a small model: it is the engine's bookkeeping that does not fit
             schedule = keep_all(state.chain)

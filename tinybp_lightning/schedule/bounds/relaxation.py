@@ -53,7 +53,7 @@ class RelaxedChain:
 def relax(chain: Chain, *, budget_bytes: int) -> RelaxedChain:
     """Return the relaxation of `chain` within `budget_bytes`."""
     num_blocks = len(chain.blocks)
-    left_bytes = budget_bytes - chain.workspace_bytes
+    left_bytes = budget_bytes - chain.unmodelled_bytes
     end_of, first_in = _ends(chain)
     first = np.zeros((num_blocks + 1, num_blocks + 1))
     passed = np.zeros_like(first)
@@ -186,7 +186,7 @@ def _without_small(chain: Chain) -> Chain:
         Boundary(tuple(s for s in boundary.storages if sizes[s]), boundary.gradient_bytes)
         for boundary in chain.boundaries
     )
-    return Chain(sizes, chain.blocks, boundaries, chain.tail_peak_bytes, chain.tail_live_bytes, chain.workspace_bytes)
+    return Chain(sizes, chain.blocks, boundaries, chain.tail_peak_bytes, chain.tail_live_bytes, chain.unmodelled_bytes)
 
 
 def _small_bytes(chain: Chain) -> int:

@@ -37,7 +37,7 @@ class MinMemory:
 
     @property
     def smallest_bytes(self) -> int:
-        """The least bytes that a whole step needs, workspace left out."""
+        """The least bytes that a whole step needs, unmodelled bytes left out."""
         return int(self.sweeps[0])
 
     def segments(self, segments: _Ints) -> _Ints:
@@ -79,7 +79,7 @@ class MinMemory:
 
 
 def feasible_schedule(min_memory: MinMemory, table: Table, *, left_bytes: int) -> Schedule:
-    """Return a schedule whose peak, workspace left out, is at most `left_bytes`, which may be the smallest."""
+    """Return a schedule whose peak, unmodelled bytes left out, is at most `left_bytes`, which may be the smallest."""
     return extract_schedule(min_memory.model, _Feasible(min_memory, table), unit_bytes=1, left=left_bytes)
 
 

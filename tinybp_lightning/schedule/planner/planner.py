@@ -52,7 +52,7 @@ class Plan:
 def plan(chain: Chain, *, budget_bytes: int) -> Plan:
     """Return the fastest schedule found whose exact peak is at most `budget_bytes`.
 
-    **Arguments:** `budget_bytes`: limit for everything the chain counts, its workspace included.
+    **Arguments:** `budget_bytes`: limit for everything the chain counts, its unmodelled bytes included.
 
     **Returns:** a legal plan; deterministic, and never slower than the plan for a smaller budget.
 
@@ -123,7 +123,7 @@ class Planner:
         best = min(fitting, key=lambda c: c.cost, default=None)
         if best is self._fastest:
             return best
-        left_bytes = budget_bytes - self.chain.workspace_bytes
+        left_bytes = budget_bytes - self.chain.unmodelled_bytes
         # The true peak of the smallest candidate may be below the least need, which counts some storages twice.
         if left_bytes < self._min_memory.smallest_bytes and budget_bytes < self.smallest_bytes:
             return best

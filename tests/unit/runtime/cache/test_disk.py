@@ -133,7 +133,7 @@ def test_a_plan_that_does_not_fit_is_repaired(monkeypatch: pytest.MonkeyPatch) -
 def test_costs_that_no_budget_suits_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     target, _ = trained()
     (report,) = target.reports
-    heavy = replace(report.chain, workspace_bytes=10 * BUDGET_BYTES)
+    heavy = replace(report.chain, unmodelled_bytes=10 * BUDGET_BYTES)
     known = measured_plan(heavy, keep_all(heavy), headroom_bytes=20 * BUDGET_BYTES)
     monkeypatch.setattr(DiskCache, "find", lambda *_: known)
     target, _ = trained()

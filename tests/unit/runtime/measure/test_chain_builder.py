@@ -138,7 +138,7 @@ def test_a_boundary_is_the_storages_that_cross_it() -> None:
     assert made.storage_bytes == (A, B, C)
     assert [boundary.storages for boundary in made.boundaries] == [(), (0,), (0, 1), (2,)]
     assert [(block.name, block.signature) for block in made.blocks] == [(f"block {k}", f"kind {k}") for k in range(3)]
-    assert (made.tail_peak_bytes, made.tail_live_bytes, made.workspace_bytes) == (0, 0, 0)
+    assert (made.tail_peak_bytes, made.tail_live_bytes, made.unmodelled_bytes) == (0, 0, 0)
 
 
 def test_views_are_one_storage_and_what_others_own_takes_no_bytes() -> None:
@@ -342,7 +342,7 @@ def test_the_engine_keeps_random_states_and_buffers() -> None:
         replace(second, volatile=(1, 2), write_only=(2,), is_random=True),
     )
     made = chain(replace(program, pieces=pieces), [(costs_of(),), (costs_of(),)], wants=[(), (True,), (True,)])
-    assert made.workspace_bytes == 2 * torch.get_rng_state().nbytes + 11 + 11
+    assert made.unmodelled_bytes == 2 * torch.get_rng_state().nbytes + 11 + 11
 
 
 def test_the_chain_of_a_program_is_of_it() -> None:

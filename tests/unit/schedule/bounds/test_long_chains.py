@@ -54,7 +54,7 @@ def _with_norms(rng: random.Random, num_blocks: int) -> Chain:
         boundaries=tuple(boundaries),
         tail_peak_bytes=100 * chain.tail_peak_bytes,
         tail_live_bytes=100 * chain.tail_live_bytes,
-        workspace_bytes=100 * chain.workspace_bytes,
+        unmodelled_bytes=100 * chain.unmodelled_bytes,
     )
 
 

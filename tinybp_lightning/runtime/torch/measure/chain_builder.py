@@ -69,7 +69,7 @@ def chain_of(
             saved_sets.append(saved_set)
         name, signature, forward_s = piece.span.name, piece.span.signature, max(seconds(p.forward) for p in options)
         blocks.append(Block(name, signature, forward_s, forward_peak_bytes, left_bytes[i], tuple(saved_sets)))
-    return Chain(tuple(sizes), tuple(blocks), boundaries, workspace_bytes=_bookkeeping_bytes(program))
+    return Chain(tuple(sizes), tuple(blocks), boundaries, unmodelled_bytes=_bookkeeping_bytes(program))
 
 
 def check_chain_is_of(program: Program, chain: Chain) -> None:
