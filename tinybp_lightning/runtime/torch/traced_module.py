@@ -212,7 +212,7 @@ class TracedModule:
                     return None
                 chain = self._measure(planned, forward, progress)
                 progress.stage("planning")
-                context.plans.count(Origin.MEASURED)
+                context.plans.num_plans[Origin.MEASURED] += 1
                 note_plan = None
                 if entry is not None:
                     mine = replace(entry, origin=Origin.MEASURED, known=None, is_on_disk=False)
@@ -308,7 +308,7 @@ class TracedModule:
             control = loop(known, cached_from=entry.origin.value, note_plan=partial(plans.record, entry))
         except BudgetTooSmallError:
             return None  # by costs from elsewhere: what is measured here decides, and says how much is needed
-        plans.count(entry.origin)
+        plans.num_plans[entry.origin] += 1
         return control
 
 

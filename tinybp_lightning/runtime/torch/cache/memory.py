@@ -40,10 +40,9 @@ class Origin(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """One program in one situation: the key of its plan, and the plan if one is `known`.
+    """One program in one situation, and the plan if one is `known`; `is_measured`: a traced step showed that it fits.
 
-    `layout`: equal for programs that differ only in sizes; `own_bytes`: the sum of the storages that the forward makes;
-    `is_measured`: a traced step has shown that the plan fits.
+    `layout`: equal for programs that differ only in sizes; `own_bytes`: the sum of the storages that the forward makes.
     """
 
     key: Mapping[str, str]
@@ -70,7 +69,7 @@ class PlanCache:
 
     def __init__(self, config: HCBConfig) -> None:
         self.num_compiled = 0
-        self._num_plans: Counter[Origin] = Counter()
+        self.num_plans: Counter[Origin] = Counter()
         self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
         self._disk = open_cache(config.plan_cache)
 
@@ -95,10 +94,6 @@ class PlanCache:
         closest = min(larger, key=lambda e: e.own_bytes, default=None)  # See Note [Larger shapes]
         return empty if closest is None or closest.known is None else entry(Origin.LARGER, closest.known, False)
 
-    def count(self, origin: Origin) -> None:
-        """Count a plan."""
-        self._num_plans[origin] += 1
-
     def record(self, entry: CacheEntry, known: MeasuredPlan, is_measured: bool) -> None:
         """Record what a controller has learned for its entry; on disk once it is measured."""
         if entry.origin is Origin.LARGER:  # See Note [Larger shapes]
@@ -121,9 +116,9 @@ class PlanCache:
             num_graphs=num_graphs,
             num_live=num_live,
             num_evicted=num_evicted,
-            num_measured=self._num_plans[Origin.MEASURED],
-            num_cached=self._num_plans[Origin.CACHED],
-            num_larger=self._num_plans[Origin.LARGER],
+            num_measured=self.num_plans[Origin.MEASURED],
+            num_cached=self.num_plans[Origin.CACHED],
+            num_larger=self.num_plans[Origin.LARGER],
             num_compiled=self.num_compiled,
         )
 

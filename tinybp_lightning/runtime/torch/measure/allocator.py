@@ -87,8 +87,7 @@ class _TracingLock:
                 self._holds.pop()
 
 
-_LOCK = _TracingLock()
-"""The process has one profiler, so one thread measures at a time; the others train without measuring."""
+_LOCK = _TracingLock()  # the process has one profiler, so one thread measures at a time, and the others only train
 
 
 @contextlib.contextmanager

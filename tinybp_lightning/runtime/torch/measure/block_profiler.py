@@ -1,7 +1,6 @@
 """Measure what one option of one block needs, by running it in every way the engine may run it.
 
-Forward alone, forward that saves, replay with early stop, backward: the timer tells the seconds, the allocator the
-bytes.
+Forward alone, forward that saves, replay with early stop, backward: the timer tells seconds, the allocator bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -151,6 +150,16 @@ class BlockProfiler:
     def _first(self, state: list[Any]) -> list[Any]:
         return GraphBlock(self.piece, self.inputs, self.option).first(state)
 
+    def _read(self, state: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """Return the tensors of the boundary before the block that it reads, by position in its reads."""
+        read = {k: state[s.index] for k, s in enumerate(self.piece.reads) if s.origin == STATE}
+        return {k: t for k, t in read.items() if isinstance(t, torch.Tensor)}
+
+    def _made(self, out: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """Return the tensors that the block made, by number."""
+        made = {s.index: t for s, t in zip(self.piece.state, out, strict=True) if s.origin == MADE}
+        return {k: t for k, t in made.items() if isinstance(t, torch.Tensor)}
+
     def _saved_set(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Return private saved bytes, and which reads and results of the block its saved tensors alias."""
         held: list[torch.Tensor] = []
@@ -160,26 +169,17 @@ class BlockProfiler:
             return t.detach()
 
         state = self._state()
-        taken = {s.index: state[s.index] for s in self.piece.reads if s.origin == STATE}
+        read = self._read(state)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = self._first(state)
+            made = self._made(self._first(state))
         sizes = {storage_key(t): t.untyped_storage().nbytes() for t in held if has_storage(t)}
         for key in self.inputs.storages:
             sizes.pop(key, None)
-        reads = tuple(
-            k
-            for k, s in enumerate(self.piece.reads)
-            if s.origin == STATE and isinstance(t := taken[s.index], torch.Tensor) and storage_key(t) in sizes
-        )
-        made = {
-            s.index: t
-            for s, t in zip(self.piece.state, out, strict=True)
-            if s.origin == MADE and isinstance(t, torch.Tensor)
-        }
+        saved_reads = tuple(k for k, t in read.items() if storage_key(t) in sizes)
         saved_made = tuple(k for k, t in sorted(made.items()) if storage_key(t) in sizes)
-        for t in [*taken.values(), *made.values()]:
+        for t in [*read.values(), *made.values()]:
             sizes.pop(storage_key(t), None)
-        return sum(sizes.values()), reads, saved_made
+        return sum(sizes.values()), saved_reads, saved_made
 
     def _replay(self, mark: Callable[[str], None]) -> Timing:
         state = self._state()
@@ -208,22 +208,19 @@ class BlockProfiler:
 
     def _save_and_backward(self, mark: Callable[[str], None], *, is_held: bool = True) -> _BackwardRun:
         state = self._state()
-        reads = [(k, state[s.index]) for k, s in enumerate(self.piece.reads) if s.origin == STATE]
-        reads = [(k, t) for k, t in reads if isinstance(t, torch.Tensor) and t.requires_grad]
+        reads = [(k, t) for k, t in self._read(state).items() if t.requires_grad]
         parameters = [self.inputs.values[s.index] for s in self.piece.reads if s.origin == EXTERNAL]
         parameters = list({id(p): p for p in parameters if isinstance(p, torch.Tensor) and p.requires_grad}.values())
         mark("save")
-        out = self._first(state)
-        results = {s.index: t for s, t in zip(self.piece.state, out, strict=True) if s.origin == MADE}
-        seeded = [(results[index], layout) for index, layout in self.seeds]
-        seeded = [(t, layout) for t, layout in seeded if isinstance(t, torch.Tensor) and t.requires_grad]
+        made = self._made(self._first(state))
+        seeded = [(made[index], layout) for index, layout in self.seeds if index in made and made[index].requires_grad]
         if not seeded:
             mark("backward")
             return _BackwardRun(_NOTHING, 0, (), ())
         layouts = [layout for _, layout in seeded]
         seeded_bytes = sum(t.element_size() * (t.numel() if layout is None else layout[2]) for t, layout in seeded)
         loss = cast("torch.Tensor", _Start.apply(layouts, *(t for t, _ in seeded)))
-        del out, results, seeded
+        del made, seeded
         grads: list[torch.Tensor | None] = []
         wanted = [*(t for _, t in reads), *parameters]
         mark("backward")

@@ -25,9 +25,7 @@ _Options = Sequence[BlockProfile]  # of one block
 def chain_of(
     program: Program, profiles: Sequence[_Options], wants: Sequence[Sequence[bool]], *, counts_gradients: bool
 ) -> Chain:
-    """Return the chain of a program whose blocks were measured.
-
-    Its seconds are the device's or the host's, whichever is slower over the whole step.
+    """Return a measured program's chain, in seconds of the device or of the host: the slower one over the whole step.
 
     **Arguments:** `wants[i]`: which leaves of boundary `i` want gradients; `counts_gradients`: whether parameters'
     gradients are part of the budget.
@@ -73,10 +71,7 @@ def chain_of(
 
 
 def check_chain_is_of(program: Program, chain: Chain) -> None:
-    """Compare what can be known of a chain without measuring: its blocks, its boundaries, and their bytes.
-
-    **Raises:** `PlanFileError` that names the first difference.
-    """
+    """Raise `PlanFileError` for the first difference in what is known without measuring: blocks, boundaries, bytes."""
     frontiers, sizes, _ = _frontiers(program)
     blocks = [(b.name, b.signature, len(b.options)) for b in chain.blocks]
     found: list[tuple[str, object, object]] = [
@@ -120,28 +115,20 @@ def _gradient_bytes(program: Program, boundary: int, profiles: Sequence[_Options
     total_bytes = 0
     storages: dict[tuple[int, int], int] = {}
     for value, wanted in zip(program.boundaries[boundary], wants, strict=True):
-        made = _contributions(program, boundary, value, profiles) if wanted else []
-        if len(made) == 1:
+        made = [
+            (block, number, size_bytes)
+            for block in range(boundary, len(program.pieces))
+            for position, number, size_bytes in profiles[block][0].input_gradients
+            if program.boundaries[block][program.pieces[block].reads[position].index] == value
+        ]
+        if value in program.differentiated:  # the caller's own gradient for an output
+            made.append((len(program.pieces), value, _dense_bytes(program, value)))
+        if wanted and len(made) == 1:
             (block, number, size_bytes), *_ = made
             storages[block, number] = size_bytes
-        elif made:
+        elif wanted and made:
             total_bytes += _dense_bytes(program, value)
     return total_bytes + sum(storages.values())
-
-
-def _contributions(
-    program: Program, boundary: int, value: ValueId, profiles: Sequence[_Options]
-) -> list[tuple[int, int, int]]:
-    """Return (block, storage number, bytes) of each gradient that blocks after `boundary` give `value`."""
-    found = [
-        (block, number, size_bytes)
-        for block in range(boundary, len(program.pieces))
-        for position, number, size_bytes in profiles[block][0].input_gradients
-        if program.boundaries[block][program.pieces[block].reads[position].index] == value
-    ]
-    if value in program.differentiated:  # the caller's own gradient for an output
-        found.append((len(program.pieces), value, _dense_bytes(program, value)))
-    return found
 
 
 def _parameter_gradient_bytes(program: Program) -> tuple[list[int], list[int]]:

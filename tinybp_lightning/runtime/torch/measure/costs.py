@@ -109,8 +109,7 @@ def measuring_values(program: Program, values: Sequence[Any]) -> NonBoundaryInpu
 def _seeds(program: Program, layouts: Sequence[Mapping[int, Layout]]) -> _Seeds:
     """Return which of each piece's values get gradients: those that later pieces read, and where backward starts.
 
-    **Arguments:** `layouts`: of the gradients that each piece makes, by position in its reads. Only a value that is
-    read once has one: several gradients are summed into a tensor of its own.
+    `layouts` are of the gradients that each piece makes, by position in its reads. A sum of several has a plain one.
     """
     found: dict[ValueId, list[Layout | None]] = {v: [None] for v in program.differentiated}
     seeds: _Seeds = []

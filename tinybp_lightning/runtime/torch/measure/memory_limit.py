@@ -24,10 +24,7 @@ _AUTO_MARGIN = 0.05
 
 
 def limit_bytes(budget: Budget, device: torch.device) -> int:
-    """Return the bytes that a memory budget grants this process on `device`.
-
-    **Raises:** `BudgetError` where torch cannot tell the device's size.
-    """
+    """Return the bytes that a memory budget grants this process. Raises `BudgetError` if torch cannot tell the size."""
     if budget.size_bytes is not None:
         return budget.size_bytes
     if device.type == "cuda":
@@ -53,22 +50,13 @@ def fragmented_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
 
 
-def _baseline_bytes(device: torch.device, tensors: Sequence[torch.Tensor]) -> int:
-    """Return the device bytes taken before the step: as the CUDA allocator knows, or of `tensors` and gradients."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
-
-
 @dataclass(slots=True)
 class TargetMemory:
     """What all plans of one target share: the optimizer's state, a cap, and the largest peak of plain training.
 
-    `optimizer_state`: `None` where the budget does not count it. Only this object holds it, until the target goes,
-    because Dynamo keeps compiled code, and our programs with it, for longer. `cap_bytes`: the most that any plan may
-    use since one of them ran out of memory. `largest_plain_bytes`: a budget that is a share is one of the largest peak:
-    a small last batch must not be held to a share of its own small peak.
+    `optimizer_state`: `None` where the budget does not count it; held only here, because Dynamo keeps our programs for
+    longer than the target lives. `cap_bytes`: the most that any plan may use since one of them ran out of memory.
+    `largest_plain_bytes`: what a budget that is a share is a share of, so that a small last batch may use as much.
     """
 
     optimizer_state: "OptimizerState | None"
@@ -79,10 +67,9 @@ class TargetMemory:
 class OptimizerState:
     """Counts the bytes of optimizer state, in the first step of each optimizer of `parameters`.
 
-    `existed_bytes` were there before that step (from a checkpoint), `made_bytes` came with it, `unknown_bytes` are
-    those of the parameters that no optimizer has stepped yet. Make it before the step that it is to see: an optimizer's
-    closure runs after the hook that looks first. Its hooks live as long as it does, because no hook may be removed
-    while the optimizer goes through them.
+    `existed_bytes` were there before that step (from a checkpoint), `made_bytes` came with it, `unknown_bytes` are of
+    the parameters that no optimizer has stepped yet. Make it before the step that it is to see: a closure runs after
+    the first hook. The hooks live as long as it does: none may be removed while the optimizer goes through them.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -120,8 +107,7 @@ class OptimizerState:
 
 def _look(state: "weakref.ref[OptimizerState]", has_stepped: bool, optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Let `state` look, without keeping it alive."""
-    alive = state()
-    if alive is not None:
+    if (alive := state()) is not None:
         alive.look(optimizer, has_stepped=has_stepped)
 
 
@@ -142,7 +128,11 @@ class Headroom:
         self._shared = shared
         self._budget = config.budget
         self._device = device
-        self._baseline_bytes = _baseline_bytes(device, tensors)
+        if device.type == "cuda":
+            self._baseline_bytes = torch.cuda.memory_allocated(device)
+        else:
+            held = [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]
+            self._baseline_bytes = sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
         self._assumed_bytes = config.optimizer_state_bytes
         state = shared.optimizer_state
         self._made_before_bytes = 0 if state is None else state.made_bytes

@@ -98,8 +98,7 @@ class StepMonitor:
 
     def settle(self) -> None:
         """Close the trace of a step whose backward has ended, and tell `on_end`."""
-        trace = self._take_trace()
-        if trace is not None:
+        if (trace := self._take_trace()) is not None:
             try:
                 self.measured = _measured(trace.close())
             except LostTraceError as error:
@@ -120,8 +119,7 @@ class StepMonitor:
 
     def untrace(self) -> None:
         """Go on to follow the step, but measure nothing."""
-        trace = self._take_trace()
-        if trace is not None:
+        if (trace := self._take_trace()) is not None:
             trace.abandon()
 
     def _take_trace(self) -> AllocatorTrace | None:

@@ -84,9 +84,8 @@ class OomRetry:
     def run(self, first: Callable[[], T], again: Callable[[], T], let_go: Callable[[], None] | None = None) -> T:
         """Return what `first` returns, or `again`, which runs the whole step up to the end of `first`.
 
-        **Arguments:** `let_go`: drops what the caller holds of the failed run.
-
-        **Raises:** the step's first `torch.OutOfMemoryError`, with our numbers as a note, when nothing more helps.
+        `let_go` drops what the caller holds of the failed run. Raises the step's first `torch.OutOfMemoryError`, with
+        our numbers as a note, when nothing more helps.
         """
         attempt = first
         try:
@@ -179,8 +178,7 @@ def run_step(
         backward(loss)
         return loss.detach()
 
-    reason = why_not_rerun(dispatcher.config)
-    if reason is not None:
+    if (reason := why_not_rerun(dispatcher.config)) is not None:
         with explaining(lambda: targets(model), reason):
             return attempt(inputs, lambda: None)
     if dispatcher.step_snapshot is None or dispatcher.step_snapshot.root is not model:

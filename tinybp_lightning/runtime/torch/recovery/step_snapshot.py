@@ -1,6 +1,4 @@
-"""Note what a step changes, and restore it before the step is run a second time.
-
-A step changes the random generators, buffers, and gradients once backward has begun.
+"""Note what a step changes (random generators, buffers, gradients), and restore it before the step is run again.
 
 Note [Finished gradients]
     Within one backward a parameter's `AccumulateGrad` runs once, with everything that belongs to it. So a backward that
@@ -180,12 +178,8 @@ class StepSnapshot:
         with torch.no_grad():
             for b in self._buffers:
                 b.restore()
-        self._set_gradients_aside()
-        self._is_backward = False
-
-    def _set_gradients_aside(self) -> None:
-        """See Note [Finished gradients]."""
         self._remove_hooks()
+        # See Note [Finished gradients].
         for index, ((_, p), before) in enumerate(zip(self._parameters, self._gradients, strict=True)):
             if index not in self._finished:
                 if not self._is_backward or before.is_of(p):
@@ -196,6 +190,7 @@ class StepSnapshot:
             if index in self._finished:
                 parameter: Any = p  # the method is not annotated in full
                 self._handles.append(parameter.register_post_accumulate_grad_hook(_Restore(self._finished[index])))
+        self._is_backward = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ __all__ = ["GraphBlock", "NonBoundaryInputs", "RunnableBlock", "copies", "fresh_
 class RunnableBlock(Protocol):
     """One block, which the engine can run any number of times with the same result.
 
-    `is_random`: it draws random numbers; asked again after `first`. `is_out_of_place`: its ops are known not to change
-    any activation.
+    `is_random`: it draws random numbers; asked again after `first`. `is_out_of_place`: no op changes an activation.
     """
 
     name: str

@@ -27,10 +27,7 @@ _MIN_CHUNK, _MAX_CHUNKS = 256, 64
 
 
 def is_checking(*, asked: bool) -> bool:
-    """Return whether code `asked` for checked mode, or `HCB_CHECK` asks for it now.
-
-    **Raises:** `ConfigError` if the variable is neither 0 nor 1.
-    """
+    """Return whether code `asked` for checked mode, or `HCB_CHECK` does. Raises `ConfigError` unless that is 0 or 1."""
     value = os.environ.get(_VARIABLE, "0")
     if value not in ("", "0", "1"):
         raise ConfigError(f"`{_VARIABLE}={value}` is unknown: set it to 1 (compare every replayed tensor) or 0.")

@@ -229,8 +229,7 @@ class Run:
         self._cursor = (block + 1, [_detached(t) for t in out])
 
     def _forward_save(self, block: BlockId, *, stops_early: bool) -> None:
-        saved = self._saved.get(block)
-        if saved is None:  # kept in the first sweep: autograd has its tensors
+        if (saved := self._saved.get(block)) is None:  # kept in the first sweep: autograd has its tensors
             if not stops_early:
                 self._forward(block)
             return

@@ -52,11 +52,7 @@ class ReplayProgram:
 
 
 def replay_program_of(schedule: Schedule) -> ReplayProgram:
-    """Return the `ReplayProgram` of a schedule that passed `verify_schedule`.
-
-    **Raises:** `ScheduleError` for an action that the engine does not play (offload), and for a block that saves by
-    one option and runs backward by another.
-    """
+    """Return a verified schedule's replay program. Raises `ScheduleError` for offload, or if a block mixes options."""
     n = schedule.num_blocks
     options = {a.block: a.option for a in schedule.actions if isinstance(a, Backward)}
     kept: list[bool] = []

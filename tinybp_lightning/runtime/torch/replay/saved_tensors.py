@@ -230,8 +230,7 @@ class SavedTensors:
                 if source is not None and source.version == t._version:
                     source.add_view(slot, t)
                     return slot
-            storage = t.untyped_storage()
-            self._dropped[key] = (StorageWeakRef(storage), storage.nbytes())
+            self._dropped[key] = (StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
             if self._is_out_of_place:
                 views = self._views_of_saved[position] = []
                 self._saved_first[key] = _Source(t._version, _offset_bytes(t), views)

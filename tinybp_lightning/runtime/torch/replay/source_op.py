@@ -4,10 +4,9 @@ A pack hook is called inside the op that saves. The frame above it is generated 
 the ops of its graph, or a submodule's `forward`.
 
 Note [Filled after saving]
-    In training `rrelu` saves its noise *before* its kernel draws it, and does not raise a version: the pack hook is
-    given memory that nobody has written yet. It is the only op whose formula does so (among all schemas in torch 2.13,
-    only this one writes to an argument that its backward reads). A replay that stopped there would hand garbage to
-    backward.
+    In training `rrelu` saves its noise *before* its kernel draws it, and does not raise a version: a replay that
+    stopped there would hand backward memory that nobody has written. Among all schemas in torch 2.13, only this op
+    writes to an argument that its backward reads.
 """
 
 import inspect
