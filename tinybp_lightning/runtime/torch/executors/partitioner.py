@@ -124,9 +124,13 @@ def value_bytes(value: Any) -> int:
     return sum(int(t.numel()) * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
+def _value(argument: Any) -> Any:
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
 def _seconds(n: fx.Node) -> float:
     """Estimate an op's time by a roofline: its operations, or the bytes it reads and writes."""
-    args, kwargs = tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, (n.args, dict(n.kwargs)))
+    args, kwargs = tree_map(_value, (n.args, dict(n.kwargs)))
     value = n.meta.get("val")
     tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
     device_type = tensors[0].device.type if tensors else "cpu"
