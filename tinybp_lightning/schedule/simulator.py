@@ -6,11 +6,13 @@ parameter gradients accumulated so far, what the code after the last block still
 model follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*, with shared storages, early stop and
 copies to host memory (Note [Two directions of one link]) added.
 
-# Note [Where the loss stands] The first sweep ends with the last block's first forward. Then, before any other action,
+# Note [Where the loss stands]
+The first sweep ends with the last block's first forward. Then, before any other action,
 comes the *tail*: the caller's code after the last block, with the last boundary held. After it the last boundary is
 released (unless a saved set aliases it) and its gradient is alive.
 
-# Note [Two directions of one link] Copies run beside compute, and each direction of the link moves one boundary after
+# Note [Two directions of one link]
+Copies run beside compute, and each direction of the link moves one boundary after
 the other. The directions do not share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at
 the same rate both ways at once.
 
