@@ -7,20 +7,19 @@ model follows Beaumont et al., *Optimal checkpointing for heterogeneous chains*,
 copies to host memory (Note [Two directions of one link]) added.
 
 # Note [Where the loss stands]
-The first sweep ends with the last block's first forward. Then, before any other action,
-comes the *tail*: the caller's code after the last block, with the last boundary held. After it the last boundary is
-released (unless a saved set aliases it) and its gradient is alive.
+The first sweep ends with the last block's first forward. Then, before any other action, comes the *tail*: the caller's
+code after the last block, with the last boundary held. After it the last boundary is released (unless a saved set
+aliases it) and its gradient is alive.
 
 # Note [Two directions of one link]
-Copies run beside compute, and each direction of the link moves one boundary after
-the other. The directions do not share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at
-the same rate both ways at once.
+Copies run beside compute, and each direction of the link moves one boundary after the other. The directions do not
+share bandwidth: PCIe and NVLink are full duplex, and pinned copies were measured at the same rate both ways at once.
 
 - `Offload` copies the storages of its boundary that have no host copy yet; another offloaded boundary may share some.
-They are on the device until the copy has ended, and are let go of before the first action after that. - `Reload` copies
-those that nothing holds on the device. One that is still on its way out is waited for first, and   compute waits with
-it. The bytes are taken at once; the first forward that reads the boundary waits for the end. - A boundary dropped while
-its copy is under way is released when the copy has ended.
+  They are on the device until the copy has ended, and are released before the first action after that.
+- `Reload` copies those that nothing holds on the device. If one is still on its way out, the reload and compute wait
+  for it. The bytes are taken at once; the first forward that reads the boundary waits for the end.
+- A boundary dropped while its copy is under way is released when the copy has ended.
 """
 
 from collections.abc import Sequence
