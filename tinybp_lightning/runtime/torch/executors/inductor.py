@@ -43,7 +43,6 @@ __all__ = ["InductorExecutor"]
 _SHARES = (0.6, 0.3, 0.1)
 """How much of what autograd wants the further options save. In a transformer layer the first repeats pointwise ops, the
 second also the matrix products that widen, and the third all but random ops."""
-_compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
 _OPTION_DEVICES = frozenset({"cpu", "cuda"})
 # The devices on which we have seen torch follow the tags, with bits, budget and time. On others, replays save memory.
 
@@ -141,10 +140,11 @@ def _further_options(piece: Piece, arguments: Sequence[Any]) -> tuple[Call, ...]
 def _compile(piece: Piece, arguments: Sequence[Any], share: float | None) -> Call:
     """Compile a piece, to save what torch chooses or a `share` of what autograd wants."""
     ours = {} if share is None else {"custom_partitioner_fn": ClosurePartitioner(share, _parameters(piece, arguments))}
+    compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
     # See Note [Kernels that are timed].
     settings = {"triton.autotune_pointwise": False} if torch.are_deterministic_algorithms_enabled() else None
     with inductor_config.patch(ours):
-        compiled = _compile_graph(_unboxed(piece.module), list(arguments), config_patches=settings)
+        compiled = compile_graph(_unboxed(piece.module), list(arguments), config_patches=settings)
 
     def call(arguments: list[Any]) -> Sequence[Any]:
         taken = tuple(arguments)
@@ -192,8 +192,9 @@ def _forecasts(piece: Piece, arguments: Sequence[Any]) -> tuple[Forecast, ...] |
     That is a piece without backward, one that changes its arguments, and one that the compiler gives more arguments.
     """
     module, tracer = _unboxed(piece.module), _Tracer()
+    compile_graph: Any = compile_fx  # its annotation has cases that a graph in memory never makes
     with inductor_config.patch(custom_partitioner_fn=tracer), functorch_config.patch(enable_autograd_cache=False):
-        _compile_graph(module, list(arguments), inner_compile=_uncompiled)
+        compile_graph(module, list(arguments), inner_compile=_uncompiled)
     if len(tracer.found) != 1:
         return None
     ((joint, options),) = tracer.found
