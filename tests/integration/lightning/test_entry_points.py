@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinybp_lightning import integrations
-from tinybp_lightning.integrations import Adapter
+from tinybp_lightning.integrations._shared.import_hook import Adapter
 
 ROOT = Path(integrations.__file__).parents[2]
 
