@@ -93,6 +93,10 @@ class _FaultyStep:
         return self._step.is_random
 
     @property
+    def has_regions(self) -> bool:
+        return self._step.has_regions
+
+    @property
     def is_out_of_place(self) -> bool:
         return self._step.is_out_of_place
 

@@ -21,6 +21,7 @@ from tinybp_lightning.integrations._shared import import_hook
 
 if TYPE_CHECKING:
     from tinybp_lightning.capture.torch import capture_graph
+    from tinybp_lightning.capture.torch.ambient import register_ambient
     from tinybp_lightning.integrations.lightning_unified import HCBStrategy
     from tinybp_lightning.runtime.torch import attach, hcb, keep, restore, run_step
     from tinybp_lightning.runtime.torch.explanation import Explanation, explain
@@ -46,6 +47,7 @@ __all__ = [
     "keep",
     "pareto",
     "plan",
+    "register_ambient",
     "restore",
     "run_step",
     "simulate",
@@ -54,7 +56,7 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 # Where the other names of `__all__` are defined; `schedule` comes first because `plan` must not load torch.
-_HOMES = ("schedule", "capture.torch", "runtime.torch", "runtime.torch.explanation")
+_HOMES = ("schedule", "capture.torch", "capture.torch.ambient", "runtime.torch", "runtime.torch.explanation")
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,8 @@ class Node:
     `reads` and `makes` are values in argument and result order. `writes` are the storages that it changes in place.
     `saved` are the storages that autograd holds for its backward (inputs, outputs, and private ones such as dropout
     masks). `copies` are pairs of a saved storage and the storage that the op copied, before it computed, in another
-    dtype (autocast) or layout. `module` is the dotted path of the module that called the op (empty at the top).
+    dtype (autocast) or layout. `settings` describes those that a region of the forward puts in place around the op.
+    `module` is the dotted path of the module that called the op (empty at the top).
     """
 
     id: NodeId
@@ -65,6 +66,7 @@ class Node:
     is_random: bool
     is_collective: bool
     copies: tuple[tuple[StorageId, StorageId], ...] = ()
+    settings: str = ""
 
 
 @dataclass(frozen=True, slots=True)

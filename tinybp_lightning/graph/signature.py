@@ -66,6 +66,7 @@ class _Canonical:
             node.flops if self._has_sizes else 0,
             node.is_random,
             node.is_collective,
+            node.settings,
         )
 
     def values(self, value_ids: Iterable[ValueId]) -> tuple[object, ...]:

@@ -54,8 +54,18 @@ def test_evaluation_is_left_alone() -> None:
     with torch.no_grad():
         model(torch.ones(2, WIDTH))
         model.train()(torch.ones(2, WIDTH))
-    model.eval()(torch.ones(2, WIDTH)).sum().backward()
+    model.eval()(torch.ones(2, WIDTH))  # with gradients on, as evaluation often is
     assert targets(model) == ()
+
+
+def test_training_in_eval_mode_is_named_and_planned_from_the_second_step() -> None:
+    want = train(residual_net().eval(), square_loss)
+    model = tbp.hcb(residual_net().eval(), activation_budget="60%")
+    with pytest.warns(HCBWarning, match=r"it is in `eval\(\)` mode; .* from the next step on") as caught:
+        got = train(model, square_loss)
+    assert_all_same(got, want)
+    assert len(caught) == 1
+    assert targets(model)[0].profile is not None
 
 
 def test_restore_gives_the_plain_module_back() -> None:

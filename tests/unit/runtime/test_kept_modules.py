@@ -187,7 +187,7 @@ def played(pinned: set[int], ways: Callable[[torch.Tensor, nn.Module], Any]) -> 
     script = pin_program(replay_program_of(from_text("F0 F1 F2 K3 B3 F0 F1 K2 B2 F0 K1 B1 K0 B0")), pinned)
     x = torch.ones(2, 4)
     externals = NonBoundaryInputs.of([x, *modules.parameters()])
-    run = Run(script, externals, devices=(), autocast=())
+    run = Run(script, externals, devices=())
     run.begin([x])
     state: list[Any] = [x]
     for i, module in enumerate(modules):

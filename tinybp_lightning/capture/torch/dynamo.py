@@ -11,7 +11,7 @@ Note [As it runs]
     module is trained by its submodules' calls: as exact, but coarser.
 
 Private API: `torch._dynamo.config`, `eval_frame._stance`, `exc`, `comptime`,
-`variables.torch.tracing_state_functions` (torch 2.11 to 2.14).
+`variables.torch.tracing_state_functions`, `variables.misc.RandomVariable` (torch 2.11 to 2.14).
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -32,12 +32,14 @@ import torch._dynamo
 from torch import fx
 from torch._dynamo import eval_frame, exc
 from torch._dynamo.comptime import comptime
+from torch._dynamo.variables import misc as dynamo_misc
 from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
 from tinybp_lightning.capture.torch.higher_order import as_plain_calls
 from tinybp_lightning.capture.torch.masks import mask_functions
 from tinybp_lightning.capture.torch.private import modes_set_aside
+from tinybp_lightning.capture.torch.regions import settle_regions
 from tinybp_lightning.errors import CaptureError
 
 __all__ = ["CannotTraceError", "Tracer"]
@@ -63,9 +65,17 @@ class Tracer:
     def __init__(self, forward: Callable[..., Any], on_graph: Callable[[fx.GraphModule], Callable[..., Any]]) -> None:
         def backend(module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
             as_plain_calls(module)
-            return torch._dynamo.disable(on_graph(module), reason="height-compressed backpropagation runs the blocks")
+            settle_regions(module)
+            run_graph = on_graph(module)
+
+            def run(*values: Any) -> Any:
+                self._has_run = True
+                return run_graph(*values)
+
+            return torch._dynamo.disable(run, reason="height-compressed backpropagation runs the blocks")
 
         self._forward = forward
+        self._has_run = False  # whether the call that is under way has reached the graph
         with torch._dynamo.config.patch(disable=False):  # else `torch.compile` returns the forward itself
             self._compiled = torch.compile(_own_frame(forward), backend=backend, fullgraph=True, dynamic=False)
 
@@ -73,11 +83,24 @@ class Tracer:
         """Run the forward. Raises `CannotTraceError` before anything has run if the graph breaks."""
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # `torch.compile` returns the forward itself
             raise CannotTraceError("`TORCHDYNAMO_DISABLE=1` switches the tracer off")
-        try:
-            with _ONE_AT_A_TIME, _tracing(self._forward, args, kwargs):
+        with _ONE_AT_A_TIME, _tracing(self._forward, args, kwargs):
+            self._has_run = False
+            try:
                 return self._compiled(*args, **kwargs)
-        except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError) as error:
-            raise CannotTraceError(str(error).strip().splitlines()[0]) from error
+            except Exception as error:
+                # Dynamo lets many kinds of error out (of symbolic shapes, of libraries, of its own), and none of them
+                # means more than that there is no graph; what the run of a graph raises is the user's to see.
+                if self._has_run or isinstance(error, CaptureError):
+                    raise
+                raise CannotTraceError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    inner = getattr(error, "inner_exception", None)  # what a backend raises, Dynamo wraps
+    shown = inner if isinstance(inner, Exception) else error
+    text = str(shown).strip()
+    name = "" if isinstance(shown, (exc.TorchDynamoException, CaptureError)) else f"{type(shown).__name__}: "
+    return f"{name}{text.splitlines()[0]}" if text else type(shown).__name__
 
 
 def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,6 +133,8 @@ def _tracing(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
             accumulated_recompile_limit=_MANY,
             # Off by default because compilers have no kernels for RNNs; blocks run torch's own.
             allow_rnn=True,
+            # Dynamo would turn NumPy's arithmetic and generator into torch's, which have other bits.
+            trace_numpy=False,
             # DDPOptimizer would cut the graph at gradient buckets; blocks overlap with communication without it.
             optimize_ddp=False,
             # A hook that the user registers after the first step must run.
@@ -122,6 +147,8 @@ def _tracing(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         # See Note [As it runs].
         answers = {q: False if answer is True else answer for q, answer in tracing_state_functions().items()}
         _replace(stack, dynamo_torch, "tracing_state_functions", lambda: answers)
+        if hasattr(dynamo_misc.RandomVariable, "is_supported_random_obj"):
+            _replace(stack, dynamo_misc.RandomVariable, "is_supported_random_obj", staticmethod(_refuse_generator))
         for module, name, new in (*_REPLACED, *mask_functions(forward, args, kwargs)):
             if hasattr(owner := sys.modules.get(module), name):
                 _replace(stack, owner, name, new)
@@ -137,6 +164,11 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> No
     """Set an attribute until `stack` is left."""
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, new)
+
+
+def _refuse_generator(_: Any) -> bool:
+    """Keep Dynamo from drawing from a `random.Random` while it traces: it would make constants of what it draws."""
+    raise CannotTraceError("it draws from a `random.Random` of its own, which a trace would turn into constants")
 
 
 class _Functions(str):

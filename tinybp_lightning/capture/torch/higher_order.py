@@ -18,7 +18,7 @@ from torch import fx
 
 from tinybp_lightning.errors import CaptureError
 
-__all__ = ["as_plain_calls"]
+__all__ = ["Applied", "as_plain_calls"]
 
 
 def as_plain_calls(module: fx.GraphModule) -> None:
@@ -35,7 +35,7 @@ def as_plain_calls(module: fx.GraphModule) -> None:
             _inline(module, node)
             changed = True
         elif node.target is torch.ops.higher_order.autograd_function_apply:
-            node.target = _Applied(*(_part(module, n) for n in node.args[:2]))
+            node.target = Applied(*(_part(module, n) for n in node.args[:2]))
             changed = True
     if changed:
         module.graph.lint()
@@ -76,7 +76,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
         module.graph.erase_node(holder)
 
 
-class _Applied:
+class Applied:
     """Stands for one of the user's `autograd.Function`s. Its name tells it from others with the same shapes."""
 
     def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:

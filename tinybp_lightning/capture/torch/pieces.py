@@ -17,10 +17,11 @@ from torch.nn import functional
 from tinybp_lightning.capture.torch.op_filter import call_through_filter
 from tinybp_lightning.capture.torch.private import leaving_transforms
 from tinybp_lightning.capture.torch.record import enters_transform, is_op
+from tinybp_lightning.capture.torch.regions import has_regions, insert_switches
 from tinybp_lightning.graph.cuts.narrow import BlockSpan, Granularity, choose_cuts, cut_blocks
 from tinybp_lightning.graph.cuts.products import is_activation, worthwhile_skippable_ops
 from tinybp_lightning.graph.ids import StorageId, ValueId
-from tinybp_lightning.graph.ir import Graph, Node
+from tinybp_lightning.graph.ir import Graph, Node, StorageKind
 
 __all__ = ["EXTERNAL", "MADE", "STATE", "Piece", "Program", "Source", "cut_program", "fill_template", "reorder"]
 
@@ -53,6 +54,7 @@ class Piece:
     results depends.
     `is_out_of_place`: none of its ops changes an activation in place.
     `is_compiled`: `calls` are no longer the user's own kernels.
+    `has_regions`: it opens and closes regions, of which a replay that stops early leaves some open.
     """
 
     calls: tuple[Callable[[list[Any]], Sequence[Any]], ...]
@@ -66,6 +68,7 @@ class Piece:
     is_out_of_place: bool
     span: BlockSpan
     is_compiled: bool = False
+    has_regions: bool = False
 
     @property
     def guarded(self) -> tuple[int, ...]:
@@ -80,6 +83,8 @@ class Program:
     `outputs` says where each result of the original graph is found after the last piece; `template` is the original
     output structure, with positions into `outputs` in place of the values. `differentiated`: the results from which
     backward is presumed to start: a loss (a single number) alone where there is one, as the first measured step checks.
+    `unsaved`: positions of the graph's inputs that only replays read after the forward, because autograd saves nothing
+    of them. The caller may change such a tensor before backward, as plain training allows.
     """
 
     graph: Graph
@@ -88,6 +93,7 @@ class Program:
     outputs: tuple[Source, ...]
     template: Any
     differentiated: frozenset[ValueId]
+    unsaved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,19 @@ def cut_program(module: fx.GraphModule, graph: Graph, *, granularity: Granularit
     pieces = tuple(traced.piece(span) for span in spans)
     wanted = frozenset(v for v in graph.outputs if graph.values[v].requires_grad)
     numbers = frozenset(v for v in wanted if graph.values[v].shape == ())
-    return Program(graph, pieces, boundaries, tuple(outputs), template, numbers or wanted)
+    return Program(graph, pieces, boundaries, tuple(outputs), template, numbers or wanted, _unsaved_inputs(graph))
+
+
+def _unsaved_inputs(graph: Graph) -> tuple[int, ...]:
+    kept = {s for node in graph.nodes for s in (*node.saved, *node.writes)}
+    read = {v for node in graph.nodes for v in node.reads}
+    found: list[int] = []
+    for position, value_id in enumerate(graph.inputs):
+        value = graph.values[value_id]
+        is_batch = value.storage is not None and graph.storages[value.storage].kind is StorageKind.INPUT
+        if is_batch and value_id in read and value.storage not in kept and not value.requires_grad:
+            found.append(position)
+    return tuple(found)
 
 
 def reorder(module: fx.GraphModule, graph: Graph) -> Graph:
@@ -195,6 +213,7 @@ class _Traced:
             is_random=any(node.is_random for node in nodes),
             is_out_of_place=not any(is_activation(graph, s) for node in nodes for s in node.writes),
             span=span,
+            has_regions=has_regions(calls),
         )
 
     def _written_inputs(self, nodes: Sequence[Node]) -> set[int]:
@@ -230,4 +249,5 @@ def _code(
     for n in calls:
         copies[n] = graph.node_copy(n, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in results))
+    insert_switches(graph)
     return fx.GraphModule(module, graph), copies

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - no stub lists it
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 __all__ = [
@@ -24,10 +25,15 @@ __all__ = [
     "compiled_call_impl",
     "cuda_history",
     "cuda_history_is_on",
+    "forward_hooks",
     "graph_task_id",
     "has_gradient_hooks",
     "hold_cuda",
+    "is_checkpointed",
+    "is_forward_ad",
+    "is_jit_tracing",
     "is_profiling",
+    "is_transformed",
     "leaving_transforms",
     "modes_back",
     "modes_set_aside",
@@ -42,6 +48,7 @@ __all__ = [
 ]
 
 _transforms: Any = _functorch
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue] - no stub lists it
 set_grad_enabled_op: Any = torch._C._set_grad_enabled
 """The function that Dynamo's graphs call where a `no_grad` region begins or ends."""
 
@@ -72,9 +79,38 @@ def leaving_transforms(call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[
     return left
 
 
+def is_transformed() -> bool:
+    """Return whether a `torch.func` transform surrounds this line."""
+    return bool(_transforms.get_dynamic_layer_stack_depth())
+
+
+def is_forward_ad() -> bool:
+    """Return whether a level of forward-mode AD surrounds this line."""
+    return forward_ad._current_level >= 0
+
+
+def is_jit_tracing() -> bool:
+    """Return whether `torch.jit.trace` records this line."""
+    state: Any = torch._C._get_tracing_state()
+    return state is not None
+
+
+def is_checkpointed() -> bool:
+    """Return whether the non-reentrant `torch.utils.checkpoint` surrounds this line, in its forward or its replay."""
+    hooks: Any = _autograd._top_saved_tensors_default_hooks(True)
+    name = str(getattr(hooks[0], "__qualname__", "")) if hooks else ""
+    return name.startswith(("_checkpoint_hook.", "_recomputation_hook."))
+
+
 def graph_task_id() -> int:
     """Return the number of the backward that runs on this thread, -1 outside of a backward."""
     return torch._C._current_graph_task_id()
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks that run before and after the forward of `module`."""
+    tables: Any = (module._forward_pre_hooks, module._forward_hooks)
+    return [hook for table in tables for hook in table.values()]
 
 
 def queue_callback(callback: Callable[[], None]) -> None:

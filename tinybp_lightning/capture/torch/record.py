@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from tinybp_lightning.capture.torch.dynamo import CannotTraceError, Tracer
 from tinybp_lightning.capture.torch.private import set_grad_enabled_op, storage_key, untransformed
+from tinybp_lightning.capture.torch.regions import RegionInterpreter, region_of
 from tinybp_lightning.errors import CaptureError, UnsupportedModuleError
 from tinybp_lightning.graph.ids import NodeId, StorageId, ValueId
 from tinybp_lightning.graph.ir import Graph, Node, Storage, StorageKind, Value
@@ -155,7 +156,7 @@ class _OpFacts(TorchDispatchMode):
             self.written += [t for t in map(bound.get, _SILENT_WRITES) if isinstance(t, torch.Tensor)]
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(RegionInterpreter):
     """Interprets the graph on fake tensors and collects the `Graph` on the way."""
 
     def __init__(self, module: fx.GraphModule, name: str) -> None:
@@ -244,6 +245,7 @@ class _Recorder(fx.Interpreter):
                 is_random=facts.is_random,
                 is_collective=facts.is_collective,
                 copies=self._copies(saved, read, self._values[made].storage),
+                settings=repr(region) if (region := region_of(n)) else "",
             )
         )
         self._read_input_itself(n, result)

@@ -8,11 +8,11 @@ import inspect
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import chain
 from types import MethodType
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +28,7 @@ from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
-from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable
+from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable, why_not_replayed
 from tinybp_lightning.runtime.torch.submodules import ModuleSteps, is_sharded
 from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
@@ -37,6 +37,7 @@ __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 # As often as torch.compile traces a function before it gives up. A forward that is traced more often (because it counts
 # steps in Python, say) would be traced and planned in every step.
 _MAX_TRACES = 8
+_OWN_KEY = "_tbp_dispatcher"
 
 
 class Target:
@@ -181,6 +182,9 @@ class Dispatcher:
     target: Target | None = None
     step_snapshot: StepSnapshot | None = None  # kept from one `run_step` to the next
     _on_claim: "Callable[[Dispatcher], None] | None" = None
+    _is_removed = False
+    _is_trained_in_eval = False
+    _reasons: tuple[str, ...] = ()  # for which a warning was given
     _optimizer_state: OptimizerState | None = None
 
     def __init__(
@@ -197,16 +201,31 @@ class Dispatcher:
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
-        module.__dict__["forward"] = self
+        module.__dict__["forward"] = module.__dict__[_OWN_KEY] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward: through the engine when it is trained, plainly otherwise."""
-        settle_pending()
-        if not (torch.is_grad_enabled() and self.module.training) or torch.compiler.is_compiling():
-            return self.plain(*args, **kwargs)
-        tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        if not any(t.requires_grad for t in chain(self.module.parameters(), tensors)):
+        # Compilers follow these lines: they must see the module's own code where nothing is trained.
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            settle_pending()
+        if self._is_removed or not torch.is_grad_enabled() or (is_compiling and not self.module.training):
+            if self._own_forward is not None:
+                return self._own_forward(*args, **kwargs)
+            own: Any = type(self.module).forward
+            return own(self.module, *args, **kwargs)
+        return self._train(args, kwargs)
+
+    def _run_training(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        is_trained = any(p.requires_grad for p in self.module.parameters())
+        if not is_trained and not (self.module.training and any(t.requires_grad for t in tensors)):
             return self.plain(*args, **kwargs)  # a frozen teacher has no backward to save memory in
+        if not (self.module.training or self._is_trained_in_eval):
+            return self._evaluate(args, kwargs)
+        if (why := why_not_replayed(tensors)) is not None:
+            self._warn_plain(why)
+            return self.plain(*args, **kwargs)
         if self.target is None:
             refuse_unrepeatable(self.module)
             if self._optimizer_state is None and self.config.budget.kind is BudgetKind.MEMORY:
@@ -218,6 +237,34 @@ class Dispatcher:
                 self._on_claim(self)
         refuse_capture()
         return self.target.call(args, kwargs)
+
+    # What compiles the caller runs into this, and leaves the rest to us.
+    _train: Any = torch._dynamo.disable(_run_training, reason="the plan of `tbp.hcb` runs and compiles the blocks")
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run plainly, and notice whether this is training after all: a forward alone does not tell."""
+        result = self.plain(*args, **kwargs)
+        out = next((t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.grad_fn is not None), None)
+        if out is not None and out.grad_fn is not None:
+            out.grad_fn.register_prehook(self._note_trained_in_eval)
+        return result
+
+    def _note_trained_in_eval(self, _: Any) -> None:
+        if not self._is_trained_in_eval:
+            self._is_trained_in_eval = True
+            self._warn_plain(
+                "it is in `eval()` mode; as it was differentiated in this mode, it is planned from the next step on. "
+                "Call `train()` on the model, and `eval()` on the parts (norms, dropout) that must not learn."
+            )
+
+    def _warn_plain(self, why: str) -> None:
+        if why not in self._reasons:
+            self._reasons = (*self._reasons, why)
+            warnings.warn(
+                f"`{type(self.module).__name__}` is trained plainly, and its budget is not enforced, where {why}",
+                HCBWarning,
+                stacklevel=2,
+            )
 
     @property
     def plain(self) -> Callable[..., Any]:
@@ -232,6 +279,9 @@ class Dispatcher:
 
     def remove(self) -> None:
         """Put the module's forward back as it was."""
+        self._is_removed = True  # whoever has wrapped the forward meanwhile still calls this object
+        if self.module.__dict__.get(_OWN_KEY) is self:
+            del self.module.__dict__[_OWN_KEY]
         if self.module.__dict__.get("forward") is self:
             del self.module.__dict__["forward"]
             if self._own_forward is not None:
@@ -244,10 +294,11 @@ class Dispatcher:
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans, graphs and observers are left out: a copy plans for itself in its first step.
-        return {"module": self.module, "config": self.config, "_own_forward": self._own_forward}
+        kept = ("module", "config", "_own_forward", "_is_removed")
+        return {name: getattr(self, name) for name in kept}
 
 
 def dispatcher_of(module: nn.Module) -> Dispatcher | None:
-    """Return the dispatcher in `module.forward`, if there is one."""
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, Dispatcher) else None
+    """Return the dispatcher of `module`, if there is one; something else may have been put around it."""
+    found = module.__dict__.get(_OWN_KEY)
+    return found if isinstance(found, Dispatcher) else None

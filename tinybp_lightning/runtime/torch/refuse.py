@@ -5,12 +5,13 @@ advances by itself (ATen/native/cudnn/RNN.cpp). Restoring torch's generator does
 silently give wrong gradients. torch.utils.checkpoint has the same defect.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
+from tinybp_lightning.capture.torch.private import is_checkpointed, is_forward_ad, is_jit_tracing, is_transformed
 from tinybp_lightning.errors import UnsupportedModuleError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "refuse_other_than_module",
     "refuse_unrepeatable",
     "refuse_unsupported",
+    "why_not_replayed",
 ]
 
 
@@ -55,6 +57,21 @@ def refuse_capture() -> None:
             "a training forward under a budget cannot be captured into a CUDA graph: its replays are decided step by "
             "step. Capture the model without `hcb` (`tbp.restore(model)`), or do not capture."
         )
+
+
+def why_not_replayed(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Return why a forward on `tensors` runs plainly, as a clause that ends with the remedy; `None` if it need not."""
+    if is_transformed():
+        return "a `torch.func` transform (vmap, grad, jvp) surrounds the call: its tensors exist only inside it."
+    if is_forward_ad():
+        return "forward-mode AD surrounds the call: its tangents are no part of what is replayed."
+    if is_checkpointed():
+        return "`torch.utils.checkpoint` surrounds the call and recomputes it whole: leave that checkpoint out."
+    if is_jit_tracing():
+        return "`torch.jit.trace` records the call."
+    if any(t.is_nested for t in tensors):
+        return "nested tensors are passed: pass padded ones with a mask."
+    return None
 
 
 def redraws_dropout(layer: nn.Module, device: torch.device) -> bool:

@@ -3,9 +3,13 @@
 The module runs as it is, under plain autograd. We intercept only the calls of its repeated parts (or FSDP units),
 outside all hooks, through the attribute that `Module.compile` uses. Each call keeps its arguments and is replayed on
 its own; the plan decides which calls keep their saved tensors.
+
+Note [Held]
+    A unit is Python code, which may do anything. So each call holds what it saved until it has ended, and lets go only
+    if it changed nothing that its replay would miss. The first call of each unit is also replayed at once, and compared
+    with what is held. That costs one more forward in the first step, and no more memory than a replay in backward.
 """
 
-import enum
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,22 +19,27 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_flatten
 
-from tinybp_lightning.capture.torch.private import call_impl, compiled_call_impl, set_call_impl, swap_buffer
+from tinybp_lightning.capture.torch.ambient import generators_in
+from tinybp_lightning.capture.torch.private import compiled_call_impl, set_call_impl
 from tinybp_lightning.config import Costs
 from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.runtime.profile import StepProfile
+from tinybp_lightning.runtime.torch.arguments import CallArguments
 from tinybp_lightning.runtime.torch.calls import CallCost, DroppedStep, LargestStep
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.kept_modules import is_kept, synchronises_ranks
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
-from tinybp_lightning.runtime.torch.replay.ambient import autocast_now, device_type_of, random_state_now
+from tinybp_lightning.runtime.torch.module_block import ModuleBlock, Unit, outputs_of
+from tinybp_lightning.runtime.torch.module_state import ModuleState
+from tinybp_lightning.runtime.torch.replay.bits import same_bits
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
-from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state
+from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state, referred_by
 from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "is_sharded", "step_modules"]
@@ -40,9 +49,6 @@ _CONTAINERS = (*_NEVER_CALLED, nn.Sequential)
 _REPLAYED = ReplayProgram(
     (False,), (OptionId(0),), frozenset(), ((ReplayStep(ForwardSave(BlockId(0)), stops_early=True),),)
 )
-# A norm that is in evaluation mode now may learn later, and does so without raising the version counter.
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_PLAIN_DATA = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -91,70 +97,6 @@ def _is_repeated(container: nn.Module) -> bool:
     return len(kinds) > len(set(kinds))
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """A submodule whose calls are blocks. `impl` is its call; `compiled` what the user's compile call put in place."""
-
-    name: str
-    module: nn.Module
-    impl: Callable[..., Any]
-    compiled: Callable[..., Any] | None
-
-
-@dataclass(eq=False)
-class _ModuleBlock:
-    """One call of a unit, runnable again. `volatile`: the buffers that a run may change."""
-
-    name: str
-    unit: _Unit
-    spec: TreeSpec
-    externals: NonBoundaryInputs
-    devices: Sequence[torch.device]
-    volatile: set[str]
-    is_random: bool = True  # until the first run has shown that it draws nothing
-    is_out_of_place: bool = False  # nobody has looked
-    snapshots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    result: Any = None
-
-    def first(self, state: list[Any]) -> list[Any]:
-        args, kwargs = tree_unflatten(state, self.spec)
-        state.clear()
-        self.snapshots = {n: b.detach().clone() for n, b in self.unit.module.named_buffers() if n in self.volatile}
-        random = random_state_now(self.devices)
-        self.result = self.unit.impl(*args, **kwargs)
-        self.is_random = not random_state_now(self.devices).same_as(random)
-        return []
-
-    def again(self, state: list[Any]) -> list[Any]:
-        args, kwargs = tree_unflatten(state, self.spec)
-        state.clear()
-        for i in range(len(self.externals.values)):
-            self.externals.check(i, self.name)
-        # See Note [Buffers] in engine.py: the replay works on copies, the module keeps its own.
-        module = self.unit.module
-        owners = [(module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], n) for n in self.snapshots]
-        own = [swap_buffer(owner, key, self.snapshots[name].clone()) for owner, key, name in owners]
-        try:
-            self.unit.impl(*args, **kwargs)
-        finally:
-            for (owner, key, _), buffer in zip(owners, own, strict=True):
-                swap_buffer(owner, key, buffer)
-        return []
-
-    def settle_buffers(self) -> set[str]:
-        """Drop the snapshots that no replay needs; return the buffers that a run changes, or may change later."""
-        now = dict(self.unit.module.named_buffers())
-        changed = {n for n, old in self.snapshots.items() if n.endswith(_STATISTICS) or not torch.equal(old, now[n])}
-        self.snapshots = {n: t for n, t in self.snapshots.items() if n in changed}
-        return changed
-
-    @property
-    def guard_bytes(self) -> int:
-        """What is kept so that a replay starts as the first run did: buffers, and a generator's state."""
-        random = torch.get_rng_state().nbytes if self.is_random else 0
-        return random + sum(t.nbytes for t in self.snapshots.values())
-
-
 @dataclass(slots=True)
 class _OpenForward:
     """What the units have done so far in the forward that runs now."""
@@ -162,6 +104,7 @@ class _OpenForward:
     calls: list[CallCost] = field(default_factory=list[CallCost])
     num_calls: Counter[str] = field(default_factory=Counter[str])
     runs: list[Run] = field(default_factory=list[Run])
+    is_in_unit: bool = False
 
 
 class ModuleSteps:
@@ -171,12 +114,10 @@ class ModuleSteps:
         self._module = module
         self._plain = plain
         self._context = context
-        self._units = tuple(
-            _Unit(name, unit, call_impl(unit), compiled_call_impl(unit)) for name, unit in step_modules(module).items()
-        )
+        self._units = tuple(Unit.of(name, unit) for name, unit in step_modules(module).items())
         self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self._volatile: dict[str, set[str]] = {}  # the buffers that each unit's first run was seen to change
-        self._kept: set[str] = set()  # units that were seen to change Python state
+        self._volatile: dict[str, frozenset[str]] = {}  # the buffers that each unit's calls were seen to change
+        self._kept: set[str] = set()  # units whose replay would do something else than their first run
         self._has_blocks = True  # until a step is seen to have none
         self._largest = LargestStep()
         self._dropped = DroppedStep()
@@ -249,73 +190,116 @@ class ModuleSteps:
         self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
         self._largest = largest
 
-    def _interceptor(self, unit: _Unit) -> Callable[..., Any]:
+    def _interceptor(self, unit: Unit) -> Callable[..., Any]:
         return lambda *args, **kwargs: self._intercept(unit, args, kwargs)
 
-    def _intercept(self, unit: _Unit, args: Any, kwargs: Any) -> Any:
+    def _intercept(self, unit: Unit, args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""
         forward = self._open
-        if forward is None or not torch.is_grad_enabled() or unit.name in self._kept:
+        if forward is None or forward.is_in_unit or not torch.is_grad_enabled() or unit.name in self._kept:
             return unit.impl(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        arguments = CallArguments.of(args, kwargs)
         started = time.perf_counter()
-        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
-        input_bytes = sum(t.numel() * t.element_size() for t in tensors)  # a sparse tensor counts as dense
+        input_bytes = sum(t.numel() * t.element_size() for t in arguments.leaves)  # a sparse tensor counts as dense
         cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
         forward.num_calls[unit.name] += 1
         forward.calls.append(cost)
         place = self._largest.place(cost)
         is_kept_by_plan = self.control is not None and place is not None and self.control.program.kept[place]
-        if is_kept_by_plan or not self._is_replayable(unit, leaves):
-            result = unit.impl(*args, **kwargs)
-        else:
-            result = self._drop(unit, leaves, spec, cost, forward)
+        forward.is_in_unit = True
+        try:
+            if is_kept_by_plan or not self._is_replayable(unit, arguments):
+                result = unit.impl(*args, **kwargs)
+            elif unit.name in self._volatile or self._monitor is None:
+                result = self._drop(unit, arguments, (args, kwargs), cost, forward)
+            else:
+                with self._monitor.apart():
+                    result = self._drop(unit, arguments, (args, kwargs), cost, forward)
+        finally:
+            forward.is_in_unit = False
         cost.forward_s = time.perf_counter() - started
         return result
 
-    def _drop(self, unit: _Unit, leaves: list[Any], spec: TreeSpec, cost: CallCost, forward: _OpenForward) -> Any:
-        module = unit.module
-        first_time = unit.name not in self._volatile
-        # Noted once the first run has succeeded: a run that fails has shown nothing of what the unit changes.
-        volatile = self._volatile.get(unit.name, {n for n, _ in module.named_buffers()})
-        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
-        devices = sorted({p.device for p in [*self._parameters[:1], *tensors]}, key=str)
+    def _drop(self, unit: Unit, arguments: CallArguments, given: Any, cost: CallCost, forward: _OpenForward) -> Any:
+        """Run one call of a unit, and let go of what it saved if a replay of it will be right. See Note [Held]."""
+        module, volatile = unit.module, self._volatile.get(unit.name)
+        devices = sorted({p.device for p in [*self._parameters[:1], *arguments.leaves]}, key=str)
         # A sharded unit gathers into its parameters and lets go of them again: they have no version to rely on.
-        externals = NonBoundaryInputs.of([] if is_sharded(module) else list(module.parameters()))
-        block = _ModuleBlock(unit.name, unit, spec, externals, devices, volatile)
-        autocast, checks = autocast_now(device_type_of(devices)), self._context.config.check
-        run = Run(_REPLAYED, externals, devices=devices, autocast=autocast, holds=first_time, checks=checks)
+        sharded = is_sharded(module)
+        externals = NonBoundaryInputs.of([] if sharded else list(module.parameters()))
+        state = None if sharded else ModuleState.of(module)
+        block = ModuleBlock(unit.name, unit, arguments, given, externals, state, volatile)
+        del given
+        run = Run(
+            _REPLAYED,
+            externals,
+            devices=devices,
+            generators=generators_in([*(v for part in module.modules() for v in vars(part).values()), *arguments.odd]),
+            holds=True,
+            checks=self._context.config.check,
+        )
         forward.runs.append(run)
-        before: PythonState = python_state(module) if first_time else {}
-        run.begin(leaves)
-        run.sweep(block, list(leaves))
+        before: PythonState = python_state(module) if volatile is None else {}
+        run.begin(arguments.leaves)
+        run.sweep(block, list(arguments.leaves))
         result, block.result = block.result, None
         cost.is_dropped = True
-        cost.saved_bytes = run.dropped_bytes(0, tree_flatten(result)[0])
-        if first_time:
-            self._volatile[unit.name] = block.settle_buffers()
-            if attributes := changed_state(before, python_state(module)):
-                self._kept.add(unit.name)
-                forward.calls.pop()  # this call still holds what it saved: it is not a block of the plan
-                self._context.warn(
-                    ("kept", type(module)),  # once for all layers of a kind
-                    f"`{self._context.name}.{unit.name}` (`{type(module).__name__}`) is kept, as if marked by "
-                    f"`tbp.keep`: its forward changes `{attributes[0]}`, and a replay would change it again.",
-                )
-            else:
-                run.let_go()
-        cost.guard_bytes = block.guard_bytes
+        cost.saved_bytes = run.dropped_bytes(0, outputs_of(result))
+        self._volatile[unit.name], has_copies = block.settle()
+        argument = block.changed_argument()
+        cost.guard_bytes = block.guard_bytes + run.random_bytes(0)
+        if volatile is None:
+            looked_at = referred_by(() if state is None else state.looking_hooks)
+            changed = [name for name in changed_state(before, python_state(module)) if name not in looked_at]
+        else:
+            changed = [] if state is None else state.changed()
+        if changed:
+            why = f"its forward changes `{changed[0]}`, and a replay would change it again"
+        elif argument is not None:
+            shape = tuple(argument.shape)
+            why = f"its forward changes an argument in place, of shape {shape}: use the out-of-place form of the op"
+        elif not has_copies:
+            why = None  # from the next step on there is a copy
+        elif volatile is None and (difference := _first_difference(run, block, outputs_of(result))) is not None:
+            why = f"its replay does not do what its forward did ({difference})"
+        else:
+            run.let_go()
+            return result
+        forward.calls.pop()  # this call still holds what it saved: it is not a block of the plan
+        if why is not None:
+            self._kept.add(unit.name)
+            self._context.warn(
+                ("kept", type(module)),  # once for all layers of a kind
+                f"`{self._context.name}.{unit.name}` (`{type(module).__name__}`) is kept, as if marked by `tbp.keep`: "
+                f"{why}.",
+            )
         return result
 
-    def _is_replayable(self, unit: _Unit, leaves: list[Any]) -> bool:
-        odd = [t for t in leaves if not isinstance(t, (torch.Tensor, *_PLAIN_DATA))]
-        if not odd and not synchronises_ranks(unit.module):
+    def _is_replayable(self, unit: Unit, arguments: CallArguments) -> bool:
+        if not arguments.odd and not synchronises_ranks(unit.module):
             return True
+        odd = arguments.odd
         why = f"gets a `{type(odd[0]).__name__}`, which a replay might change again" if odd else "synchronises ranks"
         self._context.warn(
             ("not replayed", unit.name), f"`{self._context.name}.{unit.name}` is not replayed: it {why}."
         )
         return False
+
+
+def _first_difference(run: Run, block: ModuleBlock, outputs: Sequence[torch.Tensor]) -> str | None:
+    """Replay a call at once, and return what differs from its first run, whose `outputs` these are."""
+    parts = block.unit.module.modules()
+    is_compiled = block.unit.compiled is not None or any(
+        isinstance(part, OptimizedModule) or compiled_call_impl(part) is not None
+        for part in parts
+        if part is not block.unit.module
+    )
+    block.outputs = []
+    found = run.first_difference(0, block.buffer_storages, compares_values=not is_compiled)
+    again, block.outputs = block.outputs, None
+    if found is None and not all(map(same_bits, outputs, again)):
+        return "it returned other values"
+    return found
 
 
 def _sum(stats: Sequence[RunStats]) -> RunStats:

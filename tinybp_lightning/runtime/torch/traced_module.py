@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from tinybp_lightning.capture.torch.ambient import Settings, closing_regions, keeping_casts, settings_now
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, Program, fill_template, reorder
 from tinybp_lightning.capture.torch.private import has_gradient_hooks, modes_back
 from tinybp_lightning.capture.torch.record import record_graph
+from tinybp_lightning.capture.torch.regions import RegionInterpreter
 from tinybp_lightning.config import BudgetKind, Costs
 from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
@@ -35,7 +37,6 @@ from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_c
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
 from tinybp_lightning.runtime.torch.messages import PlanningProgress, planning_progress
-from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_now, device_type_of
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, pin_program
@@ -50,7 +51,7 @@ _ARGUMENT = object()
 class _Situation:
     """What a plan depends on beside the graph."""
 
-    autocast: tuple[Autocast, ...]
+    settings: Settings
     has_gradients: bool
 
 
@@ -68,7 +69,7 @@ class _Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The graph's pieces, prepared for one autocast. `pinned`: blocks that run once."""
+    """The graph's pieces, prepared under the settings of one forward. `pinned`: blocks that run once."""
 
     program: Program
     pinned: frozenset[int]
@@ -97,7 +98,7 @@ class TracedModule:
         inputs = (n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
         self._constants = [_ARGUMENT if n.op == "placeholder" else attrgetter(str(n.target))(module) for n in inputs]
         self._cut: Cut | None = None
-        self._pieces: dict[tuple[Autocast, ...], _Pieces] = {}
+        self._pieces: dict[Settings, _Pieces] = {}
         self._planned: dict[_Situation, _Planned] = {}
         self._monitor: StepMonitor | None = None
         self.profile: StepProfile | None = None
@@ -142,7 +143,7 @@ class TracedModule:
         device = next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
         parameters = [t for t in tensors if t.requires_grad and t.is_leaf]
         has_gradients = any(p.grad is not None for p in parameters)
-        situation = _Situation(autocast_now(device_type_of(devices)), has_gradients)
+        situation = _Situation(settings_now(), has_gradients)
         return _Forward(values, tensors, parameters, device, devices, situation)
 
     def _run_unplanned(self, values: Sequence[Any]) -> Any:
@@ -153,21 +154,22 @@ class TracedModule:
             "another thread measures, and measuring needs a profiler of its own. Let the first steps run unprofiled.",
         )
         arguments = (v for v, c in zip(values, self._constants, strict=True) if c is _ARGUMENT)
-        return fx.Interpreter(self._module).run(*arguments)
+        return RegionInterpreter(self._module).run(*arguments)
 
     def _run(self, pieces: _Pieces, control: ControlLoop, forward: _Forward) -> Any:
         self.release()  # if the last forward had no backward (yet), it can no longer be measured
         values, program = forward.values, pieces.program
         self._monitor = monitor = control.begin_step(forward.parameters)
-        externals = NonBoundaryInputs.of(values)
+        externals = NonBoundaryInputs.of(values, program.unsaved)
         replayed = pin_program(control.program, pieces.pinned)
-        autocast, checks = forward.situation.autocast, self._context.config.check
-        run = Run(replayed, externals, devices=forward.devices, autocast=autocast, checks=checks)
+        settings, checks = forward.situation.settings, self._context.config.check
+        run = Run(replayed, externals, devices=forward.devices, settings=settings, checks=checks)
         try:
             run.begin([])
             state: list[Any] = []
-            for piece, option in zip(program.pieces, replayed.options, strict=True):
-                state = run.sweep(GraphBlock(piece, externals, option), state)
+            with closing_regions(), keeping_casts():
+                for piece, option in zip(program.pieces, replayed.options, strict=True):
+                    state = run.sweep(GraphBlock(piece, externals, option), state)
         except BaseException:
             monitor.abandon()
             raise
@@ -199,7 +201,7 @@ class TracedModule:
                     pieces.key,
                     context.config,
                     device=forward.device,
-                    autocast=forward.situation.autocast,
+                    settings=forward.situation.settings,
                     has_gradients=forward.situation.has_gradients,
                 )
                 entry = context.plans.look_up(pieces.program, pieces.key.layout, key)
@@ -222,8 +224,8 @@ class TracedModule:
         return planned
 
     def _prepared(self, forward: _Forward, headroom: Headroom, progress: PlanningProgress) -> _Pieces:
-        """Return the pieces for the autocast of `forward`: cut on the first call, prepared once for each autocast."""
-        if (known := self._pieces.get(forward.situation.autocast)) is not None:
+        """Return the pieces for the settings of `forward`: cut on the first call, prepared once for each."""
+        if (known := self._pieces.get(forward.situation.settings)) is not None:
             return known
         if self._cut is None:
             progress.stage("tracing")
@@ -238,7 +240,7 @@ class TracedModule:
         spans = [(p.span.start, p.span.stop) for p in program.pieces]
         pinned = blocks_of_modules(program.graph, spans, self._pinned_paths)
         pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
-        self._pieces[forward.situation.autocast] = pieces
+        self._pieces[forward.situation.settings] = pieces
         return pieces
 
     def _preparation(self, program: Program, forward: _Forward, progress: PlanningProgress) -> Preparation:
@@ -263,7 +265,7 @@ class TracedModule:
             executor=self._executor,
             device=forward.device,
             devices=forward.devices,
-            autocast=forward.situation.autocast,
+            settings=forward.situation.settings,
             counts_gradients=config.budget.kind is BudgetKind.MEMORY and not forward.situation.has_gradients,
             on_block=progress.advance,
             known=planned.measurements,

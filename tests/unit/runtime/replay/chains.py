@@ -37,6 +37,7 @@ class Layer:
         self.name = f"layer {index}"
         self.is_random = is_random
         self.is_out_of_place = False
+        self.has_regions = False
         self._index = index
         self._run = run
         self._log = log
@@ -75,7 +76,7 @@ def replayed(
 ) -> tuple[torch.Tensor, Run]:
     """Run the layers through the engine."""
     externals = NonBoundaryInputs.of([x, *(p for module in modules for p in module.parameters())])
-    run = Run(replay_program_of(schedule), externals, devices=(torch.device("cpu"),), autocast=())
+    run = Run(replay_program_of(schedule), externals, devices=(torch.device("cpu"),))
     run.begin([x])
     state: list[Any] = [x]
     for i, module in enumerate(modules):

@@ -45,7 +45,7 @@ def twice(schedule: str, *, is_compiled: bool) -> tuple[torch.Tensor, torch.Tens
     """Two blocks that move one buffer: return the input's gradient and the buffer."""
     buffer, x = torch.ones(3), torch.arange(3.0).requires_grad_()
     externals = NonBoundaryInputs.of([buffer, x])
-    run = Run(replay_program_of(from_text(schedule)), externals, devices=(), autocast=())
+    run = Run(replay_program_of(from_text(schedule)), externals, devices=())
     run.begin([])
     state: list[Any] = []
     for reads_state in (False, True):

@@ -200,7 +200,7 @@ def test_a_value_changed_in_place_before_backward_is_an_error(change: Callable[.
 def test_a_boundary_changed_in_place_is_an_error() -> None:
     modules = layers(2)
     externals = NonBoundaryInputs.of(list(modules.parameters()))
-    run = Run(replay_program_of(from_text("F0 S1 F1 K1 D1 B1 K0 B0")), externals, devices=(), autocast=())
+    run = Run(replay_program_of(from_text("F0 S1 F1 K1 D1 B1 K0 B0")), externals, devices=())
     x = torch.randn(2, 4)
     run.begin([x])
     middle = run.sweep(Layer(0, modules[0], Log()), [x])
@@ -214,7 +214,7 @@ def test_a_boundary_changed_in_place_is_an_error() -> None:
 class Fickle:
     """A block that does something else when it runs again."""
 
-    name, is_random, is_out_of_place = "fickle", False, False
+    name, is_random, is_out_of_place, has_regions = "fickle", False, False, False
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], again: Callable[[torch.Tensor], Any]) -> None:
         self._run, self._again = run, again
@@ -241,7 +241,7 @@ STOPS_EARLY, WHOLE = "F0 F1 F0 K1 B1 K0 B0", "F0 F1 K0 K1 B1 B0"
     ],
 )
 def test_a_block_that_does_something_else_is_an_error(again: Any, message: str, schedule: str) -> None:
-    run = Run(replay_program_of(from_text(schedule)), NonBoundaryInputs.of([]), devices=(), autocast=())
+    run = Run(replay_program_of(from_text(schedule)), NonBoundaryInputs.of([]), devices=())
     x = torch.randn(2, 4, requires_grad=True)
     run.begin([x])
     state = run.sweep(Fickle(lambda x: x.exp().exp(), again), [x])

@@ -7,16 +7,15 @@ learning rate, other processes on the device) changes neither, or the traced fir
 import functools
 import hashlib
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tinybp_lightning.capture.torch.ambient import Settings
 from tinybp_lightning.capture.torch.pieces import Program
 from tinybp_lightning.config import HCBConfig
 from tinybp_lightning.graph.signature import graph_signature, layout_signature
-from tinybp_lightning.runtime.torch.replay.ambient import Autocast
 
 __all__ = ["ProgramKey", "plan_key", "program_key"]
 
@@ -47,7 +46,7 @@ def plan_key(
     config: HCBConfig,
     *,
     device: torch.device,
-    autocast: Sequence[Autocast],
+    settings: Settings,
     has_gradients: bool,
 ) -> dict[str, str]:
     """Return what a plan for `program` depends on, by name; `has_gradients`: there are some as the step begins."""
@@ -57,13 +56,12 @@ def plan_key(
         "code": program.code,
         "cut": program.cut,
         "device": _device_name(device),
-        "kernels": _kernel_settings(),
         "torch": torch.__version__,
         "tinybp_lightning": _source_digest(),
         "budget": f"{budget.kind.value} {budget.size_bytes} {budget.fraction}",
         "executor": config.executor,
         "costs": config.costs,
-        "autocast": repr(tuple(autocast)),
+        "settings": repr(settings),
         "has_gradients": str(has_gradients),
     }
 
@@ -74,21 +72,6 @@ def _device_name(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, {total_bytes} bytes, CUDA {torch.version.cuda}"
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {platform.machine()} {capability}, {torch.get_num_threads()} threads"
-
-
-def _kernel_settings() -> str:
-    """Return the settings that make torch pick kernels with other scratch memory."""
-    cuda = torch.backends.cuda
-    return repr(
-        {
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "benchmark": torch.backends.cudnn.benchmark,
-            "flash": cuda.flash_sdp_enabled(),
-            "mem_efficient": cuda.mem_efficient_sdp_enabled(),
-            "math": cuda.math_sdp_enabled(),
-            "cudnn": cuda.cudnn_sdp_enabled(),
-        }
-    )
 
 
 @functools.cache

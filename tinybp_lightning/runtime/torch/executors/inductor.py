@@ -32,11 +32,11 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from tinybp_lightning.capture.torch.ambient import random_state_now, set_random_state
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, Piece, Program, cut_program
 from tinybp_lightning.graph.cuts.narrow import Granularity
 from tinybp_lightning.runtime.torch.executors.executor import Call, Capture, Cut, Executor, Forecast, Preparation
 from tinybp_lightning.runtime.torch.executors.partitioner import ClosurePartitioner, repeated_share, value_bytes
-from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
 
 __all__ = ["InductorExecutor"]
 

@@ -132,7 +132,7 @@ class AllocatorTrace(ABC):
 
     def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Do not count these tensors, from their allocation on (parameters' gradients)."""
-        self._left_out.append((len(self._labels), {local_part(t).untyped_storage().data_ptr() for t in tensors}))
+        self._left_out.append((len(self._labels), {p.data_ptr() for t in tensors for p in _storages(local_part(t))}))
         self.mark(None)
 
     def close(self) -> tuple[Interval, ...]:
@@ -267,6 +267,13 @@ class _CudaTrace(AllocatorTrace):
             elif marks:
                 events.append(event)
         return events, marks
+
+
+def _storages(t: torch.Tensor) -> list[torch.UntypedStorage]:
+    """Return the storages of a tensor: two of a sparse one."""
+    if t.layout is torch.sparse_coo:
+        return [part.untyped_storage() for part in (t._indices(), t._values())]
+    return [t.untyped_storage()]
 
 
 def local_part(t: torch.Tensor) -> torch.Tensor:

@@ -100,8 +100,9 @@ def _frontiers(program: Program) -> tuple[list[tuple[StorageId, ...]], list[int]
 
 
 def _bookkeeping_bytes(program: Program) -> int:
-    """Return what the engine itself keeps for replays: generator states, and buffers as they were before each block."""
+    """Return what the engine itself keeps for replays: generator states, and inputs as they were."""
     buffers = [program.graph.inputs[i] for piece in program.pieces for i in piece.guarded]
+    buffers += [program.graph.inputs[i] for i in program.unsaved]
     num_random = sum(piece.is_random for piece in program.pieces)
     return num_random * torch.get_rng_state().nbytes + sum(_dense_bytes(program, v) for v in buffers)
 

@@ -13,6 +13,14 @@ from typing import Any
 import torch
 
 from tinybp_lightning.analysis.estimate import count_operations
+from tinybp_lightning.capture.torch.ambient import (
+    Settings,
+    closing_regions,
+    keeping_casts,
+    random_state_now,
+    set_random_state,
+    settings_as,
+)
 from tinybp_lightning.capture.torch.pieces import MADE, STATE, Piece, Program
 from tinybp_lightning.config import Costs
 from tinybp_lightning.graph.chain import Chain
@@ -22,7 +30,6 @@ from tinybp_lightning.runtime.torch.executors.executor import Executor, Forecast
 from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile, BlockProfiler, Layout, Seed
 from tinybp_lightning.runtime.torch.measure.chain_builder import chain_of
 from tinybp_lightning.runtime.torch.measure.timer import Timer, Timing
-from tinybp_lightning.runtime.torch.replay.ambient import Autocast, autocast_as, random_state_now, set_random_state
 from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 
 __all__ = ["Measurements", "measure_chain", "measuring_values"]
@@ -41,7 +48,7 @@ def measure_chain(
     executor: Executor,
     device: torch.device,
     devices: Sequence[torch.device],
-    autocast: Sequence[Autocast],
+    settings: Settings,
     counts_gradients: bool,
     on_block: Callable[[int, int], None],
     known: Measurements,
@@ -60,7 +67,7 @@ def measure_chain(
         leaves: list[Any] = []
         wants: list[list[bool]] = [[]]
         for piece, seed in zip(program.pieces, seeds, strict=True):
-            with autocast_as(autocast), torch.enable_grad():
+            with settings_as(settings), closing_regions(), keeping_casts(), torch.enable_grad():
                 profiler = BlockProfiler(piece, 0, inputs, leaves, wants[-1], seed, timer)
                 # Compiled pieces of one signature may differ in constants or strides.
                 code = piece.calls if piece.is_compiled else None

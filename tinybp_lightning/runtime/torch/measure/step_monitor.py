@@ -10,10 +10,11 @@ Note [Stopping a trace]
 """
 
 import atexit
+import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class StepMonitor:
         self._on_end: Callable[[StepMonitor], None] | None = None
         self._made_here: list[torch.Tensor] = []  # parameters whose gradients this step makes
         if budget.kind is not BudgetKind.MEMORY:  # which counts gradients
-            self._made_here = [p for p in parameters if p.grad is None and p.requires_grad]
+            self._made_here = [p for p in parameters if p.is_leaf and p.grad is None and p.requires_grad]
         _MONITORS.num_started += 1
         self._number = _MONITORS.num_started
         self._trace = _MONITORS.trace_for(self, device) if wants_trace else None
@@ -66,6 +67,15 @@ class StepMonitor:
     def _mark(self, label: str) -> None:
         if self._trace is not None:
             self._trace.mark(label)
+
+    @contextlib.contextmanager
+    def apart(self) -> Generator[None]:
+        """Leave out of the measured peak what the body, a part of the forward, needs only this once."""
+        self._mark("apart")
+        try:
+            yield
+        finally:
+            self._mark("forward")
 
     def forward_ended(self, outputs: Sequence[Any], on_end: Callable[["StepMonitor"], None]) -> None:
         """Note the end of the forward; call `on_end(self)` once backward has ended."""
@@ -141,7 +151,7 @@ class StepMonitor:
 def _measured(intervals: Sequence[Interval]) -> StepMeasurement:
     parts = {i.label: i for i in intervals}
     tail = parts["tail"]
-    peak_bytes = max(parts[label].peak_bytes for label in ("forward", "tail", "backward"))
+    peak_bytes = max(i.peak_bytes for i in intervals if i.label in ("forward", "tail", "backward"))
     return StepMeasurement(peak_bytes, tail.start_bytes, tail.peak_bytes, parts["backward"].start_bytes)
 
 

@@ -12,10 +12,8 @@ Note [Buffers that change]
     those always count as changing.
 """
 
-import random
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +22,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from tinybp_lightning.capture.torch.ambient import generators_in, random_state_now, set_random_state
 from tinybp_lightning.capture.torch.private import accumulation_hooks, buffers_of
-from tinybp_lightning.runtime.torch.replay.ambient import random_state_now, set_random_state
 
 __all__ = ["StepSnapshot"]
 
@@ -110,7 +108,7 @@ class StepSnapshot:
     def begin(self, inputs: Sequence[Any]) -> None:
         """Note everything before the forward; a second run will get `inputs` again."""
         self._release()
-        self._restore_generators = _note_generators(sorted({p.device for _, p in self._parameters}, key=str))
+        self._restore_generators = _note_generators(self.root, {p.device for _, p in self._parameters})
         self._inputs = [(t, _version(t)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         self._draws = any(isinstance(x, Iterator) for x in tree_leaves(inputs))
         self._versions = [p._version for _, p in self._parameters]
@@ -207,15 +205,7 @@ def _version(t: torch.Tensor | None) -> int:
     return -1 if t is None or t.is_inference() else t._version
 
 
-def _note_generators(devices: Sequence[torch.device]) -> Callable[[], None]:
-    """Note the states of all generators, and return what restores them."""
-    numpy: Any = sys.modules.get("numpy")  # a program that has not imported it does not draw from it
-    state, python_state, numpy_state = random_state_now(devices), random.getstate(), numpy and numpy.random.get_state()
-
-    def restore() -> None:
-        set_random_state(state)
-        random.setstate(python_state)
-        if numpy_state is not None:
-            numpy.random.set_state(numpy_state)
-
-    return restore
+def _note_generators(root: nn.Module, devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Note the states of all generators, the module's own too, and return what restores them."""
+    state = random_state_now(devices, generators_in(v for part in root.modules() for v in vars(part).values()))
+    return lambda: set_random_state(state)

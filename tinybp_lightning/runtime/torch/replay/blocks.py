@@ -5,28 +5,31 @@ boundary: the caller holds them for the whole step, so they are passed by refere
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from tinybp_lightning.capture.torch.ambient import has_generators_of_users
 from tinybp_lightning.capture.torch.pieces import EXTERNAL, MADE, STATE, Piece
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
 
-__all__ = ["GraphBlock", "NonBoundaryInputs", "RunnableBlock", "copies", "fresh_leaves", "has_storage"]
+__all__ = ["GraphBlock", "NonBoundaryInputs", "RunnableBlock", "copies", "fresh_leaves", "has_storage", "version_of"]
 
 
 class RunnableBlock(Protocol):
     """One block, which the engine can run any number of times with the same result.
 
-    `is_random`: it draws random numbers; asked again after `first`. `is_out_of_place`: no op changes an activation.
+    `is_random`: it may draw random numbers. `is_out_of_place`: no op changes an activation.
+    `has_regions`: its code changes settings, and may be stopped before it has changed them back.
     """
 
     name: str
     is_random: bool
     is_out_of_place: bool
+    has_regions: bool
 
     def first(self, state: list[Any]) -> list[Any]:
         """Run for the first time: empty `state`, the leaves of boundary i, and return those of boundary i + 1."""
@@ -39,20 +42,25 @@ class RunnableBlock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NonBoundaryInputs:
-    """The values of one forward that no boundary carries, and the versions of those that are tensors."""
+    """The values of one forward that no boundary carries, and the versions of those that are tensors.
+
+    `copies`: what replays read in place of some of them.
+    """
 
     values: list[Any]
     versions: list[int | None]
     storages: frozenset[int]
+    copies: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> "NonBoundaryInputs":
-        """Note the versions and storages of `values` as they are now."""
+    def of(cls, values: Sequence[Any], copied: Iterable[int] = ()) -> "NonBoundaryInputs":
+        """Note the versions and storages of `values` as they are now, and copy those at the positions `copied`."""
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         return cls(
             list(values),
-            [v._version if isinstance(v, torch.Tensor) else None for v in values],
+            [version_of(v) for v in values],
             frozenset(storage_key(t) for t in tensors if has_storage(t)),
+            copies({i: values[i] for i in copied}),
         )
 
     def check(self, index: int, reader: str) -> None:
@@ -64,6 +72,11 @@ class NonBoundaryInputs:
                 f"in place after the forward (version {value._version}, expected {version}). "
                 "Call backward before optimizer.step(), or change a copy."
             )
+
+
+def version_of(value: Any) -> int | None:
+    """Return how often a tensor was changed in place; `None` for what has no count (an inference tensor, a number)."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def has_storage(t: torch.Tensor) -> bool:
@@ -104,7 +117,8 @@ class GraphBlock:
 
     def __init__(self, piece: Piece, inputs: NonBoundaryInputs, option: int = 0) -> None:
         self.name = piece.span.name
-        self.is_random = piece.is_random
+        self.is_random = piece.is_random or has_generators_of_users()
+        self.has_regions = piece.has_regions
         self.is_out_of_place = piece.is_out_of_place
         self._piece = piece
         self._call = piece.calls[option]
@@ -134,7 +148,9 @@ class GraphBlock:
         for s in self._piece.reads:
             if s.origin != EXTERNAL or s.index in instead:
                 continue
-            if s.index in self._piece.volatile:
+            if s.index in self._inputs.copies:
+                instead[s.index] = self._inputs.copies[s.index]
+            elif s.index in self._piece.volatile:
                 instead[s.index] = torch.empty_like(self._inputs.values[s.index])
             else:
                 self._inputs.check(s.index, self.name)

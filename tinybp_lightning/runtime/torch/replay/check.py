@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from tinybp_lightning.errors import ConfigError, ReplayError
-from tinybp_lightning.runtime.torch.replay.blocks import has_storage
+from tinybp_lightning.runtime.torch.replay.bits import as_integers, can_compare
 from tinybp_lightning.runtime.torch.replay.saved_tensors import ADVICE, Reference, SavedTensors, Slot
 from tinybp_lightning.runtime.torch.replay.source_op import fills_after_saving, running_op
 
 __all__ = ["CheckedSavedTensors", "fingerprint", "is_checking"]
 
 _VARIABLE = "HCB_CHECK"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64: odd, with bits all over
 # Only a small share of the tensor is alive as integers at once, so that checked steps stay within their budgets.
 _MIN_CHUNK, _MAX_CHUNKS = 256, 64
@@ -35,14 +34,11 @@ def is_checking(*, asked: bool) -> bool:
 
 
 def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
-    """Return a hash of a tensor's values, bit for bit, on its device; `None` if the values cannot be compared.
-
-    A flat `uint8` tensor cannot: it is the workspace of a recurrent kernel, with padding that nobody writes.
-    """
-    if not has_storage(t) or t.device.type == "meta" or (t.dtype is torch.uint8 and t.dim() == 1):
+    """Return a hash of a tensor's values, bit for bit, on its device; `None` if the values cannot be compared."""
+    if not can_compare(t):
         return None
     with torch.no_grad():
-        integers = _as_integers(t.detach())
+        integers = as_integers(t.detach())
         size = max(_MIN_CHUNK, integers.numel() // _MAX_CHUNKS)
         total = torch.zeros((), dtype=torch.int64, device=t.device)
         weights = _weights(min(size, integers.numel()), t.device)
@@ -50,12 +46,6 @@ def fingerprint(t: torch.Tensor) -> torch.Tensor | None:
             chunk = integers[start : start + size].long()
             total = total * _GOLDEN + (chunk * weights[: chunk.numel()]).sum()
         return total
-
-
-def _as_integers(t: torch.Tensor) -> torch.Tensor:
-    plain = t.int_repr() if t.is_quantized else t.resolve_conj().resolve_neg()
-    plain = torch.view_as_real(plain) if plain.is_complex() else plain
-    return plain.contiguous().view(-1).view(_INTEGERS[plain.element_size()])
 
 
 def _weights(count: int, device: torch.device) -> torch.Tensor:

@@ -20,25 +20,28 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
 
+from tinybp_lightning.capture.torch.ambient import (
+    AmbientState,
+    RandomState,
+    Settings,
+    closing_regions,
+    keeping_casts,
+    random_state_now,
+    set_random_state,
+    settings_now,
+    switch_settings,
+)
 from tinybp_lightning.capture.torch.op_filter import filtered_by
 from tinybp_lightning.capture.torch.private import graph_task_id
 from tinybp_lightning.errors import ReplayError
 from tinybp_lightning.graph.ids import BlockId, BoundaryId
-from tinybp_lightning.runtime.torch.replay.ambient import (
-    Autocast,
-    RandomState,
-    autocast_as,
-    closing_regions,
-    random_state_now,
-    set_random_state,
-)
-from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs, RunnableBlock, fresh_leaves
+from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs, RunnableBlock, fresh_leaves, version_of
 from tinybp_lightning.runtime.torch.replay.check import CheckedSavedTensors, is_checking
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
 from tinybp_lightning.runtime.torch.replay.saved_tensors import Reference, SavedTensors, Slot, discarding
@@ -67,7 +70,7 @@ class _Stored:
     @classmethod
     def of(cls, leaves: Sequence[Any]) -> "_Stored":
         detached = [_detached(t) for t in leaves]
-        return cls(detached, [t._version if isinstance(t, torch.Tensor) else None for t in detached])
+        return cls(detached, [version_of(t) for t in detached])
 
     def checked(self, reader: str) -> list[Any]:
         """Return the leaves. Raises `ReplayError` if one was changed in place since."""
@@ -84,8 +87,9 @@ class _Stored:
 class Run:
     """One forward of a chain of blocks, and the backwards that follow it.
 
-    **Arguments:** `devices`: whose generators to guard; `autocast`: in force around the forward; `holds`: keep what the
-    blocks save until `let_go` is called; `checks`: compare what replays save with what the first sweep saved.
+    **Arguments:** `devices`: whose generators to guard; `generators`: others that the blocks, Python code, may draw
+    from; `settings`: in force around the forward, by default those of now; `holds`: keep what the blocks save until
+    `let_go` is called; `checks`: compare what replays save with what the first sweep saved.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class Run:
         inputs: NonBoundaryInputs,
         *,
         devices: Sequence[torch.device],
-        autocast: Sequence[Autocast],
+        settings: Settings | None = None,
+        generators: Sequence[AmbientState] | None = None,
         holds: bool = False,
         checks: bool = False,
     ) -> None:
@@ -102,7 +107,8 @@ class Run:
         self.stats = RunStats()
         self._inputs = inputs
         self._devices = tuple(devices)
-        self._autocast = tuple(autocast)
+        self._generators = generators
+        self._settings = settings_now() if settings is None else settings
         self._holds = holds
         self._new_saved = CheckedSavedTensors if is_checking(asked=checks) else SavedTensors
         self._blocks: list[RunnableBlock] = []
@@ -125,10 +131,9 @@ class Run:
         """Run the next block for the first time and return the leaves of the boundary after it."""
         index = len(self._blocks)
         self._blocks.append(block)
-        if block.is_random:
-            self._random[index] = random_state_now(self._devices)
+        random = random_state_now(self._devices, self._generators) if block.is_random else None
         if self.program.kept[index]:
-            with closing_regions(), filtered_by(None):
+            with filtered_by(None):
                 out = block.first(state)
         else:
             self._saved[index] = saved = self._new_saved(
@@ -140,15 +145,36 @@ class Run:
                 holds=self._holds,
             )
             hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, self._unpack)
-            with hooks, closing_regions(), filtered_by(saved.note_skippable):
+            with hooks, filtered_by(saved.note_skippable):
                 out = block.first(state)
             saved.close()
-        if not block.is_random:  # the first run has shown that it draws nothing
-            self._random.pop(index, None)
+        if random is not None:
+            moved = random.moved(random_state_now(self._devices, self._generators))
+            if moved.states:
+                self._random[index] = moved
         self._requires_grad.append([_wants_grad(t) for t in out])
         if BoundaryId(index + 1) in self.program.stored:
             self._stored[index + 1] = _Stored.of(out)
         return out
+
+    def first_difference(self, index: int, changing: Collection[int], *, compares_values: bool) -> str | None:
+        """Replay block `index`, whose slots a run that `holds` has filled; return what differs, `None` if nothing.
+
+        **Arguments:** `changing`: storages whose values are not compared; `compares_values`: of what is saved, not the
+        forms alone, which code that somebody has compiled does not allow.
+        """
+        saved, random = self._saved[index], random_state_now(self._devices, self._generators)
+        try:
+            with self._as_first_run(BlockId(index)), saved.comparing(changing, compares_values=compares_values):
+                self._blocks[index].again(self._read(BlockId(index)))
+            saved.check_complete()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything when it runs a second time
+            return str(error).splitlines()[0] if isinstance(error, ReplayError) else repr(error)
+        finally:
+            set_random_state(random)
+        return None
 
     def let_go(self) -> None:
         """Release what a run that `holds` has kept: from here on it behaves as if it had dropped it at once."""
@@ -160,6 +186,10 @@ class Run:
         """Return the bytes that block `index` gave up in the first sweep, without its `outputs`, which live on."""
         saved = self._saved.get(index)
         return 0 if saved is None else saved.dropped_bytes(outputs)
+
+    def random_bytes(self, index: int) -> int:
+        """Return the bytes that the states of the generators take that block `index` drew from."""
+        return self._random[index].size_bytes if index in self._random else 0
 
     def _unpack(self, packed: Slot | Reference) -> torch.Tensor:
         name = self._blocks[packed.block].name
@@ -176,7 +206,7 @@ class Run:
     def _materialise(self, block: BlockId, task: int) -> None:
         """Fill the block's slots, by the program if this is the next backward in order. See Note [Order]."""
         started = time.perf_counter()
-        random = random_state_now(self._devices) if self._random else None
+        random = random_state_now(self._devices, self._generators) if self._random else None
         try:
             if block < self._next_backward and self._graph_task in (None, task) and task >= 0:
                 first, self._next_backward, self._graph_task = self._next_backward - 1, int(block), task
@@ -258,9 +288,18 @@ class Run:
     def _as_first_run(self, block: BlockId) -> Generator[None]:
         if block in self._random:
             set_random_state(self._random[block])
-        # Gradients stay enabled even where nothing is saved: without them torch would pick other kernels.
-        with torch.enable_grad(), autocast_as(self._autocast), closing_regions(), filtered_by(None):
-            yield
+        before = settings_now()
+        may_change = before != self._settings or self._blocks[block].has_regions
+        if before != self._settings:
+            switch_settings(self._settings, {})
+        closing = closing_regions() if self._blocks[block].has_regions else contextlib.nullcontext()
+        try:
+            # Gradients stay enabled even where nothing is saved: without them torch would pick other kernels.
+            with torch.enable_grad(), keeping_casts(), closing, filtered_by(None):
+                yield
+        finally:
+            if may_change:
+                switch_settings(before, {})
 
 
 def _detached(t: Any) -> Any:

@@ -20,7 +20,7 @@ Note [Skippable ops]
 
 import contextlib
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tinybp_lightning.capture.torch.ambient import closing_regions
 from tinybp_lightning.capture.torch.op_filter import filtered_by
 from tinybp_lightning.capture.torch.private import storage_key
 from tinybp_lightning.errors import ReplayError
-from tinybp_lightning.runtime.torch.replay.ambient import closing_regions
+from tinybp_lightning.runtime.torch.replay.bits import UnwrittenOutputs, same_bits
 from tinybp_lightning.runtime.torch.replay.blocks import has_storage
 from tinybp_lightning.runtime.torch.replay.source_op import fills_after_saving, running_op
 
@@ -291,6 +292,35 @@ class SavedTensors:
         skipping = filtered_by(self._run_skippable) if stops_early else contextlib.nullcontext()
         with closing_regions(), skipping, hooks:
             yield pack
+
+    @contextlib.contextmanager
+    def comparing(self, changing: Collection[int], *, compares_values: bool) -> Generator[None]:
+        """Compare what the body, a whole replay, saves with the slots, which are still filled.
+
+        **Arguments:** `changing`: storages that the first run may have changed since it saved them (statistics);
+        `compares_values`: not the forms alone. That takes a dispatch mode, under which nothing compiled runs.
+
+        **Raises:** `ReplayError` at the first tensor that differs.
+        """
+        self._filled, self._is_stopped = 0, False
+        unwritten = UnwrittenOutputs()
+
+        def pack(t: torch.Tensor) -> None:
+            position = self._filled
+            self._filled += 1
+            self._check_form(position, t)
+            slot = self._slots[position]()
+            held = None if slot is None else slot.value
+            if slot is None or held is None or held._version != slot.version or fills_after_saving():
+                return  # nobody needs it, or its value then is not to be had
+            if not compares_values or t in unwritten or (has_storage(held) and storage_key(held) in changing):
+                return
+            if not same_bits(held, t):
+                raise self._error(f"saved other values than the forward, first by {running_op()}")
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, never_unpacked)
+        with hooks, unwritten if compares_values else contextlib.nullcontext():
+            yield
 
     def stop(self) -> None:
         """Note that the replay stopped early."""
