@@ -101,7 +101,7 @@ def main(
     for _ in range(rounds):
         for one in _WAYS:
             command = [sys.executable, "-m", "benchmarks.module_step_price", "--device", device, "--way", one]
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs.append(json.loads(found.splitlines()[-1]))
             typer.echo(
                 f"{one:14} first step {runs[-1]['first_step_s']:.3f} s, settled {runs[-1]['settled_step_s']:.4f} s"
