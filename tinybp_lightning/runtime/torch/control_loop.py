@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from tinybp_lightning.config import Costs, HCBConfig
+from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.chain import Chain
 from tinybp_lightning.runtime.profile import Observer, PlanReport, StepProfile
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
@@ -65,6 +66,7 @@ class ControlLoop:
         self._observers = context.observers
         self._note_plan = note_plan
         self._num_steps = 0
+        self._refused: BudgetTooSmallError | None = None
         # Of the last two chains, all options and the measured ones: a planner's tables serve every budget.
         self._planner_of = lru_cache(maxsize=2)(Planner)
         task = Task(context.name, context.config.budget, costs)
@@ -92,7 +94,10 @@ class ControlLoop:
             self.observe(OptimizerStateSeen())
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
-        """Start to follow a step."""
+        """Start to follow a step. Raises `BudgetTooSmallError` if the last one has shown that no plan fits."""
+        if (refused := self._refused) is not None:
+            self._refused = None
+            raise refused
         self.refresh()
         wants_trace = self.state.phase is not Phase.STEADY
         return StepMonitor(self._device, parameters, self.state.task.budget, wants_trace=wants_trace)
@@ -113,10 +118,13 @@ class ControlLoop:
             step_s=monitor.step_s,
             plan_summary=ran.summary,
         )
-        if measured is not None and not monitor.is_disturbed:
-            self.observe(StepEnded(measured, is_whole))
-        elif self.state.phase is not Phase.STEADY and not monitor.is_lost:
-            self.observe(StepEnded(None))  # if its trace was lost, the next step is measured instead
+        try:
+            if measured is not None and not monitor.is_disturbed:
+                self.observe(StepEnded(measured, is_whole))
+            elif self.state.phase is not Phase.STEADY and not monitor.is_lost:
+                self.observe(StepEnded(None))  # if its trace was lost, the next step is measured instead
+        except BudgetTooSmallError as error:
+            self._refused = error  # we may be inside `optimizer.step()`: the next forward is the place to refuse
         for observer in self._observers:
             observer.on_replay(profile)
         return profile

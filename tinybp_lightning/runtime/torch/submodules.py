@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten
 from tinybp_lightning.capture.torch.ambient import generators_in
 from tinybp_lightning.capture.torch.private import compiled_call_impl, set_call_impl
 from tinybp_lightning.config import Costs
+from tinybp_lightning.errors import BudgetTooSmallError
 from tinybp_lightning.graph.ids import BlockId, OptionId
 from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.arguments import CallArguments
@@ -123,6 +124,7 @@ class ModuleSteps:
         self._dropped = DroppedStep()
         self._open: _OpenForward | None = None
         self._monitor: StepMonitor | None = None
+        self._refused: BudgetTooSmallError | None = None
         self.control: ControlLoop | None = None
         self.profile: StepProfile | None = None
         for unit in self._units:
@@ -134,7 +136,13 @@ class ModuleSteps:
             set_call_impl(unit.module, unit.compiled)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one training forward of the whole module."""
+        """Run one training forward of the whole module.
+
+        **Raises:** `BudgetTooSmallError` if the last step has shown that no plan fits.
+        """
+        if (refused := self._refused) is not None:
+            self._refused = None
+            raise refused
         if self._monitor is not None:
             self._monitor.abandon()
         device = self._parameters[0].device
@@ -187,7 +195,11 @@ class ModuleSteps:
         """Plan for the largest step that has been seen; if no plan fits, the last one stays in force."""
         context, tensors = self._context, [*self._parameters, *self._module.buffers()]
         headroom = Headroom(context.config, device, tensors, context.memory)
-        self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
+        try:
+            self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
+        except BudgetTooSmallError as error:
+            self._refused = error  # we may be inside `optimizer.step()`: the next forward is the place to refuse
+            return
         self._largest = largest
 
     def _interceptor(self, unit: Unit) -> Callable[..., Any]:

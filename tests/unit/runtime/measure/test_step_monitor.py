@@ -1,7 +1,7 @@
 """A step that cannot be measured is trained all the same, and the next one is measured."""
 
 import copy
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def test_a_step_whose_trace_is_lost_is_not_measured_and_the_next_one_is(monkeypa
     tbp.hcb(model, activation_budget="60%", observers=[recorder])
     opened = list[AllocatorTrace]()
 
-    def open_and_lose(device: torch.device) -> AllocatorTrace:
-        opened.append(open_trace(device))
+    def open_and_lose(device: torch.device, **how: Any) -> AllocatorTrace:
+        opened.append(open_trace(device, **how))
         return _LosingTrace(opened[-1]) if len(opened) == 1 else opened[-1]
 
     monkeypatch.setattr(step_monitor, "open_trace", open_and_lose)
@@ -67,3 +67,41 @@ def test_marks_that_are_gone_from_the_allocators_history_are_a_lost_trace(monkey
     with pytest.raises(LostTraceError, match="has 1 of 2 marks"):
         trace.close()
     assert allocator.can_trace(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["activation", "memory"])
+def test_what_a_step_needs_does_not_depend_on_where_gradients_are_zeroed(kind: str) -> None:
+    def peaks(*, is_between: bool) -> list[int]:
+        """The measured peaks of the later steps, which find gradients of the one before."""
+        model, recorder = residual_net(6, width=64, dropout=0.0), Recorder()
+        budget: dict[str, Any] = {"activation_budget": "70%"} if kind == "activation" else {"memory_budget": "2MiB"}
+        tbp.hcb(model, **budget, observers=[recorder], plan_cache=False)
+        x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+        for _ in range(5):
+            loss = model(x).square().mean()
+            if is_between:
+                model.zero_grad()
+            loss.backward()
+            if not is_between and kind == "activation":
+                model.zero_grad()
+        step_monitor.settle_pending()
+        return [p.measured_peak_bytes for p in recorder.profiles if p.measured_peak_bytes is not None]
+
+    between, after = peaks(is_between=True), peaks(is_between=False)
+    gradient_bytes = sum(p.numel() * 4 for p in residual_net(6, width=64).parameters())
+    assert abs(between[-1] - after[-1]) < gradient_bytes / 4
+
+
+def test_a_budget_that_a_step_shows_to_be_too_small_is_refused_by_the_next_forward_not_by_the_optimizer() -> None:
+    model = residual_net(4, width=16)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    tbp.hcb(model, activation_budget="60%", plan_cache=False)
+    with pytest.raises(tbp.BudgetTooSmallError, match="cannot be met"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(X)
+            torch.stack([out * k for k in range(1, 100)]).square().mean().backward()
+            try:
+                optimizer.step()
+            except tbp.BudgetTooSmallError:
+                pytest.fail("raised by `optimizer.step()`")

@@ -107,19 +107,24 @@ def can_trace(device: torch.device) -> bool:
         return is_mine and (device.type == "cuda" or (device.type == "cpu" and not is_profiling()))
 
 
-def open_trace(device: torch.device) -> "AllocatorTrace":
-    """Start to trace the allocator of `device` (`cpu` or `cuda`), after `can_trace` has allowed it."""
+def open_trace(device: torch.device, *, alive: Sequence[torch.Tensor] = ()) -> "AllocatorTrace":
+    """Start to trace the allocator of `device` (`cpu` or `cuda`), after `can_trace` has allowed it.
+
+    What the trace saw allocated counts as freed when it is, and so do the tensors `alive`. Other memory that was taken
+    before it began does not: whose it is, and how large it was, is not known.
+    """
     is_mine = _LOCK.acquire()  # outside of the `assert`, which `python -O` leaves out
     assert is_mine, "another thread traces: ask `can_trace` first, and open under `tracing_lock`"
     with contextlib.ExitStack() as undo:  # runs in reverse, even where one call raises: first stop, then release
         undo.callback(_LOCK.release, threading.current_thread())
-        return _CudaTrace(device, undo) if device.type == "cuda" else _CpuTrace(undo)
+        return _CudaTrace(device, alive, undo) if device.type == "cuda" else _CpuTrace(alive, undo)
 
 
 class AllocatorTrace(ABC):
     """A running trace: `mark` opens an interval, `close` ends the last one and returns all of them in order."""
 
-    def __init__(self, undo: contextlib.ExitStack) -> None:
+    def __init__(self, alive: Sequence[torch.Tensor], undo: contextlib.ExitStack) -> None:
+        self._alive = {s.data_ptr(): s.nbytes() for t in alive for s in _storages(local_part(t))}
         self._labels: list[str | None] = []
         self._left_out: list[tuple[int, set[int]]] = []  # a mark's number, and addresses
         self.mark("start")
@@ -185,13 +190,13 @@ class AllocatorTrace(ABC):
 class _CpuTrace(AllocatorTrace):
     """Reads the profiler's allocation events. See Note [Nothing but allocations]."""
 
-    def __init__(self, undo: contextlib.ExitStack) -> None:
+    def __init__(self, alive: Sequence[torch.Tensor], undo: contextlib.ExitStack) -> None:
         self._opener = threading.current_thread()
         self._results: Any = None
         self._marks: list[int] = []
         _start_profiler()
         undo.callback(self._stop)
-        super().__init__(undo)
+        super().__init__(alive, undo)
 
     def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(_MARK_BYTES, dtype=torch.uint8).data_ptr())
@@ -208,9 +213,8 @@ class _CpuTrace(AllocatorTrace):
         self.abandon()  # the profiler hands its events out when it stops
         events: list[tuple[int, int]] = []
         marks: list[int] = []
-        # Only what the trace saw allocated counts as freed: of anything else the profiler knows no size, or that of an
-        # earlier tensor at the same address.
-        alive: dict[int, int] = {}
+        # Of anything else the profiler knows no size, or that of an earlier tensor at the same address.
+        alive = dict(self._alive)
         for event in self._results.experimental_event_tree():
             if event.tag == _EventType.Kineto and not event.children:
                 continue  # a call of a GPU's driver, which is recorded in any scope
@@ -238,13 +242,13 @@ def _start_profiler() -> None:
 class _CudaTrace(AllocatorTrace):
     """Reads the caching allocator's history, where a mark is a tiny tensor found by its address."""
 
-    def __init__(self, device: torch.device, undo: contextlib.ExitStack) -> None:
+    def __init__(self, device: torch.device, alive: Sequence[torch.Tensor], undo: contextlib.ExitStack) -> None:
         self._device = device
         self._marks: list[torch.Tensor] = []
         if not cuda_history_is_on():
             start_cuda_history(_MAX_CUDA_EVENTS)
             undo.callback(stop_cuda_history)
-        super().__init__(undo)
+        super().__init__(alive, undo)
 
     def _allocate_mark(self) -> None:
         self._marks.append(torch.empty(1, dtype=torch.uint8, device=self._device))
@@ -261,11 +265,13 @@ class _CudaTrace(AllocatorTrace):
         mark_events = set(newest.values())
         events: list[tuple[int, int]] = []
         marks: list[int] = []
-        for i, event in enumerate(raw):
+        alive = set(self._alive)
+        for i, (address, size) in enumerate(raw):
             if i in mark_events:
                 marks.append(len(events))
-            elif marks:
-                events.append(event)
+            elif marks and (size > 0 or address in alive):
+                (alive.add if size > 0 else alive.remove)(address)
+                events.append((address, size))
         return events, marks
 
 

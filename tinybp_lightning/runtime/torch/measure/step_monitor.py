@@ -56,13 +56,17 @@ class StepMonitor:
         self._forward_s = 0.0
         self._backward_started = 0.0
         self._on_end: Callable[[StepMonitor], None] | None = None
-        self._made_here: list[torch.Tensor] = []  # parameters whose gradients this step makes
-        if budget.kind is not BudgetKind.MEMORY:  # which counts gradients
-            self._made_here = [p for p in parameters if p.is_leaf and p.grad is None and p.requires_grad]
+        self._parameters = [p for p in parameters if p.is_leaf and p.requires_grad]
+        # `zero_grad()` may come after the forward: gradients of earlier steps are then let go of within this one.
+        self._counts_gradients = budget.kind is BudgetKind.MEMORY
         _MONITORS.num_started += 1
         self._number = _MONITORS.num_started
-        self._trace = _MONITORS.trace_for(self, device) if wants_trace else None
+        alive = self._gradients() if self._counts_gradients else []
+        self._trace = _MONITORS.trace_for(self, device, alive) if wants_trace else None
         self._mark("forward")
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def _mark(self, label: str) -> None:
         if self._trace is not None:
@@ -100,9 +104,9 @@ class StepMonitor:
             self._tell()
             return
         self._mark("after")
-        if self._made_here:
-            self._trace.leave_out([p.grad for p in self._made_here if p.grad is not None])
-            self._made_here = []
+        if not self._counts_gradients:
+            self._trace.leave_out(self._gradients())
+        self._parameters.clear()
         self.is_pending = True  # See Note [Stopping a trace]
         _MONITORS.listen()
 
@@ -163,14 +167,16 @@ class _StepMonitors:
         self.tracing: list[StepMonitor] = []
         self._handles: list[RemovableHandle] = []
 
-    def trace_for(self, monitor: StepMonitor, device: torch.device) -> AllocatorTrace | None:
-        """Return a trace that `monitor` reads, if one can be opened."""
+    def trace_for(
+        self, monitor: StepMonitor, device: torch.device, alive: Sequence[torch.Tensor]
+    ) -> AllocatorTrace | None:
+        """Return a trace that `monitor` reads, if one can be opened; see `open_trace` for `alive`."""
         with tracing_lock() as is_mine:
             if is_mine:
                 self._untrace_ended_threads()  # stopping those later would stop this trace too
             if not (is_mine and can_trace(device)):
                 return None
-            trace = open_trace(device)
+            trace = open_trace(device, alive=alive)
             self.tracing.append(monitor)
             atexit.unregister(self.stop_tracing)
             atexit.register(self.stop_tracing)  # a profiler left on crashes the process when it ends
