@@ -54,6 +54,26 @@ class Broken(nn.Module):
         return self.head(x)
 
 
+class Nearest(nn.Module):
+    """Looks up the nearest of some vectors: the graph of the distances is gone before the call ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual(WIDTH)
+        self.register_buffer("vectors", torch.randn(64, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        nearest = torch.cdist(x, self.vectors).argmin(-1)
+        return x + (self.vectors[nearest] - x).detach()
+
+
+class BrokenNearest(Broken):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Nearest() for _ in range(4))
+
+
 class Branches(Broken):
     """Takes another path for other data, so that the calls change from step to step."""
 
@@ -551,7 +571,7 @@ def test_a_module_in_two_places_is_one_unit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`\\w+` cannot be traced")
-@pytest.mark.parametrize("kind", [Broken, BrokenNorms, BuiltOfSequentials, SharedBlock])
+@pytest.mark.parametrize("kind", [Broken, BrokenNorms, BuiltOfSequentials, SharedBlock, BrokenNearest])
 def test_a_share_is_of_what_plain_training_needs(kind: Callable[[], nn.Module]) -> None:
     recorder = Recorder()
     train(tbp.hcb(made(kind), activation_budget="1GiB", observers=[recorder]), square_loss, lr=0.0)

@@ -256,7 +256,7 @@ class ModuleSteps:
         run.sweep(block, list(arguments.leaves))
         result, block.result = block.result, None
         cost.is_dropped = True
-        cost.saved_bytes = run.dropped_bytes(0, outputs_of(result))
+        cost.saved_bytes = run.held_bytes(0, outputs_of(result))
         self._volatile[unit.name], has_copies = block.settle()
         argument = block.changed_argument()
         cost.guard_bytes = block.guard_bytes + run.random_bytes(0)

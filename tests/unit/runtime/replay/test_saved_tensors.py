@@ -51,7 +51,6 @@ def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Ten
     slot = saved.pack(view(leaf))
     assert isinstance(slot, Slot)
     assert saved.num_replayed == 0
-    assert saved.dropped_bytes([]) == 0
     # The boundary may have been stored or computed anew: somewhere else, at another offset.
     elsewhere = torch.cat([torch.zeros(2), leaf.flatten()])[2:].view(4, 6)
     saved.fill_views([elsewhere])
@@ -63,11 +62,13 @@ def test_a_view_of_the_input_is_rebuilt(view: Callable[[torch.Tensor], torch.Ten
 
 def test_an_input_changed_since_is_no_alias() -> None:
     leaf = torch.randn(4)
-    saved = saved_by(leaf)
+    saved = SavedTensors(0, frozenset(), [leaf], holds=True)
+    unchanged = saved.pack(leaf)
+    assert (saved.num_replayed, saved.held_bytes([])) == (0, 0)
     leaf.add_(1.0)
-    saved.pack(leaf)
-    assert saved.num_replayed == 1
-    assert saved.dropped_bytes([]) == 16
+    changed = saved.pack(leaf)
+    assert (saved.num_replayed, saved.held_bytes([])) == (2, 16)
+    del unchanged, changed
 
 
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[1:, ::2]], ids=["itself", "t", "part"])
@@ -239,20 +240,18 @@ def test_another_number_of_saved_tensors_is_an_error(num_saved: int) -> None:
         replay()
 
 
-def test_dropped_bytes_are_of_storages_that_would_have_lived_on() -> None:
+def test_held_bytes_are_of_storages_that_would_have_lived_on() -> None:
     whole, other, output = torch.ones(10), torch.ones(20), torch.ones(40)
-    saved = saved_by()
-    for t in (whole, whole[2:4], other, output, output.t()):
-        saved.pack(t)
-    assert saved.dropped_bytes([]) == 280
-    assert saved.dropped_bytes([output.view(4, 10), None, 3]) == 120
-
-
-def test_a_storage_at_the_address_of_one_that_is_gone_is_another() -> None:
-    saved = saved_by()
-    for _ in range(20):
-        saved.pack(torch.ones(10))  # nobody holds it: the allocator may give the same place again and again
-    assert saved.dropped_bytes([]) == 800
+    saved = SavedTensors(0, frozenset(), [], holds=True)
+    slots = [saved.pack(t) for t in (whole, whole[2:4], other, output, output.t())]
+    assert saved.held_bytes([]) == 280
+    assert saved.held_bytes([output.view(4, 10), None, 3]) == 120
+    del slots[0]  # the other half of its storage is still needed
+    assert saved.held_bytes([]) == 280
+    del slots[1]
+    assert saved.held_bytes([]) == 200
+    saved.release()
+    assert saved.held_bytes([]) == 0
 
 
 def test_what_is_held_is_there_at_once_until_it_is_released() -> None:

@@ -182,10 +182,10 @@ class Run:
         for saved in self._saved.values():
             saved.release()
 
-    def dropped_bytes(self, index: int, outputs: Sequence[Any]) -> int:
-        """Return the bytes that block `index` gave up in the first sweep, without its `outputs`, which live on."""
+    def held_bytes(self, index: int, outputs: Sequence[Any]) -> int:
+        """Return the bytes that block `index` holds until `let_go`, without its `outputs`, which live on."""
         saved = self._saved.get(index)
-        return 0 if saved is None else saved.dropped_bytes(outputs)
+        return 0 if saved is None else saved.held_bytes(outputs)
 
     def random_bytes(self, index: int) -> int:
         """Return the bytes that the states of the generators take that block `index` drew from."""

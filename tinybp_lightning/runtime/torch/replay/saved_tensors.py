@@ -257,10 +257,15 @@ class SavedTensors:
             if (slot := slot_of()) is not None:
                 slot.value = None
 
-    def dropped_bytes(self, outputs: Sequence[Any]) -> int:
-        """Return the bytes of the storages that the block saved and that its `outputs` do not keep alive."""
+    def held_bytes(self, outputs: Sequence[Any]) -> int:
+        """Return the bytes of the storages that the block saved, and holds, and that its `outputs` do not keep alive.
+
+        An op whose results are no longer needed (distances of which only the nearest is) has let go of what it saved.
+        """
         kept = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor) and has_storage(t)}
-        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key not in kept)
+        slots = [slot for slot_of in self._slots if (slot := slot_of()) is not None]
+        held = {storage_key(s.value) for s in slots if s.value is not None and has_storage(s.value)}
+        return sum(size_bytes for key, (_, size_bytes) in self._dropped.items() if key in held - kept)
 
     def fill_views(self, state: Sequence[Any]) -> None:
         """Fill the slots that view the boundary's leaves."""
