@@ -107,9 +107,34 @@ def test_a_budget_that_leaves_no_margin_is_too_small() -> None:
     smallest_bytes = Planner(CHAIN).smallest_bytes
     enough_bytes = smallest_bytes + int(0.03 * smallest_bytes)
     start(task_of(enough_bytes), CHAIN, Limit(enough_bytes), Planner)
-    with pytest.raises(BudgetTooSmallError) as caught:
+    with pytest.raises(BudgetTooSmallError, match=f"needs {enough_bytes} bytes, .* without the loss") as caught:
         start(task_of(enough_bytes - 1), CHAIN, Limit(enough_bytes - 1), Planner)
-    assert caught.value.smallest_bytes == enough_bytes
+    assert caught.value.smallest_bytes == enough_bytes + 1  # the caller may hold the last boundary to the end
+
+
+def test_the_first_error_names_a_budget_with_room_for_a_loss_that_is_not_known_yet() -> None:
+    last = replace(CHAIN.boundaries[-1], gradient_bytes=300)
+    chain = replace(CHAIN, boundaries=(*CHAIN.boundaries[:-1], last), storage_bytes=(*CHAIN.storage_bytes[:-1], 300))
+    with pytest.raises(BudgetTooSmallError) as caught:
+        start(task_of(10), chain, Limit(10), Planner)
+    enough_bytes = caught.value.smallest_bytes
+    state = start(task_of(enough_bytes), chain, Limit(enough_bytes), Planner)
+    # The caller holds the result; its cross-entropy saves another, and makes two more on its way to the gradient.
+    tail = simulate(state.chain, state.active.schedule).tail
+    held = StepMeasurement(0, tail.before_bytes, tail.before_bytes + 900, tail.after_bytes + 600)
+    peak_bytes = simulate(replace(state.chain, unmodelled_bytes=0), state.active.schedule).peak_bytes + 600
+    state = after(state, StepEnded(replace(held, peak_bytes=peak_bytes)))
+    assert state.active.report.predicted_peak_bytes <= enough_bytes
+
+
+def test_a_plan_that_was_measured_to_fit_is_not_refused_for_what_another_needed() -> None:
+    state = first_state()
+    small, smallest_bytes = state.active.schedule, predicted(state)
+    state = after(replace(state, limit=Limit(smallest_bytes)), measured(state, smallest_bytes))
+    other = replace(state.active, report=replace(state.active.report, schedule=keep_all(CHAIN)))
+    state = after(replace(state, plan=other), measured(replace(state, plan=other), 10 * smallest_bytes))
+    assert state.active.schedule == small
+    assert state.active.report.budget_bytes == smallest_bytes
 
 
 def test_the_first_step_teaches_the_tail_and_what_it_needed_beyond_the_model() -> None:

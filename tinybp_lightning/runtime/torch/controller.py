@@ -64,6 +64,8 @@ _SLACK = 0.02
 _MAX_TRACES = 5
 # After this many measured steps that lacked blocks we stop waiting for a whole one, which may be rare or never come.
 _MAX_PARTIAL = 50
+# Results of fewer bytes are losses.
+_LOSS_BYTES = 64
 # A known method may take this share of the budget in the first step; the rest is for what is not measured, the loss.
 _SMALL_SHARE = 1 / 3
 
@@ -111,9 +113,10 @@ class CalibrationState:
     """Everything that is known about one chain.
 
     `chain` includes what was learned; `base_bytes` are the unmodelled bytes that it had before. `plan`: the active one.
-    `fitting`: the fastest plan that was measured to fit. `plain_fits`: plain training has not been seen to exceed the
-    budget. `exceeded`: the peak of each schedule that was. `plain_bytes`: the largest measured peak of a step that kept
-    everything. `cached`: the cached plan that runs now, until a step has been measured.
+    `fitting`: the fastest plan that was measured to fit. `small`: the first step's, with its measured peak, to fall
+    back on. `plain_fits`: plain training has not been seen to exceed the budget. `exceeded`: the peak of each schedule
+    that was. `plain_bytes`: the largest measured peak of a step that kept everything. `cached`: the cached plan that
+    runs now, until a step has been measured.
     """
 
     task: Task
@@ -125,6 +128,7 @@ class CalibrationState:
     num_traces: int = 0
     num_partial: int = 0
     fitting: ActivePlan | None = None
+    small: ActivePlan | None = None
     plain_fits: bool = True
     exceeded: Mapping[Schedule, int] = field(default_factory=dict[Schedule, int])
     plain_bytes: int = 0
@@ -255,6 +259,8 @@ def _after_measured_step(
         return _settled(state, measured.peak_bytes, is_whole, planner_of)
     chain = _with_tail(replace(state.chain, unmodelled_bytes=state.base_bytes), schedule, measured)
     state = _with_residual(replace(state, chain=chain), schedule, measured.peak_bytes, may_shrink=False)
+    small = replace(state.active.report, chain=state.chain, predicted_peak_bytes=measured.peak_bytes, reason="measured")
+    state = replace(state, small=replace(state.active, report=small))
     plan = _for_budget(state, "budget", planner_of)
     return _run(replace(state, phase=Phase.SETTLE), plan, Decision(_as_measured(plan)))
 
@@ -367,6 +373,18 @@ def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> C
     return replace(chain, tail_peak_bytes=max(peak_bytes, live_bytes), tail_live_bytes=live_bytes)
 
 
+def _with_assumed_tail(chain: Chain) -> Chain:
+    """Return `chain` with code after its last block that needs more than a loss does, as far as one can tell.
+
+    The caller holds all results to the end, and if they are not the loss itself, a loss like the cross-entropy makes of
+    them makes and saves four tensors of their size.
+    """
+    last = chain.boundaries[-1]
+    held_bytes = sum(chain.storage_bytes[s] for s in last.storages)
+    made_bytes = 4 * last.gradient_bytes if last.gradient_bytes > _LOSS_BYTES else 0
+    return replace(chain, tail_peak_bytes=held_bytes + made_bytes, tail_live_bytes=held_bytes + made_bytes // 2)
+
+
 def _with_residual(
     state: CalibrationState, schedule: Schedule, peak_bytes: int, *, may_shrink: bool
 ) -> CalibrationState:
@@ -422,7 +440,13 @@ def _for_budget(state: CalibrationState, reason: str, planner_of: PlannerOf) -> 
     budget_bytes = _budget(state, planner_of)
     if state.plain_fits and _plain_peak(state) <= budget_bytes:
         return _active_plan(state, keep_all(state.chain), budget_bytes, reason)
-    schedule, needs_all = _fastest(state, budget_bytes, planner_of)
+    try:
+        schedule, needs_all = _fastest(state, budget_bytes, planner_of)
+    except BudgetTooSmallError:
+        # What other plans showed may be more than the smallest needs: what was measured to fit is never refused.
+        if state.small is None or state.small.report.predicted_peak_bytes > budget_bytes:
+            raise
+        return replace(state.small, report=replace(state.small.report, budget_bytes=budget_bytes))
     return _active_plan(state, schedule, budget_bytes, reason, needs_all_options=needs_all)
 
 
@@ -445,11 +469,15 @@ def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) 
         # In terms of the user's budget, of which `budget_bytes` were left to plan with.
         budget = state.task.budget
         user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
-        smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
+        needed_bytes = smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
+        needs = f"the smallest plan for this step needs {needed_bytes} bytes, set by {error.bottleneck}"
+        if state.phase is Phase.CALIBRATE:
+            smallest_bytes = planner_of(_with_assumed_tail(state.chain)).smallest_bytes + user_bytes - budget_bytes
+            if smallest_bytes > needed_bytes:
+                needs += f", without the loss, which is not known before a step has run: {smallest_bytes} are enough"
         raise BudgetTooSmallError(
-            f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{state.task.target}`: the "
-            f"smallest plan for this step needs {smallest_bytes} bytes, set by {error.bottleneck}. Raise the budget or "
-            "lower the batch size.",
+            f"`{budget.kind.value}={budget.text!r}` ({user_bytes} bytes) cannot be met by `{state.task.target}`: "
+            f"{needs}. Raise the budget or lower the batch size.",
             budget_bytes=user_bytes,
             smallest_bytes=smallest_bytes,
             bottleneck=error.bottleneck,
