@@ -74,6 +74,14 @@ class _PassesItsMask(_ComputesItsMask):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
+class _ReshapesItsMask(_ComputesItsMask):
+    """As GPT-2 does."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.bool().view(input_ids.shape[0], -1)
+        return self.inner(input_ids=input_ids, attention_mask=mask).logits
+
+
 def _train_both(build: Callable[[], nn.Module], masks: list[Tensor]) -> nn.Module:
     plain, ours = build().train(), build().train()
     ours.load_state_dict(plain.state_dict())
@@ -90,10 +98,11 @@ def _train_both(build: Callable[[], nn.Module], masks: list[Tensor]) -> nn.Modul
     return ours
 
 
-def test_each_answer_has_a_graph_and_both_are_what_eager_execution_runs() -> None:
+@pytest.mark.parametrize("build", [_PassesItsMask, _ReshapesItsMask])
+def test_each_answer_has_a_graph_and_both_are_what_eager_execution_runs(build: Callable[[], nn.Module]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", tbp.HCBWarning)
-        ours = _train_both(_PassesItsMask, [_ONES, _PADDED, _ONES, _PADDED, _ONES])
+        ours = _train_both(build, [_ONES, _PADDED, _ONES, _PADDED, _ONES])
     (target,) = targets(ours)
     assert len(target.traced_modules) == 2
 

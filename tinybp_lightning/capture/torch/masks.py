@@ -18,7 +18,8 @@ from tinybp_lightning.errors import CaptureError
 __all__ = ["mask_functions"]
 
 _ASKING = "transformers.masking_utils"
-_CONVERSIONS = ("bool", "to")
+# They change no answer, because they neither make nor leave out an element.
+_CONVERSIONS = ("bool", "contiguous", "detach", "flatten", "reshape", "squeeze", "to", "unsqueeze", "view")
 
 
 def mask_functions(

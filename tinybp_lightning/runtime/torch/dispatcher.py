@@ -25,6 +25,7 @@ from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.controller import OutOfMemory
 from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
+from tinybp_lightning.runtime.torch.key_value_caches import KeyValueCaches
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
@@ -53,6 +54,7 @@ class Target:
         self._num_evicted = 0
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
+        self._caches = KeyValueCaches(module, plain)
         has_sharded_units = any(is_sharded(part) for part in module.modules())
         self.module_steps = ModuleSteps(module, plain, context) if has_sharded_units else None
         self._last_used: ModuleSteps | TracedModule | None = self.module_steps
@@ -106,6 +108,10 @@ class Target:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one training forward."""
+        with self._caches.left_out(kwargs):
+            return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.module_steps is not None:
             return self.module_steps.call(args, kwargs)
         if max(self._num_traces.values(), default=0) > _MAX_TRACES:
