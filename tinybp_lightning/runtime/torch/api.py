@@ -25,6 +25,7 @@ from tinybp_lightning.config import (
 from tinybp_lightning.errors import ConfigError, HCBWarning, UnsupportedModuleError
 from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, StepProfile, check_observers
 from tinybp_lightning.runtime.torch.dispatcher import Dispatcher, Target, dispatcher_of
+from tinybp_lightning.runtime.torch.gradient_watch import GradientWatch
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState
 from tinybp_lightning.runtime.torch.refuse import refuse_other_than_module, refuse_unsupported
 
@@ -45,7 +46,8 @@ class Session:
         modules = own if discover else [root]
         is_counted = config.budget.kind is BudgetKind.MEMORY
         state = OptimizerState(root.parameters()) if is_counted else None  # the dispatchers hold the only references
-        self._dispatchers = [Dispatcher(m, config, observers, self._claim, state) for m in modules]
+        watch = GradientWatch(root)
+        self._dispatchers = [Dispatcher(m, config, observers, self._claim, state, watch) for m in modules]
 
     def _claim(self, dispatcher: Dispatcher) -> None:
         """Make the outermost module that was called a target; the modules below it are parts of it."""

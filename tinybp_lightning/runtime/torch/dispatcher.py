@@ -24,6 +24,7 @@ from tinybp_lightning.runtime.profile import Observer, PlanCounts, PlanReport, S
 from tinybp_lightning.runtime.torch.cache.memory import PlanCache
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
 from tinybp_lightning.runtime.torch.controller import OutOfMemory
+from tinybp_lightning.runtime.torch.gradient_watch import GradientWatch
 from tinybp_lightning.runtime.torch.kept_modules import pinned_paths
 from tinybp_lightning.runtime.torch.key_value_caches import KeyValueCaches
 from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, TargetMemory
@@ -180,7 +181,8 @@ class Dispatcher:
     """Callable stored as `module.forward`.
 
     **Arguments:** `on_claim`: called with the dispatcher the first time it takes a training forward; `optimizer_state`:
-    that of everything that is trained together with the module, if the budget counts it.
+    that of everything that is trained together with the module, if the budget counts it; `watch`: ended by a training
+    forward.
     """
 
     # What a copy begins with.
@@ -192,6 +194,7 @@ class Dispatcher:
     _is_trained_in_eval = False
     _reasons: tuple[str, ...] = ()  # for which a warning was given
     _optimizer_state: OptimizerState | None = None
+    _watch: GradientWatch | None = None
 
     def __init__(
         self,
@@ -200,6 +203,7 @@ class Dispatcher:
         observers: Sequence[Observer] = (),
         on_claim: "Callable[[Dispatcher], None] | None" = None,
         optimizer_state: OptimizerState | None = None,
+        watch: GradientWatch | None = None,
     ) -> None:
         self.module = module
         self.config = config
@@ -207,6 +211,7 @@ class Dispatcher:
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
+        self._watch = watch
         module.__dict__["forward"] = module.__dict__[_OWN_KEY] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,6 +228,7 @@ class Dispatcher:
         return self._train(args, kwargs)
 
     def _run_training(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._end_watch()
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         is_trained = any(p.requires_grad for p in self.module.parameters())
         if not is_trained and not (self.module.training and any(t.requires_grad for t in tensors)):
@@ -246,6 +252,11 @@ class Dispatcher:
 
     # What compiles the caller runs into this, and leaves the rest to us.
     _train: Any = torch._dynamo.disable(_run_training, reason="the plan of `tbp.hcb` runs and compiles the blocks")
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run plainly, and notice whether this is training after all: a forward alone does not tell."""
@@ -296,6 +307,7 @@ class Dispatcher:
             self.target.close()
             self.target = None
         self._optimizer_state = None
+        self._end_watch()
         stop_listening()
 
     def __getstate__(self) -> dict[str, Any]:

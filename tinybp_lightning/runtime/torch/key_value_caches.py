@@ -39,8 +39,8 @@ class KeyValueCaches:
             self._has_warned = True
             warnings.warn(
                 f"`{self._name}` is trained without its cache of keys and values, which `config.use_cache` asks for "
-                "and which would hold those of every layer to the end of the step: `past_key_values` is None in training. "
-                "Pass `use_cache=True` to the call if you read it.",
+                "and which would hold those of all layers to the end of the step: `past_key_values` is None in "
+                "training. Pass `use_cache=True` to the call if you read it.",
                 HCBWarning,
                 stacklevel=2,
             )
