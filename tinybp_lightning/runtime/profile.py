@@ -1,7 +1,7 @@
 """Frozen records of limits, plans and steps, for the controller, users and loggers. This file imports no framework."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from tinybp_lightning.analysis import format_bytes
@@ -75,12 +75,14 @@ class StepMeasurement:
     """A traced step, in bytes above what was alive when it began; parameter gradients that it made are left out.
 
     `tail_peak_bytes` is the most between the forward's end and backward's first block, whose levels stand beside it.
+    `replay_peak_bytes`: of module steps, by the number of each replayed call: the most from its replay to the next one.
     """
 
     peak_bytes: int
     forward_end_bytes: int
     tail_peak_bytes: int
     backward_start_bytes: int
+    replay_peak_bytes: Mapping[int, int] = field(default_factory=dict[int, int])
 
 
 @dataclass(frozen=True, slots=True)

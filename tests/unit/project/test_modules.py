@@ -15,7 +15,7 @@ _ROOT = Path(__file__).parents[3]
 _PACKAGE = _ROOT / "tinybp_lightning"
 _MODULES = sorted(_PACKAGE.rglob("*.py"))
 _FORBIDDEN_NAMES = {"common", "helpers", "misc", "util", "utils"}
-_MOST_LINES = 16_500
+_MOST_LINES = 17_000
 _MOST_SCHEDULE_MODULES = 25
 
 

@@ -68,20 +68,25 @@ def test_units_that_are_no_blocks_any_more_are_left_out() -> None:
     assert step.without({"a"}).is_whole(calls("bb"))
 
 
-def test_what_is_alive_beside_the_blocks_is_held_throughout() -> None:
+def test_what_is_alive_beside_the_blocks_is_held_throughout_and_what_each_backward_needs_is_its_own() -> None:
     dropped = calls("ab")
-    chain = LargestStep(dropped).chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped)))
+    measured = StepMeasurement(1800, 516, 0, 0, {0: 1800, 1: 1600})
+    chain = LargestStep(dropped).chain(DroppedStep(measured, tuple(dropped)))
     assert chain.storage_bytes == (500,)
     assert chain.unmodelled_bytes == 16
-    assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284] * 2
+    assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284, 84]
+    more = LargestStep(dropped).with_calls(calls("abc"))
+    blocks = more.chain(DroppedStep(measured, tuple(dropped))).blocks
+    assert [block.options[0].backward_peak_bytes for block in blocks] == [284, 84, 284]
 
 
 def test_more_is_alive_beside_the_blocks_of_a_larger_step() -> None:
     """As many times as much as more is given to all its calls, or to the one that is given most."""
     dropped = calls("ab")
     step = LargestStep(dropped).with_calls(calls("abc"))
-    assert step.chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped))).storage_bytes == (750,)
+    measured = StepMeasurement(1800, 516, 0, 0, {0: 1800, 1: 1800})
+    assert step.chain(DroppedStep(measured, tuple(dropped))).storage_bytes == (750,)
     step = LargestStep(dropped).with_calls(calls("a", input_bytes=300, saved_bytes=3000))
-    chain = step.chain(DroppedStep(StepMeasurement(1800, 516, 0, 0), tuple(dropped)))
+    chain = step.chain(DroppedStep(measured, tuple(dropped)))
     assert chain.storage_bytes == (1000,)
     assert chain.blocks[1].options[0].backward_peak_bytes == 3 * 284

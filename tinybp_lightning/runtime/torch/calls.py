@@ -40,6 +40,19 @@ class DroppedStep:
     measured: StepMeasurement | None = None
     calls: tuple[CallCost, ...] = ()
 
+    def working_bytes(self) -> dict[tuple[str, int], int]:
+        """Return what each call's backward needed beside its saved set and what the forward left, by unit and number.
+
+        Gradients of weights that several calls share wait there until the last of them, so calls of one unit differ.
+        """
+        if (measured := self.measured) is None:
+            return {}
+        peaks = measured.replay_peak_bytes
+        return {
+            (call.unit, call.number): max(0, peaks.get(n, 0) - measured.forward_end_bytes - call.saved_bytes)
+            for n, call in enumerate(self.calls)
+        }
+
 
 class LargestStep:
     """The calls of the largest step that may come: each call that some step made, with the most it was given and saved.
@@ -96,17 +109,19 @@ class LargestStep:
         """Return the calls as a chain whose boundaries are empty: what calls pass on is not the plan's to drop.
 
         What was alive when the forward of `dropped` ended, less what guards the replays, is alive in plain training
-        too, and stands at boundary 0, which is live from outside. What backward needed beside that and the largest
-        saved set counts as every block's backward. A larger step has more of both, in proportion to its inputs.
+        too, and stands at boundary 0, which is live from outside. What the backward of a call needed beside that and
+        its saved set is its block's; a call that was not seen counts as the one that needed most. A larger step has
+        more of both, in proportion to its inputs.
         """
-        widest_bytes = max((c.saved_bytes for c in dropped.calls), default=0)
-        live_bytes = working_bytes = 0
+        live_bytes, working = 0, dropped.working_bytes()
         if (measured := dropped.measured) is not None:
             live_bytes = max(0, measured.forward_end_bytes - sum(c.guard_bytes for c in dropped.calls))
-            working_bytes = max(0, measured.peak_bytes - measured.forward_end_bytes - widest_bytes)
         all_calls, one_call = self._times_larger(dropped.calls)
         boundaries = tuple(Boundary((StorageId(0),), 0) for _ in range(len(self._calls) + 1))
-        blocks = tuple(_block(call, int(one_call * working_bytes)) for call in self._calls)
+        most_bytes = max(working.values(), default=0)
+        blocks = tuple(
+            _block(call, int(one_call * working.get((call.unit, call.number), most_bytes))) for call in self._calls
+        )
         guard_bytes = sum(c.guard_bytes for c in self._calls)
         return Chain((int(all_calls * live_bytes),), blocks, boundaries, unmodelled_bytes=guard_bytes)
 

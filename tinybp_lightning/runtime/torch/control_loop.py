@@ -61,8 +61,8 @@ class ControlLoop:
         cached_from: str = "cached",
         note_plan: Callable[[MeasuredPlan, bool], None] | None = None,
     ) -> None:
-        self._headroom = headroom
-        self._device = device
+        self.headroom = headroom
+        self.device = device
         self._observers = context.observers
         self._note_plan = note_plan
         self._num_steps = 0
@@ -90,7 +90,7 @@ class ControlLoop:
 
     def refresh(self) -> None:
         """Plan again if the optimizer's state has been seen since."""
-        if self._headroom.optimizer_bytes != self.state.active.optimizer_bytes:
+        if self.headroom.optimizer_bytes != self.state.active.optimizer_bytes:
             self.observe(OptimizerStateSeen())
 
     def begin_step(self, parameters: Sequence[torch.Tensor]) -> StepMonitor:
@@ -100,7 +100,7 @@ class ControlLoop:
             raise refused
         self.refresh()
         wants_trace = self.state.phase is not Phase.STEADY
-        return StepMonitor(self._device, parameters, self.state.task.budget, wants_trace=wants_trace)
+        return StepMonitor(self.device, parameters, self.state.task.budget, wants_trace=wants_trace)
 
     def end_step(self, monitor: StepMonitor, stats: RunStats, *, is_whole: bool = True) -> StepProfile:
         """Learn from a step that has ended (`is_whole`: it ran all blocks), and tell the observers about it."""
@@ -131,9 +131,9 @@ class ControlLoop:
 
     def observe(self, seen: Observation) -> bool:
         """Let the controller decide, and act on it. Returns whether it chose a plan; if not, the one in force stays."""
-        state = replace(self.state, limit=self._headroom.read())
+        state = replace(self.state, limit=self.headroom.read())
         self.state, decision = calibrate(state, seen, self._planner_of)
-        self._headroom.share(self.state.limit)
+        self.headroom.share(self.state.limit)
         if decision is None:
             return False
         for observer in self._observers:

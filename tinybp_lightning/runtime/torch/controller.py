@@ -255,6 +255,10 @@ def _after_measured_step(
     schedule = state.active.schedule
     if schedule == keep_all(state.chain):
         state = replace(state, plain_bytes=max(state.plain_bytes, measured.peak_bytes))
+    if state.phase is Phase.CALIBRATE and not is_whole:  # what follows the last block is not what follows a whole step
+        if state.num_partial < _MAX_PARTIAL:
+            return replace(state, num_partial=state.num_partial + 1), None
+        return _after_unmeasured_step(state, planner_of)
     if state.phase is Phase.SETTLE:
         return _settled(state, measured.peak_bytes, is_whole, planner_of)
     chain = _with_tail(replace(state.chain, unmodelled_bytes=state.base_bytes), schedule, measured)

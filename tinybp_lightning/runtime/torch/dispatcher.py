@@ -31,6 +31,7 @@ from tinybp_lightning.runtime.torch.measure.memory_limit import OptimizerState, 
 from tinybp_lightning.runtime.torch.measure.step_monitor import settle_pending, stop_listening
 from tinybp_lightning.runtime.torch.recovery.step_snapshot import StepSnapshot
 from tinybp_lightning.runtime.torch.refuse import refuse_capture, refuse_unrepeatable, why_not_replayed
+from tinybp_lightning.runtime.torch.step_calls import StepCalls
 from tinybp_lightning.runtime.torch.submodules import ModuleSteps, is_sharded
 from tinybp_lightning.runtime.torch.traced_module import TracedModule
 
@@ -50,6 +51,7 @@ class Target:
         self._module = module
         self._plain = plain
         self._context = context
+        self._calls = StepCalls(context)
         self._live: OrderedDict[int, TracedModule] = OrderedDict()
         self._num_graphs = 0
         self._num_evicted = 0
@@ -84,9 +86,9 @@ class Target:
 
     @property
     def reports(self) -> tuple[PlanReport, ...]:
-        """The plans in force, one per live graph."""
-        controls = (used.control for used in (*self.traced_modules, self.module_steps) if used is not None)
-        return tuple(control.report for control in controls if control is not None)
+        """The plans in force, one per live graph, or per step of several calls."""
+        controls = [used.control for used in (*self.traced_modules, self.module_steps) if used is not None]
+        return tuple(control.report for control in dict.fromkeys(controls) if control is not None)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -105,6 +107,7 @@ class Target:
 
     def tighten(self, share: float) -> bool:
         """Lower the peak of the plan for the inputs last seen by `share`, if a plan can, and cap all later ones."""
+        (self._calls if self.module_steps is None else self.module_steps).forget()  # the step will be run again
         return self._control is not None and self._control.observe(OutOfMemory(share))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,7 +165,7 @@ class Target:
         """Return what trains graph `number`, made anew if it was evicted: Dynamo keeps the trace, without plans."""
         traced = self._live.pop(number, None)
         if traced is None:
-            traced = TracedModule(module, self._context, pinned_paths(self._module))
+            traced = TracedModule(module, self._context, self._calls, pinned_paths(self._module))
         self._live[number] = traced
         if len(self._live) > MAX_LIVE_GRAPHS:
             _, oldest = self._live.popitem(last=False)

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from tinybp_lightning.runtime.torch.replay.blocks import NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run, RunStats
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, ReplayStep
 from tinybp_lightning.runtime.torch.side_effects import PythonState, changed_state, python_state, referred_by
+from tinybp_lightning.runtime.torch.step_calls import OpenGraphs
 from tinybp_lightning.schedule.actions import ForwardSave
 
 __all__ = ["ModuleSteps", "is_sharded", "step_modules"]
@@ -99,13 +101,21 @@ def _is_repeated(container: nn.Module) -> bool:
 
 
 @dataclass(slots=True)
-class _OpenForward:
-    """What the units have done so far in the forward that runs now."""
+class _OpenStep:
+    """What the units have done so far in the step that runs now, which may call the whole module several times."""
 
+    monitor: StepMonitor
+    graphs: OpenGraphs = field(default_factory=OpenGraphs)
     calls: list[CallCost] = field(default_factory=list[CallCost])
     num_calls: Counter[str] = field(default_factory=Counter[str])
-    runs: list[Run] = field(default_factory=list[Run])
+    stats: list[RunStats] = field(default_factory=list[RunStats])
+    is_in_forward: bool = False
     is_in_unit: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its earlier calls still wait for their backward."""
+        return not self.monitor.has_ended and any(self.graphs.alive())
 
 
 class ModuleSteps:
@@ -122,8 +132,7 @@ class ModuleSteps:
         self._has_blocks = True  # until a step is seen to have none
         self._largest = LargestStep()
         self._dropped = DroppedStep()
-        self._open: _OpenForward | None = None
-        self._monitor: StepMonitor | None = None
+        self._open: _OpenStep | None = None
         self._refused: BudgetTooSmallError | None = None
         self.control: ControlLoop | None = None
         self.profile: StepProfile | None = None
@@ -143,30 +152,47 @@ class ModuleSteps:
         if (refused := self._refused) is not None:
             self._refused = None
             raise refused
-        if self._monitor is not None:
-            self._monitor.abandon()
-        device = self._parameters[0].device
-        self._open = forward = _OpenForward()
+        step = self._begun()
+        step.is_in_forward = True
+        try:
+            result = self._plain(*args, **kwargs)
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            step.is_in_forward = False
+        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+        step.graphs.add(outputs)
+        step.monitor.forward_ended(outputs, lambda _: self._ended(step))
+        return result
+
+    def forget(self) -> None:
+        """Give up the step that runs now."""
+        step, self._open = self._open, None
+        if step is not None:
+            step.monitor.abandon()
+
+    def _begun(self) -> _OpenStep:
+        """Return the step that a call belongs to: the one that runs, if that waits for its backward, or a new one."""
+        if self._open is not None and self._open.goes_on:
+            self._open.monitor.goes_on()
+            return self._open
+        self.forget()
         if self.control is not None:
             monitor = self.control.begin_step(self._parameters)
         else:
             stop_tracing()  # what this step needs must be measured, or there is nothing to plan with
             budget = self._context.config.budget
-            monitor = StepMonitor(device, self._parameters, budget, wants_trace=self._has_blocks)
-        self._monitor = monitor
-        try:
-            result = self._plain(*args, **kwargs)
-        except BaseException:
-            monitor.abandon()
-            raise
-        finally:
-            self._open = None
-        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
-        calls, stats = forward.calls, [run.stats for run in forward.runs]
-        monitor.forward_ended(outputs, lambda monitor: self._ended(monitor, calls, stats, device))
-        return result
+            monitor = StepMonitor(self._device, self._parameters, budget, wants_trace=self._has_blocks)
+        self._open = step = _OpenStep(monitor)
+        return step
 
-    def _ended(self, monitor: StepMonitor, calls: list[CallCost], stats: list[RunStats], device: torch.device) -> None:
+    @property
+    def _device(self) -> torch.device:
+        return self._parameters[0].device
+
+    def _ended(self, step: _OpenStep) -> None:
+        monitor, calls = step.monitor, step.calls
         largest = self._largest.with_calls(calls).without(self._kept)
         if self.control is None and not calls:
             self._has_blocks = False
@@ -183,20 +209,21 @@ class ModuleSteps:
                     f"`{self._context.name}` is trained by module steps, whose operations are not known: it is planned "
                     "by measured seconds, whatever `costs='operations'` says.",
                 )
-            self._plan_for(largest, device)
+            self._plan_for(largest)
         elif largest is not self._largest:
             if monitor.measured is not None and all(call.is_dropped for call in calls):
                 self._dropped = DroppedStep(monitor.measured, tuple(calls))
-            self._plan_for(largest, device)
+            self._plan_for(largest)
         else:
-            self.profile = self.control.end_step(monitor, _sum(stats), is_whole=largest.is_whole(calls))
+            stats = RunStats.sum_of(step.stats)
+            self.profile = self.control.end_step(monitor, stats, is_whole=largest.is_whole(calls))
 
-    def _plan_for(self, largest: LargestStep, device: torch.device) -> None:
+    def _plan_for(self, largest: LargestStep) -> None:
         """Plan for the largest step that has been seen; if no plan fits, the last one stays in force."""
         context, tensors = self._context, [*self._parameters, *self._module.buffers()]
-        headroom = Headroom(context.config, device, tensors, context.memory)
+        headroom = Headroom(context.config, self._device, tensors, context.memory)
         try:
-            self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=device)
+            self.control = ControlLoop(context, largest.chain(self._dropped), headroom=headroom, device=self._device)
         except BudgetTooSmallError as error:
             self._refused = error  # we may be inside `optimizer.step()`: the next forward is the place to refuse
             return
@@ -207,32 +234,38 @@ class ModuleSteps:
 
     def _intercept(self, unit: Unit, args: Any, kwargs: Any) -> Any:
         """Run one call of a unit, dropping what it saves unless the plan keeps it."""
-        forward = self._open
-        if forward is None or forward.is_in_unit or not torch.is_grad_enabled() or unit.name in self._kept:
+        step = self._open
+        if (
+            step is None
+            or not step.is_in_forward
+            or step.is_in_unit
+            or not torch.is_grad_enabled()
+            or unit.name in self._kept
+        ):
             return unit.impl(*args, **kwargs)
         arguments = CallArguments.of(args, kwargs)
         started = time.perf_counter()
         input_bytes = sum(t.numel() * t.element_size() for t in arguments.leaves)  # a sparse tensor counts as dense
-        cost = CallCost(unit.name, forward.num_calls[unit.name], input_bytes)
-        forward.num_calls[unit.name] += 1
-        forward.calls.append(cost)
+        cost = CallCost(unit.name, step.num_calls[unit.name], input_bytes)
+        step.num_calls[unit.name] += 1
+        step.calls.append(cost)
         place = self._largest.place(cost)
         is_kept_by_plan = self.control is not None and place is not None and self.control.program.kept[place]
-        forward.is_in_unit = True
+        step.is_in_unit = True
         try:
             if is_kept_by_plan or not self._is_replayable(unit, arguments):
                 result = unit.impl(*args, **kwargs)
-            elif unit.name in self._volatile or self._monitor is None:
-                result = self._drop(unit, arguments, (args, kwargs), cost, forward)
+            elif unit.name in self._volatile:
+                result = self._drop(unit, arguments, (args, kwargs), cost, step)
             else:
-                with self._monitor.apart():
-                    result = self._drop(unit, arguments, (args, kwargs), cost, forward)
+                with step.monitor.apart():
+                    result = self._drop(unit, arguments, (args, kwargs), cost, step)
         finally:
-            forward.is_in_unit = False
+            step.is_in_unit = False
         cost.forward_s = time.perf_counter() - started
         return result
 
-    def _drop(self, unit: Unit, arguments: CallArguments, given: Any, cost: CallCost, forward: _OpenForward) -> Any:
+    def _drop(self, unit: Unit, arguments: CallArguments, given: Any, cost: CallCost, step: _OpenStep) -> Any:
         """Run one call of a unit, and let go of what it saved if a replay of it will be right. See Note [Held]."""
         module, volatile = unit.module, self._volatile.get(unit.name)
         devices = sorted({p.device for p in [*self._parameters[:1], *arguments.leaves]}, key=str)
@@ -249,8 +282,9 @@ class ModuleSteps:
             generators=generators_in([*(v for part in module.modules() for v in vars(part).values()), *arguments.odd]),
             holds=True,
             checks=self._context.config.check,
+            on_replay=partial(step.monitor.replay_begins, len(step.calls) - 1),
         )
-        forward.runs.append(run)
+        step.stats.append(run.stats)
         before: PythonState = python_state(module) if volatile is None else {}
         run.begin(arguments.leaves)
         run.sweep(block, list(arguments.leaves))
@@ -277,7 +311,7 @@ class ModuleSteps:
         else:
             run.let_go()
             return result
-        forward.calls.pop()  # this call still holds what it saved: it is not a block of the plan
+        step.calls.pop()  # this call still holds what it saved: it is not a block of the plan
         if why is not None:
             self._kept.add(unit.name)
             self._context.warn(
@@ -312,12 +346,3 @@ def _first_difference(run: Run, block: ModuleBlock, outputs: Sequence[torch.Tens
     if found is None and not all(map(same_bits, outputs, again)):
         return "it returned other values"
     return found
-
-
-def _sum(stats: Sequence[RunStats]) -> RunStats:
-    """Return what all runs of a step replayed."""
-    return RunStats(
-        replayed_blocks=sum(s.replayed_blocks for s in stats),
-        out_of_order_blocks=sum(s.out_of_order_blocks for s in stats),
-        replay_s=sum(s.replay_s for s in stats),
-    )

@@ -28,18 +28,18 @@ from tinybp_lightning.runtime.profile import StepProfile
 from tinybp_lightning.runtime.torch.cache.key import ProgramKey, plan_key, program_key
 from tinybp_lightning.runtime.torch.cache.memory import CacheEntry, Origin
 from tinybp_lightning.runtime.torch.control_loop import ControlLoop, TargetContext
-from tinybp_lightning.runtime.torch.controller import OptionsMeasured, unmeasured_options
 from tinybp_lightning.runtime.torch.executors import EXECUTORS
 from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
-from tinybp_lightning.runtime.torch.measure.step_monitor import StepMonitor, stop_tracing
+from tinybp_lightning.runtime.torch.measure.step_monitor import stop_tracing
 from tinybp_lightning.runtime.torch.messages import PlanningProgress, planning_progress
 from tinybp_lightning.runtime.torch.replay.blocks import GraphBlock, NonBoundaryInputs
 from tinybp_lightning.runtime.torch.replay.engine import Run
 from tinybp_lightning.runtime.torch.replay.program import ReplayProgram, pin_program
+from tinybp_lightning.runtime.torch.step_calls import CallKey, CallPart, StepCalls
 from tinybp_lightning.schedule.measured import plain_peak_bytes
 
 __all__ = ["TracedModule"]
@@ -87,11 +87,17 @@ class _Planned:
 
 
 class TracedModule:
-    """One captured graph, planned on its first call. `pinned_paths`: of the modules that run once."""
+    """One captured graph, planned on its first call. `pinned_paths`: of the modules that run once.
 
-    def __init__(self, module: fx.GraphModule, context: TargetContext, pinned_paths: Sequence[str] = ()) -> None:
+    **Arguments:** `calls`: of the target, which may call this graph several times in a step, and others.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, context: TargetContext, calls: StepCalls, pinned_paths: Sequence[str] = ()
+    ) -> None:
         self._module = module
         self._context = context
+        self._calls = calls
         self._pinned_paths = pinned_paths
         self._executor = EXECUTORS[context.config.executor]
         # The graph's inputs in order: constants, and `_ARGUMENT` where Dynamo passes one.
@@ -100,7 +106,7 @@ class TracedModule:
         self._cut: Cut | None = None
         self._pieces: dict[Settings, _Pieces] = {}
         self._planned: dict[_Situation, _Planned] = {}
-        self._monitor: StepMonitor | None = None
+        self._graph_key = object()  # stands for the graph among the target's
         self.profile: StepProfile | None = None
         self.control: ControlLoop | None = None
 
@@ -110,9 +116,8 @@ class TracedModule:
         return None if self._cut is None else self._cut.program.graph
 
     def release(self) -> None:
-        """Stop following a step that has not ended: nobody will ask for its profile."""
-        if self._monitor is not None:
-            self._monitor.abandon()
+        """Have the target forget what it knows about steps with this graph."""
+        self._calls.drop(self._graph_key)
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward. Takes Dynamo's inputs, returns what the graph returns."""
@@ -120,6 +125,7 @@ class TracedModule:
         if self._cut is not None and self._cut.original is not None and _are_watched(forward.parameters):
             reorder(self._module, self._cut.original)  # and forget what was planned for another order
             self._cut = self.control = None
+            self.release()
             self._pieces.clear()
             self._planned.clear()
         planned = self._planned.get(forward.situation)
@@ -127,13 +133,18 @@ class TracedModule:
             stop_tracing()
             with tracing_lock() as is_mine:
                 planned = self._plan(forward, may_trace=is_mine)
+        part = None
         if planned is not None and planned.control is not None:
-            self.control = planned.control
-            planned = self._with_options(planned, planned.control, forward)
+            part = self._calls.part(self._key(forward), planned.control)
+            self.control = part.control
+            planned = self._with_options(planned, part, forward)
         with modes_back():
-            if planned is None or planned.control is None:
+            if planned is None or part is None:
                 return self._run_unplanned(forward.values)
-            return self._run(planned.pieces, planned.control, forward)
+            return self._run(planned.pieces, part, forward)
+
+    def _key(self, forward: _Forward) -> CallKey:
+        return self._graph_key, forward.situation
 
     def _forward(self, args: Sequence[Any]) -> _Forward:
         arguments = iter(args)
@@ -156,12 +167,11 @@ class TracedModule:
         arguments = (v for v, c in zip(values, self._constants, strict=True) if c is _ARGUMENT)
         return RegionInterpreter(self._module).run(*arguments)
 
-    def _run(self, pieces: _Pieces, control: ControlLoop, forward: _Forward) -> Any:
-        self.release()  # if the last forward had no backward (yet), it can no longer be measured
-        values, program = forward.values, pieces.program
-        self._monitor = monitor = control.begin_step(forward.parameters)
+    def _run(self, pieces: _Pieces, part: CallPart, forward: _Forward) -> Any:
+        values, program, key = forward.values, pieces.program, self._key(forward)
+        self._calls.begin(key, part, forward.parameters)
         externals = NonBoundaryInputs.of(values, program.unsaved)
-        replayed = pin_program(control.program, pieces.pinned)
+        replayed = pin_program(part.program, pieces.pinned)
         settings, checks = forward.situation.settings, self._context.config.check
         run = Run(replayed, externals, devices=forward.devices, settings=settings, checks=checks)
         try:
@@ -171,18 +181,17 @@ class TracedModule:
                 for piece, option in zip(program.pieces, replayed.options, strict=True):
                     state = run.sweep(GraphBlock(piece, externals, option), state)
         except BaseException:
-            monitor.abandon()
+            self._calls.forget()
             raise
         outputs = [values[s.index] if s.origin == EXTERNAL else state[s.index] for s in program.outputs]
         del state
-        stats = run.stats
         mine = weakref.ref(self)
 
-        def ended(monitor: StepMonitor) -> None:
+        def tell(profile: StepProfile) -> None:
             if (me := mine()) is not None:
-                me.profile = control.end_step(monitor, stats)
+                me.profile = profile
 
-        monitor.forward_ended(outputs, ended)
+        self._calls.forward_ended(key, outputs, run.stats, tell)
         return fill_template(program.template, outputs)
 
     def _plan(self, forward: _Forward, *, may_trace: bool) -> _Planned | None:
@@ -191,7 +200,8 @@ class TracedModule:
         Without `may_trace`, another thread holds the lock, and may take it again while this one measures.
         """
         context = self._context
-        headroom = Headroom(context.config, forward.device, forward.tensors, context.memory)
+        # A step begins with its first call: what that one holds is not taken from the others.
+        headroom = self._calls.headroom or Headroom(context.config, forward.device, forward.tensors, context.memory)
         with planning_progress(context.name) as progress:
             pieces = self._prepared(forward, headroom, progress)
             planned = self._planned.setdefault(forward.situation, _Planned(pieces))
@@ -273,18 +283,18 @@ class TracedModule:
         )
         return pin_chain(chain, planned.pieces.pinned)
 
-    def _with_options(self, planned: _Planned, control: ControlLoop, forward: _Forward) -> _Planned | None:
+    def _with_options(self, planned: _Planned, part: CallPart, forward: _Forward) -> _Planned | None:
         """Compile the options that the next step uses, and measure those that were estimated (Note [Calibration]).
 
         **Returns:** `planned`, ready to run; `None` where something must be measured and cannot be measured now.
         """
         program = planned.pieces.program
-        control.refresh()
-        while control.program is not planned.ready:
-            unmeasured = unmeasured_options(control.state)
-            wanted = unmeasured or self._executor.unprepared(program, list(enumerate(control.program.options)))
+        part.control.refresh()
+        while part.program is not planned.ready:
+            unmeasured = part.unmeasured()
+            wanted = unmeasured or self._executor.unprepared(program, list(enumerate(part.program.options)))
             if not wanted:
-                self._planned[forward.situation] = planned = replace(planned, ready=control.program)
+                self._planned[forward.situation] = planned = replace(planned, ready=part.program)
                 break
             stop_tracing()
             with tracing_lock() as is_mine, planning_progress(self._context.name) as progress:
@@ -293,7 +303,7 @@ class TracedModule:
                 progress.stage("compiling", total=len(program.pieces))
                 self._executor.prepare_options(self._preparation(program, forward, progress), wanted)
                 if unmeasured:
-                    control.observe(OptionsMeasured(self._measure(planned, forward, progress)))
+                    self._calls.options_measured(self._key(forward), part, self._measure(planned, forward, progress))
         return planned
 
     def _from_cache(

@@ -218,7 +218,8 @@ class _CpuTrace(AllocatorTrace):
         for event in self._results.experimental_event_tree():
             if event.tag == _EventType.Kineto and not event.children:
                 continue  # a call of a GPU's driver, which is recorded in any scope
-            assert event.tag == _EventType.Allocation, f"the profiler recorded {event.name} too"
+            if event.tag != _EventType.Allocation:
+                raise LostTraceError(f"the recording has `{event.name}`, which another profiler asked for")
             fields = event.extra_fields
             if fields.device.type != "cpu":
                 continue

@@ -37,6 +37,9 @@ from tinybp_lightning.runtime.torch.measure.allocator import (
 __all__ = ["StepMonitor", "settle_pending", "stop_listening", "stop_tracing"]
 
 
+_REPLAY = "replay "  # begins the label of an interval, before the call's number
+
+
 class StepMonitor:
     """Follows one forward and the first backward through it; traces it if wanted, unless another trace is open.
 
@@ -80,6 +83,25 @@ class StepMonitor:
             yield
         finally:
             self._mark("forward")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether backward has ended, or the step was abandoned."""
+        return self.ended or self.is_pending
+
+    def goes_on(self) -> None:
+        """Note that another forward begins that belongs to the same step."""
+        self._mark("forward")
+
+    def replay_begins(self, number: int) -> None:
+        """Note that what the call `number` saved is made again, because its backward comes next."""
+        if self._backward_started and not self.has_ended:
+            self._mark(f"{_REPLAY}{number}")
+
+    def give_up(self) -> None:
+        """Go on to follow the step, but take its measurement for lost."""
+        self.untrace()
+        self.measured, self.is_lost = None, True
 
     def forward_ended(self, outputs: Sequence[Any], on_end: Callable[["StepMonitor"], None]) -> None:
         """Note the end of the forward; call `on_end(self)` once backward has ended."""
@@ -155,8 +177,15 @@ class StepMonitor:
 def _measured(intervals: Sequence[Interval]) -> StepMeasurement:
     parts = {i.label: i for i in intervals}
     tail = parts["tail"]
-    peak_bytes = max(i.peak_bytes for i in intervals if i.label in ("forward", "tail", "backward"))
-    return StepMeasurement(peak_bytes, tail.start_bytes, tail.peak_bytes, parts["backward"].start_bytes)
+    replays: dict[int, int] = {}
+    for i in intervals:
+        if i.label.startswith(_REPLAY):
+            number = int(i.label.removeprefix(_REPLAY))
+            replays[number] = max(i.peak_bytes, replays.get(number, 0))
+    own = [i.peak_bytes for i in intervals if i.label in ("forward", "tail", "backward")]
+    return StepMeasurement(
+        max([*own, *replays.values()]), tail.start_bytes, tail.peak_bytes, parts["backward"].start_bytes, replays
+    )
 
 
 class _StepMonitors:

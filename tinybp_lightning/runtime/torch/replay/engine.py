@@ -20,7 +20,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -59,6 +59,16 @@ class RunStats:
     out_of_order_blocks: int = 0
     replay_s: float = 0.0
 
+    @classmethod
+    def sum_of(cls, stats: "Sequence[RunStats]") -> "RunStats":
+        """Return what several runs of one step did."""
+        return cls(
+            replayed_blocks=sum(s.replayed_blocks for s in stats),
+            advanced_blocks=sum(s.advanced_blocks for s in stats),
+            out_of_order_blocks=sum(s.out_of_order_blocks for s in stats),
+            replay_s=sum(s.replay_s for s in stats),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
@@ -89,7 +99,8 @@ class Run:
 
     **Arguments:** `devices`: whose generators to guard; `generators`: others that the blocks, Python code, may draw
     from; `settings`: in force around the forward, by default those of now; `holds`: keep what the blocks save until
-    `let_go` is called; `checks`: compare what replays save with what the first sweep saved.
+    `let_go` is called; `checks`: compare what replays save with what the first sweep saved; `on_replay`: called before
+    each replay.
     """
 
     def __init__(
@@ -102,8 +113,10 @@ class Run:
         generators: Sequence[AmbientState] | None = None,
         holds: bool = False,
         checks: bool = False,
+        on_replay: Callable[[], None] | None = None,
     ) -> None:
         self.program = program
+        self._on_replay = on_replay
         self.stats = RunStats()
         self._inputs = inputs
         self._devices = tuple(devices)
@@ -205,6 +218,8 @@ class Run:
 
     def _materialise(self, block: BlockId, task: int) -> None:
         """Fill the block's slots, by the program if this is the next backward in order. See Note [Order]."""
+        if self._on_replay is not None:
+            self._on_replay()
         started = time.perf_counter()
         random = random_state_now(self._devices, self._generators) if self._random else None
         try:

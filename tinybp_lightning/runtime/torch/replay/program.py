@@ -5,7 +5,7 @@ between two `Backward`s become the replay steps of the later one. The engine pla
 tensor that the later block saved. `pin_program` leaves blocks that must not run again out of the replay steps.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -13,7 +13,7 @@ from tinybp_lightning.errors import ScheduleError
 from tinybp_lightning.graph.ids import BlockId, BoundaryId, OptionId
 from tinybp_lightning.schedule.actions import Backward, Drop, Forward, ForwardSave, Offload, Reload, Schedule, Store
 
-__all__ = ["ReplayProgram", "ReplayStep", "pin_program", "replay_program_of"]
+__all__ = ["ReplayProgram", "ReplayStep", "part_of_program", "pin_program", "replay_program_of"]
 
 _ReplayAction = Forward | ForwardSave | Store | Drop
 """What can stand between two backwards: `replay_program_of` refuses every other action, so the engine sees none."""
@@ -118,3 +118,39 @@ def _replay_steps(
                 assert_never(action)
         steps.append(ReplayStep(action, stops_early))
     return tuple(reversed(steps))
+
+
+def part_of_program(program: ReplayProgram, blocks: range) -> ReplayProgram:
+    """Return what `blocks` have to play, those of one call in a step of several, whose chains were joined.
+
+    A call starts from inputs of its own, so none of its replays needs an earlier call's. Where a replay of a later call
+    would run and store blocks of this one on its way, this one does so when its own backward begins.
+    """
+
+    def inside(actions: Iterable[_ReplayAction]) -> list[_ReplayAction]:
+        found: list[_ReplayAction] = []
+        for action in actions:
+            match action:
+                case Forward(block=b) | ForwardSave(block=b) if b in blocks:
+                    found.append(replace(action, block=BlockId(b - blocks.start)))
+                case Store(boundary=b) | Drop(boundary=b) if blocks.start < b < blocks.stop:
+                    found.append(replace(action, boundary=BoundaryId(b - blocks.start)))
+                case Forward() | ForwardSave() | Store() | Drop():
+                    pass  # another call's, or the first boundary, which is always there
+                case _:
+                    assert_never(action)
+        return found
+
+    def boundaries(all_of_them: frozenset[BoundaryId]) -> frozenset[BoundaryId]:
+        return frozenset(BoundaryId(b - blocks.start) for b in all_of_them if blocks.start < b < blocks.stop)
+
+    actions = [[step.action for step in steps] for steps in program.steps]
+    of_later_calls = [action for steps in reversed(actions[blocks.stop :]) for action in steps]
+    actions[blocks.stop - 1] = of_later_calls + actions[blocks.stop - 1]
+    return ReplayProgram(
+        program.kept[blocks.start : blocks.stop],
+        program.options[blocks.start : blocks.stop],
+        boundaries(program.stored),
+        tuple(_replay_steps(inside(mine)) for mine in actions[blocks.start : blocks.stop]),
+        boundaries(program.pinned),
+    )
