@@ -27,15 +27,27 @@ def spans(chains: Sequence[Chain]) -> tuple[range, ...]:
     return tuple(found)
 
 
-def join_chains(chains: Sequence[Chain]) -> Chain:
+def join_chains(chains: Sequence[Chain], gradient_bytes: Sequence[int]) -> Chain:
     """Return the chain of the step that makes these calls in this order; a single chain is returned as it is.
 
     Its tail is the last chain's: the code between two calls is not known.
+
+    **Arguments:** `gradient_bytes`: of the weights that each block of the last chain reads. The calls share them: what
+    the last call's backward makes waits in autograd until the first call's has come, and the others add to it.
     """
     joined, *others = chains
+    if not others:
+        return joined
+    joined = replace(joined, blocks=_with_gradients(joined, [0] * len(joined.blocks)))
     for number, chain in enumerate(others, start=2):
-        joined = _joined(joined, chain, number)
+        is_last = number == len(chains)
+        given = gradient_bytes if is_last else [0] * len(chain.blocks)
+        joined = _joined(joined, replace(chain, blocks=_with_gradients(chain, given)), number)
     return joined
+
+
+def _with_gradients(chain: Chain, gradient_bytes: Sequence[int]) -> tuple[Block, ...]:
+    return tuple(replace(b, parameter_gradient_bytes=g) for b, g in zip(chain.blocks, gradient_bytes, strict=True))
 
 
 def _joined(before: Chain, chain: Chain, number: int) -> Chain:

@@ -383,8 +383,8 @@ def _with_assumed_tail(chain: Chain) -> Chain:
     The caller holds all results to the end, and if they are not the loss itself, a loss like the cross-entropy makes of
     them makes and saves four tensors of their size.
     """
-    last = chain.boundaries[-1]
-    held_bytes = sum(chain.storage_bytes[s] for s in last.storages)
+    first, last = chain.boundaries[0], chain.boundaries[-1]
+    held_bytes = sum(chain.storage_bytes[s] for s in last.storages if s not in first.storages)
     made_bytes = 4 * last.gradient_bytes if last.gradient_bytes > _LOSS_BYTES else 0
     return replace(chain, tail_peak_bytes=held_bytes + made_bytes, tail_live_bytes=held_bytes + made_bytes // 2)
 
@@ -475,7 +475,7 @@ def _fastest(state: CalibrationState, budget_bytes: int, planner_of: PlannerOf) 
         user_bytes = budget_bytes if budget.size_bytes is None else max(budget_bytes, budget.size_bytes)
         needed_bytes = smallest_bytes = error.smallest_bytes + user_bytes - budget_bytes
         needs = f"the smallest plan for this step needs {needed_bytes} bytes, set by {error.bottleneck}"
-        if state.phase is Phase.CALIBRATE:
+        if state.phase is Phase.CALIBRATE and state.small is None:
             smallest_bytes = planner_of(_with_assumed_tail(state.chain)).smallest_bytes + user_bytes - budget_bytes
             if smallest_bytes > needed_bytes:
                 needs += f", without the loss, which is not known before a step has run: {smallest_bytes} are enough"

@@ -133,6 +133,7 @@ class StepCalls:
         self._context = context
         self._alone: dict[CallKey, CallPart] = {}
         self._chains: dict[CallKey, Chain] = {}  # as they were measured
+        self._gradient_bytes: dict[CallKey, Sequence[int]] = {}
         self._steps: OrderedDict[tuple[CallKey, ...], _Step] = OrderedDict()
         self._seen: deque[tuple[CallKey, ...]] = deque(maxlen=_MAX_REMEMBERED)
         self._running: _Running | None = None
@@ -143,12 +144,14 @@ class StepCalls:
         running = self._running
         return running.control.headroom if running is not None and running.open_keys() else None
 
-    def part(self, key: CallKey, alone: ControlLoop) -> CallPart:
+    def part(self, key: CallKey, alone: ControlLoop, gradient_bytes: Sequence[int]) -> CallPart:
         """Return what a call that begins now is to run, if `alone` plans steps of this call only.
+
+        **Arguments:** `gradient_bytes`: of the weights that each block reads.
 
         **Raises:** `BudgetTooSmallError` where no plan fits the step as it now is.
         """
-        self._remember(key, alone)
+        self._remember(key, alone, gradient_bytes)
         before = () if self._running is None else self._running.open_keys()
         keys = self._expected((*before, key))
         if len(keys) == 1:
@@ -206,7 +209,7 @@ class StepCalls:
 
     def drop(self, graph: object) -> None:
         """Forget everything about a graph: it is gone, or will be planned anew."""
-        for known in (self._alone, self._chains):
+        for known in (self._alone, self._chains, self._gradient_bytes):
             for key in [key for key in known if key[0] is graph]:
                 del known[key]
         for keys in [keys for keys in self._steps if any(key[0] is graph for key in keys)]:
@@ -218,7 +221,7 @@ class StepCalls:
         """Hear the chain of `key` with more of its options measured, and plan by it."""
         self._chains[key] = chain
         keys = next((step.keys for step in self._steps.values() if step.control is part.control), (key,))
-        part.control.observe(OptionsMeasured(join_chains([self._chains[k] for k in keys])))
+        part.control.observe(OptionsMeasured(self._joined(keys)))
 
     def _ended(self, running: _Running, monitor: StepMonitor) -> StepProfile:
         keys = tuple(running.keys)
@@ -234,9 +237,10 @@ class StepCalls:
     def _expected(self, begun: tuple[CallKey, ...]) -> tuple[CallKey, ...]:
         return max((keys for keys in self._seen if keys[: len(begun)] == begun), key=len, default=begun)
 
-    def _remember(self, key: CallKey, alone: ControlLoop) -> None:
+    def _remember(self, key: CallKey, alone: ControlLoop, gradient_bytes: Sequence[int]) -> None:
         if key not in self._alone or self._alone[key].control is not alone:
             chain = alone.state.chain
+            self._gradient_bytes[key] = gradient_bytes
             self._alone[key] = CallPart(alone, range(len(chain.blocks)))
             # What was learned of its steps is about code that may not follow it in this one.
             unmodelled_bytes = alone.state.base_bytes
@@ -246,20 +250,22 @@ class StepCalls:
         if (known := self._steps.get(keys)) is not None:
             self._steps.move_to_end(keys)
             return known
-        chains = [self._chains[key] for key in keys]
         first = self._alone[keys[0]].control
         control = ControlLoop(
             self._context,
-            join_chains(chains),
+            self._joined(keys),
             headroom=self.headroom or first.headroom,
             device=first.device,
             costs=first.state.task.costs,
         )
-        parts = tuple(CallPart(control, span) for span in spans(chains))
+        parts = tuple(CallPart(control, span) for span in spans([self._chains[key] for key in keys]))
         self._steps[keys] = step = _Step(keys, control, parts)
         if len(self._steps) > _MAX_REMEMBERED:
             self._steps.popitem(last=False)
         return step
+
+    def _joined(self, keys: Sequence[CallKey]) -> Chain:
+        return join_chains([self._chains[key] for key in keys], self._gradient_bytes[keys[-1]])
 
     def _smallest(self, key: CallKey) -> CallPart:
         assert self._running is not None, "a step has grown beyond what is planned, so it has begun"

@@ -32,6 +32,7 @@ from tinybp_lightning.runtime.torch.executors import EXECUTORS
 from tinybp_lightning.runtime.torch.executors.executor import Capture, Cut, Preparation
 from tinybp_lightning.runtime.torch.kept_modules import blocks_of_modules, pin_chain
 from tinybp_lightning.runtime.torch.measure.allocator import can_trace, tracing_lock
+from tinybp_lightning.runtime.torch.measure.chain_builder import parameter_gradient_bytes
 from tinybp_lightning.runtime.torch.measure.costs import Measurements, measure_chain, measuring_values
 from tinybp_lightning.runtime.torch.measure.memory_limit import Headroom
 from tinybp_lightning.runtime.torch.measure.step_monitor import stop_tracing
@@ -69,10 +70,14 @@ class _Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The graph's pieces, prepared under the settings of one forward. `pinned`: blocks that run once."""
+    """The graph's pieces, prepared under the settings of one forward.
+
+    `pinned`: blocks that run once; `gradient_bytes`: of the weights that each piece reads.
+    """
 
     program: Program
     pinned: frozenset[int]
+    gradient_bytes: tuple[int, ...]
     key: ProgramKey | None  # `None` with pinned blocks: the planner then sees another chain than the program's own
 
 
@@ -135,7 +140,7 @@ class TracedModule:
                 planned = self._plan(forward, may_trace=is_mine)
         part = None
         if planned is not None and planned.control is not None:
-            part = self._calls.part(self._key(forward), planned.control)
+            part = self._calls.part(self._key(forward), planned.control, planned.pieces.gradient_bytes)
             self.control = part.control
             planned = self._with_options(planned, part, forward)
         with modes_back():
@@ -249,7 +254,8 @@ class TracedModule:
             self._context.plans.num_compiled += 1
         spans = [(p.span.start, p.span.stop) for p in program.pieces]
         pinned = blocks_of_modules(program.graph, spans, self._pinned_paths)
-        pieces = _Pieces(prepared, pinned, None if pinned else program_key(prepared))
+        gradient_bytes, _ = parameter_gradient_bytes(program)
+        pieces = _Pieces(prepared, pinned, tuple(gradient_bytes), None if pinned else program_key(prepared))
         self._pieces[forward.situation.settings] = pieces
         return pieces
 

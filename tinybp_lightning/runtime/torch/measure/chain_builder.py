@@ -17,7 +17,7 @@ from tinybp_lightning.graph.ir import StorageKind
 from tinybp_lightning.runtime.torch.measure.block_profiler import BlockProfile
 from tinybp_lightning.runtime.torch.measure.timer import Timing
 
-__all__ = ["chain_of", "check_chain_is_of"]
+__all__ = ["chain_of", "check_chain_is_of", "parameter_gradient_bytes"]
 
 _Options = Sequence[BlockProfile]  # of one block
 
@@ -32,7 +32,7 @@ def chain_of(
     """
     frontiers, sizes, ids = _frontiers(program)
     gradients = [_gradient_bytes(program, i, profiles, wants[i]) for i in range(len(program.boundaries))]
-    left_bytes, shared_bytes = _parameter_gradient_bytes(program)
+    left_bytes, shared_bytes = parameter_gradient_bytes(program)
     if not counts_gradients:
         left_bytes = [0] * len(program.pieces)
         gradients = [own + shared for own, shared in zip(gradients, shared_bytes, strict=True)]
@@ -132,7 +132,7 @@ def _gradient_bytes(program: Program, boundary: int, profiles: Sequence[_Options
     return total_bytes + sum(storages.values())
 
 
-def _parameter_gradient_bytes(program: Program) -> tuple[list[int], list[int]]:
+def parameter_gradient_bytes(program: Program) -> tuple[list[int], list[int]]:
     """Return the bytes of parameters' gradients that each block's backward leaves, and that each boundary holds.
 
     A parameter that several blocks read counts at its last use. At the boundaries between its uses autograd holds one
