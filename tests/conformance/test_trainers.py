@@ -4,6 +4,7 @@ Lightning under our own strategy, and what it does with validation, checkpoints,
 compared in `tests/integration/lightning/test_same_training.py`; here `hcb` is called by hand, on parts of the model.
 """
 
+import copy
 import importlib
 import re
 import warnings
@@ -31,8 +32,9 @@ from transformers import (
 
 import tinybp_lightning as tbp
 from tests.conformance.lockstep import Recorder
-from tests.conformance.nets import NETS, batch
+from tests.conformance.nets import NETS, Net, batch
 from tests.integration.lightning.conftest import Batches, base_model, models_by_optimisation
+from tinybp_lightning.runtime.torch import targets
 
 BUDGET = "70%"
 Attach = Callable[[nn.Module], nn.Module]
@@ -182,6 +184,68 @@ def test_accelerate(net: str, precision: str, when: str) -> None:
         return seen
 
     same_training(train)
+
+
+@pytest.mark.parametrize("then", ["run_step", "deepcopy", "deepcopy and hcb", "unwrap", "restore"])
+@pytest.mark.parametrize("when", ["before prepare", "after prepare"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_is_done_with_a_prepared_model(precision: str, when: str, then: str) -> None:
+    """Nothing has left the plain model behind: copies have weights of their own, and wrappers come off."""
+    accelerator = accelerator_for(precision)
+
+    def under_budget(model: nn.Module) -> nn.Module:
+        return tbp.hcb(model, activation_budget=BUDGET, plan_cache=False)
+
+    def loss_and_gradients(model: nn.Module, *, is_step: bool = False) -> list[Tensor]:
+        torch.manual_seed(5)
+        model.zero_grad()
+
+        def compute_loss() -> Tensor:
+            return model(batch(9)).square().mean()
+
+        loss = tbp.run_step(model, compute_loss) if is_step else compute_loss()
+        if not is_step:
+            loss.backward()
+        return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    def prepared(attach: Attach) -> nn.Module:
+        torch.manual_seed(3)
+        model = Net()
+        if when == "before prepare":
+            attach(model)
+        model = accelerator.prepare(model)
+        return attach(model) if when == "after prepare" else model
+
+    def done_with(model: nn.Module) -> nn.Module:
+        match then:
+            case "unwrap":
+                return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            case "restore":
+                return tbp.restore(model)
+            case "run_step":
+                return model
+            case _:
+                copied = copy.deepcopy(model)
+                with torch.no_grad():
+                    for p in copied.parameters():
+                        p.mul_(0.5)
+                return copied
+
+    plain, ours = prepared(lambda model: model), prepared(under_budget)
+    for model in (plain, ours):
+        loss_and_gradients(model)
+    (target,) = targets(ours)
+    assert target.profile is not None
+    assert target.profile.replayed_blocks > 0
+    assert "plan for Net" in str(tbp.explain(ours))
+    wanted, found = done_with(plain), done_with(ours)
+    if then == "deepcopy and hcb":
+        under_budget(found)
+    assert_equal(then, loss_and_gradients(wanted), loss_and_gradients(found, is_step=then == "run_step"))
+    if then.startswith("deepcopy"):
+        assert sum(t.profile.replayed_blocks for t in targets(found) if t.profile is not None) > 0
+        assert_equal(then, loss_and_gradients(plain), loss_and_gradients(ours))
+    assert bool(targets(found)) == (then != "restore")
 
 
 # transformers
