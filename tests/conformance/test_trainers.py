@@ -186,66 +186,85 @@ def test_accelerate(net: str, precision: str, when: str) -> None:
     same_training(train)
 
 
-@pytest.mark.parametrize("then", ["run_step", "deepcopy", "deepcopy and hcb", "unwrap", "restore"])
-@pytest.mark.parametrize("when", ["before prepare", "after prepare"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_what_is_done_with_a_prepared_model(precision: str, when: str, then: str) -> None:
-    """Nothing has left the plain model behind: copies have weights of their own, and wrappers come off."""
-    accelerator = accelerator_for(precision)
+PREPARED = [("no", "before prepare"), ("bf16", "before prepare"), ("bf16", "after prepare")]
 
-    def under_budget(model: nn.Module) -> nn.Module:
-        return tbp.hcb(model, activation_budget=BUDGET, plan_cache=False)
 
-    def loss_and_gradients(model: nn.Module, *, is_step: bool = False) -> list[Tensor]:
-        torch.manual_seed(5)
-        model.zero_grad()
+def loss_and_gradients(model: nn.Module, *, is_step: bool = False) -> list[Tensor]:
+    """Return what one training step makes of the model, run by `tbp.run_step` or by hand."""
+    torch.manual_seed(5)
+    model.zero_grad()
 
-        def compute_loss() -> Tensor:
-            return model(batch(9)).square().mean()
+    def compute_loss() -> Tensor:
+        return model(batch(9)).square().mean()
 
-        loss = tbp.run_step(model, compute_loss) if is_step else compute_loss()
-        if not is_step:
-            loss.backward()
-        return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+    if is_step:
+        loss = tbp.run_step(model, compute_loss)
+    else:
+        loss = compute_loss()
+        loss.backward()
+    return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    def prepared(attach: Attach) -> nn.Module:
+
+def under_budget(model: nn.Module) -> nn.Module:
+    return tbp.hcb(model, activation_budget=BUDGET, plan_cache=False)
+
+
+def num_replayed(model: nn.Module) -> int:
+    return sum(t.profile.replayed_blocks for t in targets(model) if t.profile is not None)
+
+
+def prepared_pair(accelerator: Accelerator, when: str) -> list[Any]:
+    """Return a plain model and one under a budget, prepared and trained for a step."""
+    pair: list[Any] = []
+    for attach in (lambda model: model, under_budget):
         torch.manual_seed(3)
-        model = Net()
+        model: Any = Net(depth=2)
         if when == "before prepare":
             attach(model)
         model = accelerator.prepare(model)
-        return attach(model) if when == "after prepare" else model
-
-    def done_with(model: nn.Module) -> nn.Module:
-        match then:
-            case "unwrap":
-                return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            case "restore":
-                return tbp.restore(model)
-            case "run_step":
-                return model
-            case _:
-                copied = copy.deepcopy(model)
-                with torch.no_grad():
-                    for p in copied.parameters():
-                        p.mul_(0.5)
-                return copied
-
-    plain, ours = prepared(lambda model: model), prepared(under_budget)
-    for model in (plain, ours):
+        if when == "after prepare":
+            attach(model)
         loss_and_gradients(model)
-    (target,) = targets(ours)
-    assert target.profile is not None
-    assert target.profile.replayed_blocks > 0
+        pair.append(model)
+    assert num_replayed(pair[1]) > 0
+    return pair
+
+
+@pytest.mark.parametrize(("precision", "when"), PREPARED)
+def test_a_prepared_model_is_explained_stepped_and_restored(precision: str, when: str) -> None:
+    plain, ours = prepared_pair(accelerator_for(precision), when)
     assert "plan for Net" in str(tbp.explain(ours))
-    wanted, found = done_with(plain), done_with(ours)
-    if then == "deepcopy and hcb":
-        under_budget(found)
-    assert_equal(then, loss_and_gradients(wanted), loss_and_gradients(found, is_step=then == "run_step"))
-    if then.startswith("deepcopy"):
-        assert sum(t.profile.replayed_blocks for t in targets(found) if t.profile is not None) > 0
-        assert_equal(then, loss_and_gradients(plain), loss_and_gradients(ours))
-    assert bool(targets(found)) == (then != "restore")
+    assert_equal("run_step", loss_and_gradients(plain), loss_and_gradients(ours, is_step=True))
+    tbp.restore(ours)
+    assert targets(ours) == ()
+    assert_equal("restored", loss_and_gradients(plain), loss_and_gradients(ours))
+    assert targets(ours) == ()
+
+
+@pytest.mark.parametrize(("precision", "when"), PREPARED)
+def test_a_copy_of_a_prepared_model_trains_its_own_weights(precision: str, when: str) -> None:
+    pair = prepared_pair(accelerator_for(precision), when)
+    plain, ours = (copy.deepcopy(model) for model in pair)
+    for p in (*plain.parameters(), *ours.parameters()):
+        p.data.mul_(0.5)
+    assert_equal("copies", loss_and_gradients(plain), loss_and_gradients(ours))
+    assert num_replayed(ours) > 0
+    under_budget(ours)  # in place of the copied budget
+    assert_equal("copies", loss_and_gradients(plain), loss_and_gradients(ours))
+    assert num_replayed(ours) > 0
+    assert_equal("originals", *map(loss_and_gradients, pair))
+
+
+@pytest.mark.parametrize(("precision", "when"), PREPARED)
+def test_a_prepared_model_is_unwrapped(precision: str, when: str) -> None:
+    """In bf16, what the wrapper casts is no longer cast; a budget that was put around it comes off with it."""
+    accelerator = accelerator_for(precision)
+    pair = prepared_pair(accelerator, when)
+    wrapped = loss_and_gradients(pair[0])
+    plain, ours = (accelerator.unwrap_model(model, keep_fp32_wrapper=False) for model in pair)
+    unwrapped = loss_and_gradients(plain)
+    assert_equal("unwrapped", unwrapped, loss_and_gradients(ours))
+    assert torch.equal(wrapped[0], unwrapped[0]) == (precision == "no")
 
 
 # transformers
@@ -284,8 +303,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
     [
         ("gpt2", "before", {}),
         ("gpt2", "trainer.model", {"gradient_accumulation_steps": 2}),
-        ("llama", "before", {"gradient_accumulation_steps": 2}),
-        ("llama", "trainer.model", {"bf16": True}),
+        ("llama", "before", {"gradient_accumulation_steps": 2, "bf16": True}),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else value,
 )
