@@ -2,9 +2,16 @@
 
 A `Dispatcher` is an object of an importable class, so that `copy.deepcopy` and `pickle` of the module give one whose
 forward runs its own weights under the same configuration. It is not a module, so state-dict keys do not change.
+
+Note [Wrapped by others]
+    Accelerate wraps `module.forward.__func__` and binds the result to the module, so that a copy of the module calls
+    the wrapper with itself; where there is no `__func__`, it stores a closure, and a copy then trains the original. So
+    a dispatcher has a `__func__`, which looks for the dispatcher of the module that it is called with. To unwrap,
+    Accelerate follows `__wrapped__` down to a function: a dispatcher around such a wrapper shows it.
 """
 
 import inspect
+import itertools
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -41,6 +48,7 @@ __all__ = ["Dispatcher", "Target", "dispatcher_of"]
 # steps in Python, say) would be traced and planned in every step.
 _MAX_TRACES = 8
 _OWN_KEY = "_tbp_dispatcher"
+_numbers = itertools.count()
 
 
 class Target:
@@ -211,6 +219,7 @@ class Dispatcher:
         self.module = module
         self.config = config
         self.observers = tuple(observers)
+        self._number = next(_numbers)  # copies have the same
         self._own_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self._on_claim = on_claim
         self._optimizer_state = optimizer_state
@@ -294,6 +303,33 @@ class Dispatcher:
         return MethodType(type(self.module).forward, self.module)
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """The forward as a function of the module. See Note [Wrapped by others]."""
+
+        # Compilers follow these lines too, in a copy whose own dispatcher was removed.
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is self.module:
+                return self(*args, **kwargs)
+            found = dispatcher_of(module)
+            if found is not None and found._number == self._number:
+                return found(*args, **kwargs)
+            own: Any = type(module).forward if self._own_forward is None else self._own_forward
+            if isinstance(own, MethodType):
+                own = own.__func__
+            elif self._own_forward is not None:
+                return own(*args, **kwargs)  # a closure, which every copy shares without `hcb` too
+            return own(module, *args, **kwargs)
+
+        return forward
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The wrapper that this forward stands around, if there is one. See Note [Wrapped by others]."""
+        if self._own_forward is None:
+            raise AttributeError(f"`{type(self).__name__}` wraps the forward of a class")
+        return self._own_forward
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.plain)
 
@@ -315,7 +351,7 @@ class Dispatcher:
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans, graphs and observers are left out: a copy plans for itself in its first step.
-        kept = ("module", "config", "_own_forward", "_is_removed")
+        kept = ("module", "config", "_number", "_own_forward", "_is_removed")
         return {name: getattr(self, name) for name in kept}
 
 

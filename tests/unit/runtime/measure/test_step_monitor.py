@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tinybp_lightning as tbp
 from tests.unit.runtime.training import Recorder, assert_all_same, residual_net, train
@@ -109,3 +110,14 @@ def test_a_budget_that_a_step_shows_to_be_too_small_is_refused_by_the_next_forwa
     frames = [entry.name for entry in error.traceback]
     assert "begin_step" in frames
     assert "step" not in frames
+
+
+def test_no_trace_is_opened_inside_a_backward() -> None:
+    """The reentrant checkpoint runs forwards there; the engine's thread state would take the profiler with it."""
+    net = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    recorder = Recorder()
+    tbp.hcb(net, activation_budget="70%", plan_cache=False, observers=[recorder])
+    for _ in range(3):
+        checkpoint(net, X.clone().requires_grad_(), use_reentrant=True).square().mean().backward()
+    assert [profile.measured_peak_bytes for profile in recorder.profiles] == [None] * 3
+    assert all(profile.replayed_blocks > 0 for profile in recorder.profiles)

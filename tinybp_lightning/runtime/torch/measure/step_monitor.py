@@ -21,7 +21,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from tinybp_lightning.capture.torch.private import queue_callback
+from tinybp_lightning.capture.torch.private import graph_task_id, queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.runtime.profile import StepMeasurement
@@ -200,6 +200,8 @@ class _StepMonitors:
         self, monitor: StepMonitor, device: torch.device, alive: Sequence[torch.Tensor]
     ) -> AllocatorTrace | None:
         """Return a trace that `monitor` reads, if one can be opened; see `open_trace` for `alive`."""
+        if graph_task_id() != -1:
+            return None  # See Note [Stopping a trace]
         with tracing_lock() as is_mine:
             if is_mine:
                 self._untrace_ended_threads()  # stopping those later would stop this trace too
