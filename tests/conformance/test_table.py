@@ -36,6 +36,9 @@ _CONFORMITY = Conformity(
     step_s=0.2,
     planning_s=1.0,
     warnings=(),
+    named_bytes=(),
+    first_step_cpu_s=1.0,
+    time_ratio=2.0,
 )
 
 
