@@ -5,18 +5,20 @@ starter is gone, however it ended, ends itself: it is started as `python -m benc
 of its standard input.
 """
 
+import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from recipes.launch import error_line
 
-__all__ = ["run_apart"]
+__all__ = ["fork_server", "run_apart", "run_forked"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,15 +28,13 @@ def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: fl
 
     **Returns:** why it failed, in one line; empty if it ended with exit code 0.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for benchmarks that use deterministic kernels
     with log.open("w") as log_file:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.apart", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | _environment(),
             start_new_session=True,
         )
         try:
@@ -47,9 +47,69 @@ def run_apart(module: str, arguments: Sequence[str], log: Path, *, timeout_s: fl
                 process.wait()
             assert process.stdin is not None
             process.stdin.close()
+    return _why_failed(exit_code, log)
+
+
+def _why_failed(exit_code: int, log: Path) -> str:
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     return "" if exit_code == 0 else error_line(log.read_text()) or f"ended with exit code {exit_code}"
+
+
+def fork_server(modules: Sequence[str]) -> ForkServerContext:
+    """Return a context whose processes begin with `modules` imported, and on one thread; it has no process yet.
+
+    For hundreds of short measurements, each of which would spend half of its time on imports.
+    """
+    os.environ.update(_environment())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
+
+
+def run_forked(
+    context: ForkServerContext, target: Callable[..., None], arguments: Sequence[object], log: Path, *, timeout_s: float
+) -> str:
+    """Run `target(*arguments)` in a process of `context`, with its output in `log`; a process whose starter is gone ends.
+
+    **Returns:** why it failed, in one line; empty if it ended with exit code 0.
+    """
+    process = context.Process(target=_forked, args=(target, tuple(arguments), log))
+    log.write_text("")
+    process.start()
+    assert process.pid is not None
+    process.join(timeout_s)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return f"timed out after {timeout_s:g} s"
+    return _why_failed(process.exitcode, log)
+
+
+def _forked(target: Callable[..., None], arguments: tuple[object, ...], log: Path) -> None:
+    os.setsid()  # a group of its own, which is ended as a whole
+    with log.open("w") as log_file:
+        os.dup2(log_file.fileno(), sys.stdout.fileno())
+        os.dup2(log_file.fileno(), sys.stderr.fileno())
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    threading.Thread(target=_end_after, args=(starter.join,), daemon=True).start()
+    target(*arguments)
+
+
+def _end_after(starter_ends: Callable[[], object]) -> None:
+    starter_ends()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": _python_path(),
+        "HF_HUB_OFFLINE": "1",
+        # for benchmarks that use deterministic kernels
+        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    }
 
 
 def _python_path() -> str:
@@ -57,12 +117,11 @@ def _python_path() -> str:
     return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _end_with_starter() -> None:
+def _standard_input_ends() -> None:
     os.read(sys.stdin.fileno(), 1)  # nothing is written to it: it ends with the process at its other end
-    os.killpg(0, signal.SIGKILL)  # the group is this process's own (`start_new_session`)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_starter, daemon=True).start()
+    threading.Thread(target=_end_after, args=(_standard_input_ends,), daemon=True).start()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import datetime
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.apart import run_apart
+from benchmarks.apart import fork_server, run_forked
 from benchmarks.public_models_table import (
     HALF,
     SMALLEST,
@@ -62,7 +63,6 @@ def _digest(text: str) -> int:
 
 
 def _train_here(key: str, output: Path) -> None:
-    """Train one architecture in this process; write what is known after each budget."""
     os.environ["TINYBP_CACHE"] = str(output.with_suffix(".plans"))  # so that the first step plans
 
     import torch  # noqa: PLC0415 - not in the process that only starts others
@@ -74,11 +74,11 @@ def _train_here(key: str, output: Path) -> None:
         output.write_text(json.dumps(found, default=lambda member: member.value))
 
 
-def _train_apart(key: str, folder: Path, timeout_s: float) -> Row:
+def _train_apart(key: str, folder: Path, timeout_s: float, processes: ForkServerContext) -> Row:
     stem = key.replace("/", ".")
     output, log = folder / f"{stem}.json", folder / f"{stem}.log"
     output.unlink(missing_ok=True)
-    error = run_apart("benchmarks.public_models", ["--alone", key, "--export", str(output)], log, timeout_s=timeout_s)
+    error = run_forked(processes, _train_here, (key, output), log, timeout_s=timeout_s)
     shutil.rmtree(output.with_suffix(".plans"), ignore_errors=True)
     library, name = key.split("/", 1)
     found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
@@ -144,15 +144,11 @@ def main(
         f"results/{_TODAY}_public_models.json"
     ),
     list_: Annotated[bool, typer.Option("--list", help="Only print the names.")] = False,
-    alone: Annotated[str, typer.Option(hidden=True, help="Train this architecture in this process.")] = "",
 ) -> None:
     """Train public architectures with tiny configurations under budgets, and compare them with plain training.
 
     The exit code is 1 when bits differ, a peak exceeds its budget, a named budget is refused or a process fails.
     """
-    if alone:
-        _train_here(alone, export)
-        return
     _check_options(library or [], week)
     wanted = list(dict.fromkeys(library or _LIBRARIES))
     left_out = [one for one in wanted if not _is_installed(one)]
@@ -199,12 +195,13 @@ def _train_all(
     folder = export.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Row] = {}
+    processes = fork_server(["benchmarks.public_models_check", "transformers.models.auto.modeling_auto"])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
             task = progress.add_task("public models", total=len(keys))
-            runs = {pool.submit(_train_apart, key, folder, timeout_s): key for key in keys}
+            runs = {pool.submit(_train_apart, key, folder, timeout_s, processes): key for key in keys}
             try:
                 for done in as_completed(runs):
                     key = runs[done]
@@ -214,6 +211,7 @@ def _train_all(
                     _export([found[k] for k in keys if k in found], export, left_out)
                     progress.update(task, description=key, advance=1)
             except KeyboardInterrupt:
+                progress.stop()
                 console.print(f"stopped: {len(found)} of {len(keys)} are in {export}", soft_wrap=True)
                 # The threads wait for their processes, which end themselves as soon as this one is gone.
                 sys.stdout.flush()
