@@ -68,9 +68,14 @@ def fork_server(modules: Sequence[str]) -> ForkServerContext:
 
 
 def run_forked(
-    context: ForkServerContext, target: Callable[..., None], arguments: Sequence[object], log: Path, *, timeout_s: float
+    context: ForkServerContext,
+    target: Callable[..., object],
+    arguments: Sequence[object],
+    log: Path,
+    *,
+    timeout_s: float,
 ) -> str:
-    """Run `target(*arguments)` in a process of `context`, with its output in `log`; a process whose starter is gone ends.
+    """Run `target(*arguments)` in a process of `context`, with its output in `log`.
 
     **Returns:** why it failed, in one line; empty if it ended with exit code 0.
     """
@@ -86,7 +91,7 @@ def run_forked(
     return _why_failed(process.exitcode, log)
 
 
-def _forked(target: Callable[..., None], arguments: tuple[object, ...], log: Path) -> None:
+def _forked(target: Callable[..., object], arguments: tuple[object, ...], log: Path) -> None:
     os.setsid()  # a group of its own, which is ended as a whole
     with log.open("w") as log_file:
         os.dup2(log_file.fileno(), sys.stdout.fileno())

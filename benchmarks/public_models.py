@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -44,22 +45,24 @@ from benchmarks.public_models_table import (
     summary,
 )
 
-__all__ = ["app", "tenth_of"]
+__all__ = ["THIS_WEEK", "app", "tenth_of"]
 
 _NOW = datetime.now().astimezone()
 _TODAY = _NOW.date().isoformat()
-_THIS_WEEK = f"{_NOW:%G-W%V}"
+THIS_WEEK = f"{_NOW:%G-W%V}"
+"""The week that --tenth chooses by, as ISO counts it."""
 _LIBRARIES = ("transformers", "timm", "diffusers")
 _NUM_PARTS = 10
 
 
 def tenth_of(names: Sequence[str], week: str) -> list[str]:
-    """Return the names that `week` (such as `2026-W49`) chooses: about a tenth, another one each week."""
-    return [name for name in names if _digest(f"{week} {name}") % _NUM_PARTS == 0]
+    """Return the tenth of `names` (rounded up) that `week`, such as `2026-W49`, chooses: another one each week."""
+    chosen = sorted(names, key=lambda name: _digest(f"{week} {name}"))[: math.ceil(len(names) / _NUM_PARTS)]
+    return [name for name in names if name in chosen]
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _train_here(key: str, output: Path) -> None:
@@ -87,7 +90,7 @@ def _train_apart(key: str, folder: Path, timeout_s: float, processes: ForkServer
         return Stopped(library, name, error + where)
     if "reason" in found:
         return Untried(library, name, found["reason"])
-    return Trained(library, name, found[HALF], found[SMALLEST], found["is_repeatable"])
+    return Trained(library, name, found[HALF], found[SMALLEST], found["is_repeatable"], found["cause"])
 
 
 def _export(rows: Sequence[Row], path: Path, left_out: Sequence[str]) -> None:
@@ -137,7 +140,7 @@ def main(
     ] = None,
     library: Annotated[list[str] | None, typer.Option(help="transformers, timm or diffusers; repeatable.")] = None,
     tenth: Annotated[bool, typer.Option("--tenth", help="Only the tenth that the week chooses.")] = False,
-    week: Annotated[str, typer.Option(help="The week of --tenth, as YYYY-Www.")] = _THIS_WEEK,
+    week: Annotated[str, typer.Option(help="The week of --tenth, as YYYY-Www.")] = THIS_WEEK,
     jobs: Annotated[int, typer.Option(min=1, help="Number of architectures to train at once.")] = 1,
     timeout_s: Annotated[float, typer.Option(min=1, help="Time limit of one architecture.")] = 180,
     export: Annotated[Path, typer.Option(help="JSON file to write; the table and the picture go beside it.")] = Path(
@@ -172,7 +175,7 @@ def _check_options(library: Sequence[str], week: str) -> None:
         if one not in _LIBRARIES:
             raise typer.BadParameter(f"`{one}`: expected {', '.join(_LIBRARIES)}.", param_hint="--library")
     if re.fullmatch(r"\d{4}-W(0[1-9]|[1-4]\d|5[0-3])", week) is None:
-        raise typer.BadParameter(f"`{week}`: expected a year and a week, such as {_THIS_WEEK}.", param_hint="--week")
+        raise typer.BadParameter(f"`{week}`: expected a year and a week, such as {THIS_WEEK}.", param_hint="--week")
 
 
 def _selected(patterns: Sequence[str], libraries: Sequence[str], week: str | None) -> list[str]:

@@ -5,28 +5,33 @@ diffusers: its main classes. Nothing is downloaded. A class that cannot be made 
 fails, raises `NoTinyConfigError` with the reason.
 """
 
+# torch annotates its members in part only, so the rule would report it and not us.
+# pyright: reportUnknownMemberType=false
+
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.public_models_configs import EXTRA_INPUTS, OVERRIDES, VOCABULARY, tiny_values
+from benchmarks.public_models_configs import DIFFUSERS, EXTRA_INPUTS, OVERRIDES, tiny_values
 from benchmarks.zoo import Architecture, Batch, Phase, Workload
 
 __all__ = ["Library", "NoTinyConfigError", "PublicModel", "architecture_of", "listed"]
 
 _MOST_PARAMETERS = 6_000_000
+_MOST_PARAMETERS_OF_TIMM = 30_000_000  # its models have no configuration that could be made tiny
 _LENGTH = 64
 _SAMPLES = 8000
 _NUM_CLASSES = 10
@@ -89,19 +94,38 @@ def _of_transformers() -> Iterator[PublicModel]:
 
 
 def _of_timm() -> Iterator[PublicModel]:
+    """One model a module: of those whose names say that they are small, the one with the shortest name."""
     if importlib.util.find_spec("timm") is None:
         return
-    yield from ()
+    timm: Any = importlib.import_module("timm")
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if names:
+            yield PublicModel(Library.TIMM, min(names, key=_timm_size), "picture", module)
+
+
+_SMALL = (
+    "test_", "_atto", "_femto", "_pico", "_nano", "xxtiny", "xx_small", "xxs", "xtiny", "x_small", "_xs", "ti16",
+    "_ti_", "_mini", "tiny", "_t0", "_s0", "_m0", "_b0", "_b_", "_050", "_035", "14d", "18", "small", "_s", "26",
+)  # fmt: skip
+
+
+def _timm_size(name: str) -> tuple[int, int, str]:
+    rank = next((number for number, part in enumerate(_SMALL) if part in name), len(_SMALL))
+    return rank, len(name), name
 
 
 def _of_diffusers() -> Iterator[PublicModel]:
-    yield from ()
+    if importlib.util.find_spec("diffusers") is None:
+        return
+    for name in DIFFUSERS:
+        yield PublicModel(Library.DIFFUSERS, name, "noise", name)
 
 
 def architecture_of(model: PublicModel) -> Architecture:
     """Return `model` as an architecture that trains: the first of its tiny forms whose plain step succeeds.
 
-    **Raises:** `NoTinyConfigError` with the reason why the first form does not.
+    **Raises:** `NoTinyConfigError` with the reason why none does.
     """
     makers = _MAKERS[model.library](model)
     reasons: list[str] = []
@@ -114,7 +138,9 @@ def architecture_of(model: PublicModel) -> Architecture:
                 reasons.append(f"{type(error).__name__}: {error}")
             else:
                 return Architecture(model.key, build)
-    raise NoTinyConfigError(" ".join(reasons[0].split())[:200])
+    # The last form of a model of timm is the model as it is; the first form of the others is what the rule makes.
+    reason = reasons[-1] if model.library is Library.TIMM else reasons[0]
+    raise NoTinyConfigError(" ".join(reason.split())[:200])
 
 
 def _try(workload: Workload) -> None:
@@ -141,12 +167,12 @@ class _Repeatable:
         with _quiet():
             workload = self._make()
         num_parameters = sum(p.numel() for p in workload.module.parameters())
-        if num_parameters > _MOST_PARAMETERS:
-            raise ValueError(f"it has {num_parameters:,} parameters, more than {_MOST_PARAMETERS:,}")
+        if num_parameters > _MOST_PARAMETERS_OF_TIMM:
+            raise ValueError(f"it has {num_parameters:,} parameters, more than {_MOST_PARAMETERS_OF_TIMM:,}")
         if self._weights is None:
             with torch.no_grad():
                 for parameter in workload.module.parameters():
-                    if not (parameter.isfinite().all() and parameter.abs().max() < 100):  # noqa: PLR2004
+                    if not (parameter.isfinite().all() and parameter.abs().max() < 100):
                         nn.init.normal_(parameter, std=0.02)
             self._weights = {name: value.clone() for name, value in workload.module.state_dict().items()}
         workload.module.load_state_dict(self._weights)
@@ -154,7 +180,7 @@ class _Repeatable:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Drop what libraries print about unusual configurations."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -174,7 +200,7 @@ def _loss(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def _mean_square(found: Any) -> Tensor:
-    leaves = tree_leaves(dict(found) if isinstance(found, Mapping) else found)
+    leaves: list[Any] = tree_leaves(dict(cast("Mapping[str, Any]", found)) if isinstance(found, Mapping) else found)
     outputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     if not outputs:
         raise ValueError("no output requires a gradient")
@@ -193,8 +219,8 @@ def _transformers_makers(model: PublicModel) -> Iterator[Callable[[], Workload]]
 def _transformers_workload(model: PublicModel, keeps_unknown_sizes: bool, has_labels: bool) -> Workload:
     import transformers  # noqa: PLC0415 - seconds to import
 
-    config = _tiny_config(model.source, keeps_unknown_sizes=keeps_unknown_sizes)
     cls = getattr(transformers, model.name)
+    config = _tiny_config(cls, keeps_unknown_sizes=keeps_unknown_sizes)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > _MOST_PARAMETERS:
@@ -203,15 +229,14 @@ def _transformers_workload(model: PublicModel, keeps_unknown_sizes: bool, has_la
     return Workload(module, _batch(module, model, config, has_labels=has_labels), (Phase(_loss),))
 
 
-def _tiny_config(source: str, *, keeps_unknown_sizes: bool) -> Any:
-    from transformers import AutoConfig  # noqa: PLC0415 - seconds to import
-
-    defaults = AutoConfig.for_model(source)
+def _tiny_config(cls: Any, *, keeps_unknown_sizes: bool) -> Any:
+    defaults = cls.config_class()
     values = {name: value for name, value in defaults.to_dict().items() if not name.startswith("_")}
     tiny = tiny_values(values, keeps_unknown_sizes=keeps_unknown_sizes)
-    tiny |= OVERRIDES.get(source, {})
-    config = type(defaults)(**tiny)
-    for part in (config, *vars(config).values()):
+    tiny |= OVERRIDES.get(defaults.model_type, {}) | OVERRIDES.get(cls.__name__, {})
+    config = cls.config_class(**tiny)
+    parts: list[Any] = [config, *vars(config).values()]
+    for part in parts:
         if getattr(part, "use_cache", None):
             part.use_cache = False  # training uses no cache of keys and values
     return config
@@ -255,7 +280,7 @@ def _text_to_text(module: nn.Module, config: Any, takes: _Takes) -> tuple[dict[s
 def _picture(module: nn.Module, config: Any, takes: _Takes) -> tuple[dict[str, Tensor], Tensor]:
     parts = [config, getattr(config, "vision_config", None)]
     side = next((s for part in parts if (s := getattr(part, "image_size", None)) is not None), 64)
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    height, width = (side, side) if isinstance(side, int) else side
     channels = next((c for part in parts if (c := getattr(part, "num_channels", None)) is not None), 3)
     labels = torch.randint(0, max(1, min(_NUM_CLASSES, config.num_labels)), (4,))
     return {"pixel_values": torch.randn(4, channels, height, width)}, labels
@@ -263,10 +288,12 @@ def _picture(module: nn.Module, config: Any, takes: _Takes) -> tuple[dict[str, T
 
 def _sound_input(module: nn.Module, config: Any, takes: _Takes) -> dict[str, Tensor]:
     name = next(n for n in takes if n in ("input_values", "input_features"))
+    if hasattr(config, "frequency_stride"):
+        return {name: torch.randn(2, config.max_length, config.num_mel_bins)}
     if name == "input_values":
         return {name: torch.randn(2, _SAMPLES)}
     mel = next((m for n in _MELS if (m := getattr(config, n, None)) is not None), 16)
-    if "max_source_positions" in vars(config) and "feature_projection_input_dim" not in vars(config):
+    if "max_source_positions" in vars(config) and "input_feat_per_channel" not in vars(config):
         return {name: torch.randn(2, mel, 2 * config.max_source_positions)}
     return {name: torch.randn(2, 2 * _LENGTH, mel)}
 
@@ -296,6 +323,77 @@ _BATCHES: dict[str, Callable[[nn.Module, Any, _Takes], tuple[dict[str, Tensor], 
     "speech to text": _speech,
 }
 
+# timm
+
+
+_TIMM_ARGUMENTS: tuple[dict[str, Any], ...] = (
+    {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 64},
+    {"depths": (1, 1, 2, 1), "embed_dim": 32, "img_size": 64},
+    {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
+    {"layers": (1, 1, 1, 1)},
+    {"img_size": 64},
+    {},
+)
+"""Arguments that make models of timm smaller, where their constructors take them; the first that trains is used."""
+
+
+def _timm_makers(model: PublicModel) -> Iterator[Callable[[], Workload]]:
+    for arguments in _TIMM_ARGUMENTS:
+        yield functools.partial(_timm_workload, model.name, arguments)
+
+
+def _timm_workload(name: str, arguments: dict[str, Any]) -> Workload:
+    timm: Any = importlib.import_module("timm")
+    module = timm.create_model(name, pretrained=False, num_classes=_NUM_CLASSES, **arguments).train()
+    settings: dict[str, Any] = module.pretrained_cfg
+    channels, side, _ = settings["input_size"]
+    if "img_size" in arguments or not settings.get("fixed_input_size"):
+        side = 64
+    batch = {"pictures": torch.randn(2, channels, side, side), "labels": torch.randint(0, _NUM_CLASSES, (2,))}
+    return Workload(module, batch, (Phase(_classification_loss),))
+
+
+def _classification_loss(module: nn.Module, batch: Batch) -> Tensor:
+    found = module(batch["pictures"])
+    if isinstance(found, Tensor) and found.shape == (2, _NUM_CLASSES):
+        return nn.functional.cross_entropy(found, batch["labels"])
+    return _mean_square(found)
+
+
+# diffusers
+
+
+def _diffusers_makers(model: PublicModel) -> Iterator[Callable[[], Workload]]:
+    yield functools.partial(_diffusers_workload, model.name)
+
+
+def _diffusers_workload(name: str) -> Workload:
+    import diffusers  # noqa: PLC0415 - seconds to import
+
+    arguments, inputs = DIFFUSERS[name]
+    module = getattr(diffusers, name)(**arguments).train()
+    batch = {key: _drawn(*value) for key, value in inputs.items()}
+    return Workload(module, batch, (Phase(_loss),))
+
+
+def _drawn(kind: str, *shape: int) -> Tensor:
+    match kind:
+        case "noise":
+            return torch.randn(shape)
+        case "steps":
+            return torch.randint(0, 1000, shape)
+        case "classes":
+            return torch.randint(0, _NUM_CLASSES, shape)
+        case "ones":
+            return torch.ones(shape)
+        case "flags":
+            return torch.ones(shape, dtype=torch.bool)
+        case _:
+            raise ValueError(f"`{kind}` is not a kind of input")
+
+
 _MAKERS: dict[Library, Callable[[PublicModel], Iterator[Callable[[], Workload]]]] = {
     Library.TRANSFORMERS: _transformers_makers,
+    Library.TIMM: _timm_makers,
+    Library.DIFFUSERS: _diffusers_makers,
 }

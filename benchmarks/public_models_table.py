@@ -1,4 +1,4 @@
-"""Judge public models trained under budgets: the rows of `benchmarks.public_models`, their table, counts and picture."""
+"""Judge public models trained under budgets: rows of `benchmarks.public_models`, their table, counts and picture."""
 
 # matplotlib annotates its members in part only, so the rule would report it and not us.
 # pyright: reportUnknownMemberType=false
@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-__all__ = ["HALF", "SMALLEST", "Row", "Stopped", "Trained", "Untried", "cells_of", "draw", "is_good", "markdown_table", "summary"]
+__all__ = [
+    "HALF",
+    "SMALLEST",
+    "Row",
+    "Stopped",
+    "Trained",
+    "Untried",
+    "cells_of",
+    "draw",
+    "is_good",
+    "markdown_table",
+    "summary",
+]
 
 HALF = "50%"
 SMALLEST = "smallest"
@@ -36,7 +48,8 @@ class Trained:
     """One architecture, trained under both budgets.
 
     Both are a `Conformity` as a JSON object; `half` is `None` if 50 % was refused. `is_repeatable`: whether plain
-    training has the same bits each time, asked only where bits differ.
+    training has the same bits each time, asked only where bits differ. `cause`: the error or the line of code that the
+    reason for module steps goes back to.
     """
 
     library: str
@@ -44,6 +57,7 @@ class Trained:
     half: dict[str, Any] | None
     smallest: dict[str, Any]
     is_repeatable: bool = True
+    cause: str = ""
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -55,6 +69,11 @@ class Trained:
         """Where the bits first differ from plain training's; empty if they never do."""
         told = [found for result in self.results if (found := result["sameness"]["first_difference"])]
         return told[0] if told else ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether bits differ where plain training's would not."""
+        return self.is_repeatable and bool(self.first_difference)
 
     @property
     def is_within_budget(self) -> bool:
@@ -81,7 +100,9 @@ class Trained:
         """Why the forward is not recorded as one graph; empty if it is."""
         said = [text for result in self.results for text in result["warnings"]]
         found = [" ".join(match[1].split()) for text in said if (match := _WHY.search(text))]
-        return found[0] if found else next((text for text in said if _UNENFORCED in text), "")
+        if not found:
+            return next((text for text in said if _UNENFORCED in text), "")
+        return f"{found[0]}: {self.cause}" if self.cause else found[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +130,7 @@ def is_good(row: Row) -> bool:
     """Whether bits and bytes are as promised; an architecture that was not tried says nothing."""
     match row:
         case Trained():
-            return not row.first_difference and row.is_within_budget and not row.num_refused
+            return not row.is_wrong and row.is_within_budget and not row.num_refused
         case Untried():
             return True
         case Stopped():
@@ -136,13 +157,14 @@ def summary(rows: Sequence[Row]) -> str:
     """Return the counts of `rows` as Markdown: what is wrong, how often 50 % is enough, and why by module steps."""
     trained = [row for row in rows if isinstance(row, Trained)]
     num_stopped = sum(isinstance(row, Stopped) for row in rows)
-    lines = [
-        f"{len(trained)} architectures: {sum(bool(row.first_difference) for row in trained)} wrong, "
+    counts = (
+        f"{len(trained)} architectures: {sum(row.is_wrong for row in trained)} wrong, "
         f"{sum(not row.is_within_budget for row in trained)} over budget, "
         f"{sum(row.num_refused > 0 for row in trained)} whose named budget was refused, {num_stopped} not finished; "
-        f"{len(rows) - len(trained) - num_stopped} without a tiny configuration.",
-        "",
-    ]
+        f"{len(rows) - len(trained) - num_stopped} without a tiny configuration, "
+        f"{sum(not row.is_repeatable for row in trained)} whose plain training differs from itself."
+    )
+    lines = [counts, ""]
     for library in dict.fromkeys(row.library for row in trained):
         own = [row for row in trained if row.library == library]
         half = sum(row.half is not None for row in own)
@@ -220,7 +242,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("share of the architectures")
         axis.set_ylim(bottom=0)
         axis.grid(visible=True, alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

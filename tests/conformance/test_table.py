@@ -13,7 +13,7 @@ from benchmarks.conformance import Checked, Stopped, app, markdown_table
 from benchmarks.conformance_check import Conformity, Sameness
 from benchmarks.zoo import Blocks
 
-_CONFORMITY = Conformity(
+CONFORMITY = Conformity(
     architecture="net",
     executor="eager",
     budget="30%",
@@ -43,7 +43,7 @@ _CONFORMITY = Conformity(
 
 
 def _checked(**changes: object) -> Checked:
-    fields = asdict(_CONFORMITY) | {"blocks": "graph"} | changes
+    fields = asdict(CONFORMITY) | {"blocks": "graph"} | changes
     return Checked("net", "eager", "30%", fields)
 
 
