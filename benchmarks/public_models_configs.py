@@ -225,7 +225,7 @@ def _tiny_value(name: str, value: Any, num_layers: int, values: Mapping[str, Any
     if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
         return value
     if _is_list(value):
-        return _tiny_list(name, cast("Sequence[Any]", value), num_layers)
+        return _tiny_list(name, value, num_layers)
     if not isinstance(value, int):
         return value
     if name in ("num_key_value_heads", "swa_num_key_value_heads"):
@@ -272,8 +272,8 @@ def _tiny_token(name: str, value: Any) -> Any:
     return [_FIRST_TOKENS.get(name, 2)] * len(value) if _is_list(value) else value
 
 
-def _tiny_list(name: str, value: Sequence[Any], num_layers: int) -> Any:
-    made: Callable[[Iterable[Any]], Any] = list if isinstance(value, list) else tuple
+def _tiny_list(name: str, value: Sequence[Any], num_layers: int) -> Sequence[Any]:
+    made: Callable[[Iterable[Any]], Sequence[Any]] = list[Any] if isinstance(value, list) else tuple[Any, ...]
     if value and len(value) == num_layers and num_layers > NUM_LAYERS:
         return made(_every_kind(value)[:NUM_LAYERS])
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in value) or not value:

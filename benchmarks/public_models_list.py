@@ -327,7 +327,7 @@ _BATCHES: dict[str, Callable[[nn.Module, Any, _Takes], tuple[dict[str, Tensor], 
 
 
 _TIMM_ARGUMENTS: tuple[dict[str, Any], ...] = (
-    {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 64},
+    {"embed_dim": 64, "depth": 4, "num_heads": 4, "img_size": 64},
     {"depths": (1, 1, 2, 1), "embed_dim": 32, "img_size": 64},
     {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
     {"layers": (1, 1, 1, 1)},
@@ -349,13 +349,13 @@ def _timm_workload(name: str, arguments: dict[str, Any]) -> Workload:
     channels, side, _ = settings["input_size"]
     if "img_size" in arguments or not settings.get("fixed_input_size"):
         side = 64
-    batch = {"pictures": torch.randn(2, channels, side, side), "labels": torch.randint(0, _NUM_CLASSES, (2,))}
+    batch = {"pictures": torch.randn(8, channels, side, side), "labels": torch.randint(0, _NUM_CLASSES, (8,))}
     return Workload(module, batch, (Phase(_classification_loss),))
 
 
 def _classification_loss(module: nn.Module, batch: Batch) -> Tensor:
     found = module(batch["pictures"])
-    if isinstance(found, Tensor) and found.shape == (2, _NUM_CLASSES):
+    if isinstance(found, Tensor) and found.shape == (8, _NUM_CLASSES):
         return nn.functional.cross_entropy(found, batch["labels"])
     return _mean_square(found)
 
