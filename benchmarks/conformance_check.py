@@ -43,6 +43,7 @@ _CPU = torch.device("cpu")
 # A plan is corrected after traced steps; this is the largest number of steps until one is not traced.
 _MAX_STEPS = 10
 _MAX_RAISES = 6
+_TIMED_STEPS = 3
 
 
 class Executor(Enum):
@@ -76,7 +77,9 @@ class Conformity:
     `budget` was asked for; `is_smallest` says that it cannot be met and that `budget_bytes` is the smallest that can.
     Peaks are bytes of activations in the largest phase of a step, without parameters' gradients. `blocks` is `None` if
     nothing is replayed. `num_partial` blocks use an option that saves a part and recomputes the rest in the backward.
-    `recompute_share` and `step_s` are of the last step, which was not traced.
+    `recompute_share` and `step_s` are of the last step, which was not traced. `named_bytes`: the smallest budget that
+    each refusal on the way named; every one but the last was refused in its turn. `first_step_cpu_s` is of the whole
+    process. `time_ratio`: a settled step's seconds over plain training's, both as the least of some steps in turns.
     """
 
     architecture: str
@@ -101,6 +104,9 @@ class Conformity:
     step_s: float
     planning_s: float
     warnings: tuple[str, ...]
+    named_bytes: tuple[int, ...]
+    first_step_cpu_s: float
+    time_ratio: float
 
     @property
     def is_within_budget(self) -> bool:
@@ -130,14 +136,16 @@ def check(
         warnings.simplefilter("ignore", tbp.HCBWarning)  # a compiled reference warns as the checked copy does
         plain_peak_bytes = reference.peak_bytes()
     asked_bytes = allowed_bytes = budget_bytes(budget, naive_peak_bytes=plain_peak_bytes)
-    for attempt in range(_MAX_RAISES):
+    named_bytes: list[int] = []
+    while True:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", tbp.HCBWarning)
                 compared = _compare(reference, begin, executor, allowed_bytes)
         except tbp.BudgetTooSmallError as error:
+            named_bytes.append(error.smallest_bytes)
             # What the first steps show about the step's end may raise the smallest budget once more.
-            if attempt == _MAX_RAISES - 1:
+            if len(named_bytes) == _MAX_RAISES:
                 raise
             allowed_bytes = max(error.smallest_bytes, allowed_bytes + 1)
             continue
@@ -151,6 +159,7 @@ def check(
         is_smallest=allowed_bytes != asked_bytes,
         plain_peak_bytes=plain_peak_bytes,
         said=tuple(str(w.message) for w in caught if issubclass(w.category, tbp.HCBWarning)),
+        named_bytes=tuple(named_bytes),
     )
 
 
@@ -228,6 +237,8 @@ class _Compared:
     measured_peak_bytes: int
     plain_step_s: float
     planning_s: float
+    first_step_cpu_s: float
+    time_ratio: float
 
 
 def _compare(plain: Training, begin: Callable[..., Training], executor: Executor, allowed_bytes: int) -> _Compared:
@@ -240,13 +251,15 @@ def _compare(plain: Training, begin: Callable[..., Training], executor: Executor
     told: list[str] = []
     fields: set[str] = set()
     plain_steps_s: list[float] = []
-    planning_s = 0.0
+    planning_s = first_step_cpu_s = 0.0
     last_step: tuple[StepProfile, ...] = ()
     num_steps = 0
     while num_steps < _MAX_STEPS:
         num_steps += 1
         listener.profiles.clear()
+        begin_cpu_s = time.process_time()
         wall_s, found = _timed(ours.step)
+        first_step_cpu_s = first_step_cpu_s or time.process_time() - begin_cpu_s
         planning_s = planning_s or wall_s
         last_step = tuple(listener.profiles)
         wall_s, expected = _timed(plain.step)
@@ -273,7 +286,15 @@ def _compare(plain: Training, begin: Callable[..., Training], executor: Executor
         measured_peak_bytes=ours.measured_peak_bytes(),
         plain_step_s=min(plain_steps_s),
         planning_s=planning_s,
+        first_step_cpu_s=first_step_cpu_s,
+        time_ratio=_time_ratio(ours, plain),
     )
+
+
+def _time_ratio(ours: Training, plain: Training) -> float:
+    """Return the seconds of a forward and backward of `ours` over those of `plain`, each the least of some in turns."""
+    seconds = [(ours.timed_s(), plain.timed_s()) for _ in range(_TIMED_STEPS)]
+    return min(ours_s for ours_s, _ in seconds) / min(plain_s for _, plain_s in seconds)
 
 
 def _timed(step: Callable[[], Snapshot]) -> tuple[float, Snapshot]:
@@ -292,6 +313,7 @@ def _conformity(
     is_smallest: bool,
     plain_peak_bytes: int,
     said: tuple[str, ...],
+    named_bytes: tuple[int, ...],
 ) -> Conformity:
     steps = compared.last_step
     step_s = sum(profile.step_s for profile in steps)
@@ -320,6 +342,9 @@ def _conformity(
         step_s=step_s,
         planning_s=compared.planning_s,
         warnings=said,
+        named_bytes=named_bytes,
+        first_step_cpu_s=compared.first_step_cpu_s,
+        time_ratio=compared.time_ratio,
     )
 
 

@@ -5,6 +5,7 @@ Each copy has its own optimizers and its own random numbers, so that two can tra
 
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -100,6 +101,14 @@ class Training:
     def measured_peak_bytes(self) -> int:
         """Return the activation peak of the next step's largest phase; that step does not train."""
         return max(self._phase_peak(phase) for phase in self._phases)
+
+    def timed_s(self) -> float:
+        """Return the seconds of the next step's forwards and backwards; that step does not train."""
+        begin_s = time.perf_counter()
+        for phase in self._phases:
+            self._prepare(phase)
+            self._loss(phase).backward()
+        return time.perf_counter() - begin_s
 
     def _phase_peak(self, phase: Phase) -> int:
         self._prepare(phase)

@@ -13,7 +13,7 @@ from benchmarks.conformance import Checked, Stopped, app, markdown_table
 from benchmarks.conformance_check import Conformity, Sameness
 from benchmarks.zoo import Blocks
 
-_CONFORMITY = Conformity(
+CONFORMITY = Conformity(
     architecture="net",
     executor="eager",
     budget="30%",
@@ -36,11 +36,14 @@ _CONFORMITY = Conformity(
     step_s=0.2,
     planning_s=1.0,
     warnings=(),
+    named_bytes=(),
+    first_step_cpu_s=1.0,
+    time_ratio=2.0,
 )
 
 
 def _checked(**changes: object) -> Checked:
-    fields = asdict(_CONFORMITY) | {"blocks": "graph"} | changes
+    fields = asdict(CONFORMITY) | {"blocks": "graph"} | changes
     return Checked("net", "eager", "30%", fields)
 
 
