@@ -121,8 +121,8 @@ def test_the_first_error_names_a_budget_with_room_for_a_loss_that_is_not_known_y
     state = start(task_of(enough_bytes), chain, Limit(enough_bytes), Planner)
     # The caller holds the result; its cross-entropy saves another, and makes two more on its way to the gradient.
     tail = simulate(state.chain, state.active.schedule).tail
-    held = StepMeasurement(0, tail.before_bytes, tail.before_bytes + 900, tail.after_bytes + 600)
-    peak_bytes = simulate(replace(state.chain, unmodelled_bytes=0), state.active.schedule).peak_bytes + 600
+    held = StepMeasurement(0, tail.before_bytes, tail.before_bytes + 900, tail.after_bytes + 300)
+    peak_bytes = simulate(replace(state.chain, unmodelled_bytes=0), state.active.schedule).peak_bytes + 300
     state = after(state, StepEnded(replace(held, peak_bytes=peak_bytes)))
     assert state.active.report.predicted_peak_bytes <= enough_bytes
 

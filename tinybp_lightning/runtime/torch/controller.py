@@ -380,13 +380,13 @@ def _with_tail(chain: Chain, schedule: Schedule, measured: StepMeasurement) -> C
 def _with_assumed_tail(chain: Chain) -> Chain:
     """Return `chain` with code after its last block that needs more than a loss does, as far as one can tell.
 
-    The caller holds all results to the end, and if they are not the loss itself, a loss like the cross-entropy makes of
-    them makes and saves four tensors of their size.
+    The caller holds all results to the end, and if they are not the loss itself, a loss like the cross-entropy has four
+    tensors of their size at once before the blocks' backward begins.
     """
     first, last = chain.boundaries[0], chain.boundaries[-1]
     held_bytes = sum(chain.storage_bytes[s] for s in last.storages if s not in first.storages)
     made_bytes = 4 * last.gradient_bytes if last.gradient_bytes > _LOSS_BYTES else 0
-    return replace(chain, tail_peak_bytes=held_bytes + made_bytes, tail_live_bytes=held_bytes + made_bytes // 2)
+    return replace(chain, tail_peak_bytes=held_bytes + made_bytes, tail_live_bytes=held_bytes)
 
 
 def _with_residual(

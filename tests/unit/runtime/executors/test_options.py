@@ -1,5 +1,6 @@
 """Options that are not compiled: a plan that uses their estimates asks for measurements, and never runs."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -189,4 +190,7 @@ def test_a_budget_is_called_too_small_by_measured_costs_only() -> None:
     control = control_loop_of(estimated, smallest_bytes // 2)
     with pytest.raises(BudgetTooSmallError) as caught:
         control.observe(OptionsMeasured(measured))
-    assert caught.value.smallest_bytes == pytest.approx(1.03 * smallest_bytes, rel=0.01)
+    found = re.search(r"needs (\d+) bytes", str(caught.value))
+    assert found is not None
+    assert int(found[1]) == pytest.approx(1.03 * smallest_bytes, rel=0.01)
+    assert caught.value.smallest_bytes > int(found[1])  # a loss is allowed for

@@ -420,7 +420,6 @@ def test_a_model_that_is_not_under_a_budget_is_named() -> None:
 def test_other_exceptions_pass_and_leave_the_model_usable(error: type[BaseException], place: Place) -> None:
     plain = Net()
     model = tbp.hcb(copy.deepcopy(plain), activation_budget="80%")
-    hooks = [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
     with Faults(error) as faults:
         handle = model.get_parameter("body.2.up.weight").register_hook(faults.hook)
         for _ in range(3):
@@ -430,7 +429,7 @@ def test_other_exceptions_pass_and_leave_the_model_usable(error: type[BaseExcept
             retried_step(model)
         handle.remove()
     assert faults.num_raised == 1
-    assert [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()] == hooks
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     plain.load_state_dict(model.state_dict())
     model.zero_grad()
     assert_equal(train(model, retried_step, steps=2), train(plain, plain_step, steps=2))
