@@ -1,6 +1,8 @@
 """What surrounds a block is put back: settings, generators, and regions that an exception left open."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -246,3 +248,17 @@ def test_a_region_around_stays_open() -> None:
         assert casts() is torch.bfloat16
         assert not torch.is_grad_enabled()
     assert casts() is torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the order is CUDA's")
+def test_attention_runs_under_the_settings_that_were_read_before_it() -> None:
+    torch.cuda.init()
+    code = """
+import torch
+from tinybp_lightning.capture.torch.ambient import settings_now
+q = torch.randn(1, 2, 256, 128, device="cuda", dtype=torch.bfloat16)
+before = settings_now()
+torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+assert settings_now() == before, "torch has changed the order of backends"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # in a process that has run no attention yet

@@ -23,6 +23,7 @@ import torch
 from torch.utils import deterministic
 from torch.utils._device import DeviceContext
 
+from tinybp_lightning.capture.torch.private import order_attention_backends
 from tinybp_lightning.errors import ConfigError
 
 __all__ = [
@@ -190,6 +191,8 @@ _SDP = [
 
 
 def _attention() -> Hashable:
+    if torch.cuda.is_initialized():
+        order_attention_backends()  # or the first run would change the order that it was found with
     return (tuple(_C._get_sdp_priority_order()), *[get() for get, _ in _SDP])
 
 
