@@ -105,7 +105,8 @@ def _of_timm() -> Iterator[PublicModel]:
 
 
 _SMALL = (
-    "test_", "w18_small", "_002", "128s", "net121", "_atto", "_femto", "_pico", "_nano", "xxtiny", "xx_small", "xxs", "xtiny", "x_small", "_xs", "ti16",
+    "test_", "w18_small", "_002", "128s", "net121",
+    "_atto", "_femto", "_pico", "_nano", "xxtiny", "xx_small", "xxs", "xtiny", "x_small", "_xs", "ti16",
     "_ti_", "_mini", "tiny", "_t0", "_s0", "_m0", "_b0", "_b_", "_050", "_035", "14d", "18", "small", "_s", "26",
 )  # fmt: skip
 
