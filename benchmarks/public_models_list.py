@@ -31,7 +31,7 @@ from benchmarks.zoo import Architecture, Batch, Phase, Workload
 __all__ = ["Library", "NoTinyConfigError", "PublicModel", "architecture_of", "listed"]
 
 _MOST_PARAMETERS = 6_000_000
-_MOST_PARAMETERS_OF_TIMM = 30_000_000  # its models have no configuration that could be made tiny
+_MOST_PARAMETERS_OF_TIMM = 16_000_000  # its models have no configuration that could be made tiny
 _LENGTH = 64
 _SAMPLES = 8000
 _NUM_CLASSES = 10
@@ -105,7 +105,8 @@ def _of_timm() -> Iterator[PublicModel]:
 
 
 _SMALL = (
-    "test_", "_atto", "_femto", "_pico", "_nano", "xxtiny", "xx_small", "xxs", "xtiny", "x_small", "_xs", "ti16",
+    "test_", "w18_small", "_002", "128s", "net121",
+    "_atto", "_femto", "_pico", "_nano", "xxtiny", "xx_small", "xxs", "xtiny", "x_small", "_xs", "ti16",
     "_ti_", "_mini", "tiny", "_t0", "_s0", "_m0", "_b0", "_b_", "_050", "_035", "14d", "18", "small", "_s", "26",
 )  # fmt: skip
 
@@ -328,8 +329,14 @@ _BATCHES: dict[str, Callable[[nn.Module, Any, _Takes], tuple[dict[str, Tensor], 
 
 _TIMM_ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"embed_dim": 64, "depth": 4, "num_heads": 4, "img_size": 64},
+    {"depths": (1, 1, 2, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8), "img_size": 64},
     {"depths": (1, 1, 2, 1), "embed_dim": 32, "img_size": 64},
+    {"depths": (1, 1, 2, 1), "embed_dim": 32},
+    {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)},
+    {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 48, 64)},
+    {"layers": (1, 1, 2, 1), "embed_dims": (16, 32, 48, 64)},
     {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
+    {"dim": 64, "depth": 4},
     {"layers": (1, 1, 1, 1)},
     {"img_size": 64},
     {},
@@ -349,13 +356,13 @@ def _timm_workload(name: str, arguments: dict[str, Any]) -> Workload:
     channels, side, _ = settings["input_size"]
     if "img_size" in arguments or not settings.get("fixed_input_size"):
         side = 64
-    batch = {"pictures": torch.randn(8, channels, side, side), "labels": torch.randint(0, _NUM_CLASSES, (8,))}
+    batch = {"pictures": torch.randn(4, channels, side, side), "labels": torch.randint(0, _NUM_CLASSES, (4,))}
     return Workload(module, batch, (Phase(_classification_loss),))
 
 
 def _classification_loss(module: nn.Module, batch: Batch) -> Tensor:
     found = module(batch["pictures"])
-    if isinstance(found, Tensor) and found.shape == (8, _NUM_CLASSES):
+    if isinstance(found, Tensor) and found.shape == (4, _NUM_CLASSES):
         return nn.functional.cross_entropy(found, batch["labels"])
     return _mean_square(found)
 
