@@ -36,6 +36,7 @@ from torch._dynamo.variables import misc as dynamo_misc
 from torch._dynamo.variables import torch as dynamo_torch
 from torch._dynamo.variables.torch import tracing_state_functions
 
+from tinybp_lightning.capture.torch.fake_ops import register_fake_ops
 from tinybp_lightning.capture.torch.higher_order import as_plain_calls
 from tinybp_lightning.capture.torch.masks import mask_functions
 from tinybp_lightning.capture.torch.private import modes_set_aside
@@ -50,6 +51,9 @@ _MANY = 4096
 _ONE_AT_A_TIME = threading.RLock()
 _NUMBERS = itertools.count()
 _LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "warning_once", "info_once")
+
+
+register_fake_ops()
 
 
 class CannotTraceError(CaptureError):
