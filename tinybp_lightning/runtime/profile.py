@@ -76,6 +76,7 @@ class StepMeasurement:
 
     `tail_peak_bytes` is the most between the forward's end and backward's first block, whose levels stand beside it.
     `replay_peak_bytes`: of module steps, by the number of each replayed call: the most from its replay to the next one.
+    `keeps_graph`: another backward may follow, so that what autograd has saved stays.
     """
 
     peak_bytes: int
@@ -83,6 +84,7 @@ class StepMeasurement:
     tail_peak_bytes: int
     backward_start_bytes: int
     replay_peak_bytes: Mapping[int, int] = field(default_factory=dict[int, int])
+    keeps_graph: bool = False
 
 
 @dataclass(frozen=True, slots=True)

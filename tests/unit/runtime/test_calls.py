@@ -1,5 +1,7 @@
 """The calls of the largest step that may come."""
 
+from dataclasses import replace
+
 import pytest
 
 from tinybp_lightning.runtime.profile import StepMeasurement
@@ -75,6 +77,9 @@ def test_what_is_alive_beside_the_blocks_is_held_throughout_and_what_each_backwa
     assert chain.storage_bytes == (500,)
     assert chain.unmodelled_bytes == 16
     assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284, 84]
+    kept = replace(measured, keeps_graph=True)
+    chain = LargestStep(dropped).chain(DroppedStep(kept, tuple(dropped)))
+    assert [block.options[0].backward_peak_bytes for block in chain.blocks] == [284, 284]
     more = LargestStep(dropped).with_calls(calls("abc"))
     blocks = more.chain(DroppedStep(measured, tuple(dropped))).blocks
     assert [block.options[0].backward_peak_bytes for block in blocks] == [284, 84, 284]

@@ -41,6 +41,7 @@ __all__ = [
     "is_jit_tracing",
     "is_profiling",
     "is_transformed",
+    "keeps_graph",
     "leaving_transforms",
     "modes_back",
     "modes_set_aside",
@@ -108,6 +109,11 @@ def is_checkpointed() -> bool:
     hooks: Any = _autograd._top_saved_tensors_default_hooks(True)
     name = str(getattr(hooks[0], "__qualname__", "")) if hooks else ""
     return name.startswith(("_checkpoint_hook.", "_recomputation_hook."))
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward that runs leaves its graph for another one (`retain_graph`, `create_graph`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def graph_task_id() -> int:

@@ -44,14 +44,17 @@ class DroppedStep:
         """Return what each call's backward needed beside its saved set and what the forward left, by unit and number.
 
         Gradients of weights that several calls share wait there until the last of them, so calls of one unit differ.
+        Where the graph is kept, so are the saved sets, and what the last backward needed beside its own comes on top of
+        all that a plan keeps: it counts for every call.
         """
         if (measured := self.measured) is None:
             return {}
         peaks = measured.replay_peak_bytes
-        return {
+        working = {
             (call.unit, call.number): max(0, peaks.get(n, 0) - measured.forward_end_bytes - call.saved_bytes)
             for n, call in enumerate(self.calls)
         }
+        return dict.fromkeys(working, max(working.values(), default=0)) if measured.keeps_graph else working
 
 
 class LargestStep:

@@ -15,13 +15,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from tinybp_lightning.capture.torch.private import graph_task_id, queue_callback
+from tinybp_lightning.capture.torch.private import graph_task_id, keeps_graph, queue_callback
 from tinybp_lightning.config import Budget, BudgetKind
 from tinybp_lightning.errors import HCBWarning
 from tinybp_lightning.runtime.profile import StepMeasurement
@@ -58,6 +59,7 @@ class StepMonitor:
         self._started = time.perf_counter()
         self._forward_s = 0.0
         self._backward_started = 0.0
+        self._keeps_graph = False
         self._on_end: Callable[[StepMonitor], None] | None = None
         self._parameters = [p for p in parameters if p.is_leaf and p.requires_grad]
         # `zero_grad()` may come after the forward: gradients of earlier steps are then let go of within this one.
@@ -116,6 +118,7 @@ class StepMonitor:
         if self._backward_started or self.ended:
             return
         self._backward_started = time.perf_counter()
+        self._keeps_graph = keeps_graph()
         self._mark("backward")
         queue_callback(self._backward_ended)
 
@@ -136,7 +139,7 @@ class StepMonitor:
         """Close the trace of a step whose backward has ended, and tell `on_end`."""
         if (trace := self._take_trace()) is not None:
             try:
-                self.measured = _measured(trace.close())
+                self.measured = replace(_measured(trace.close()), keeps_graph=self._keeps_graph)
             except LostTraceError as error:
                 self.is_lost = True
                 warnings.warn(
