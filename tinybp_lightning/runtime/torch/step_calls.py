@@ -96,11 +96,22 @@ class CallPart:
         return frozenset((b - self.span.start, option) for b, option in wanted if b in self.span)
 
 
+@dataclass(slots=True)
+class _Known:
+    """One call: what it runs in a step of its own, its chain as it was measured, and the weights that it reads.
+
+    `gradient_bytes`: of the weights that each block reads.
+    """
+
+    alone: CallPart
+    chain: Chain
+    gradient_bytes: Sequence[int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A step of several calls, as it is planned."""
 
-    keys: tuple[CallKey, ...]
     control: ControlLoop
     parts: tuple[CallPart, ...]
 
@@ -131,9 +142,7 @@ class StepCalls:
 
     def __init__(self, context: TargetContext) -> None:
         self._context = context
-        self._alone: dict[CallKey, CallPart] = {}
-        self._chains: dict[CallKey, Chain] = {}  # as they were measured
-        self._gradient_bytes: dict[CallKey, Sequence[int]] = {}
+        self._known: dict[CallKey, _Known] = {}
         self._steps: OrderedDict[tuple[CallKey, ...], _Step] = OrderedDict()
         self._seen: deque[tuple[CallKey, ...]] = deque(maxlen=_MAX_REMEMBERED)
         self._running: _Running | None = None
@@ -155,28 +164,27 @@ class StepCalls:
         before = () if self._running is None else self._running.open_keys()
         keys = self._expected((*before, key))
         if len(keys) == 1:
-            return self._alone[key]
+            return self._known[key].alone
         is_new = keys not in self._steps and keys not in self._seen
-        if (is_new and len(keys) > _MAX_PLANNED) or any(known not in self._chains for known in keys):
+        if (is_new and len(keys) > _MAX_PLANNED) or any(one not in self._known for one in keys):
             return self._smallest(key)
         return self._planned(keys).parts[len(before)]
 
-    def begin(self, key: CallKey, part: CallPart, parameters: Sequence[torch.Tensor]) -> StepMonitor:
+    def begin(self, part: CallPart, parameters: Sequence[torch.Tensor]) -> None:
         """Start to follow a call, or the whole step with its first one. See Note [Which calls follow]."""
         running, control = self._running, part.control
-        is_first = running is None or not running.open_keys()
-        if running is not None and not is_first and self._goes_on(running, part):
+        is_open = running is not None and bool(running.open_keys())
+        if running is not None and is_open and self._goes_on(running, part):
             running.monitor.goes_on()
-            return running.monitor
+            return
         if running is not None:
             running.monitor.abandon()  # if the last forward had no backward, it can no longer be measured
         monitor = control.begin_step(parameters)
-        if running is None or is_first:
-            self._running = _Running(control, control.program, monitor)
-        else:
+        if running is not None and is_open:
             monitor.give_up()
             running.control, running.program, running.monitor = control, control.program, monitor
-        return monitor
+        else:
+            self._running = _Running(control, control.program, monitor)
 
     @staticmethod
     def _goes_on(running: _Running, part: CallPart) -> bool:
@@ -209,9 +217,8 @@ class StepCalls:
 
     def drop(self, graph: object) -> None:
         """Forget everything about a graph: it is gone, or will be planned anew."""
-        for known in (self._alone, self._chains, self._gradient_bytes):
-            for key in [key for key in known if key[0] is graph]:
-                del known[key]
+        for key in [key for key in self._known if key[0] is graph]:
+            del self._known[key]
         for keys in [keys for keys in self._steps if any(key[0] is graph for key in keys)]:
             del self._steps[keys]
         seen = [keys for keys in self._seen if all(key[0] is not graph for key in keys)]
@@ -219,17 +226,19 @@ class StepCalls:
 
     def options_measured(self, key: CallKey, part: CallPart, chain: Chain) -> None:
         """Hear the chain of `key` with more of its options measured, and plan by it."""
-        self._chains[key] = chain
-        keys = next((step.keys for step in self._steps.values() if step.control is part.control), (key,))
+        self._known[key].chain = chain
+        keys = next((keys for keys, step in self._steps.items() if step.control is part.control), (key,))
         part.control.observe(OptionsMeasured(self._joined(keys)))
 
     def _ended(self, running: _Running, monitor: StepMonitor) -> StepProfile:
         keys = tuple(running.keys)
-        step, alone = self._steps.get(keys), self._alone.get(keys[0])
-        if all(key in self._chains for key in keys):
+        if all(key in self._known for key in keys):
             self._seen.append(keys)
-        planned = step.control if step is not None else None if alone is None else alone.control
-        is_whole = running.control is planned
+        step, first = self._steps.get(keys), self._known.get(keys[0])
+        if step is not None:
+            is_whole = running.control is step.control
+        else:
+            is_whole = first is not None and running.control is first.alone.control
         if running.control.program is not running.program:
             monitor.give_up()
         return running.control.end_step(monitor, RunStats.sum_of(running.stats), is_whole=is_whole)
@@ -238,19 +247,19 @@ class StepCalls:
         return max((keys for keys in self._seen if keys[: len(begun)] == begun), key=len, default=begun)
 
     def _remember(self, key: CallKey, alone: ControlLoop, gradient_bytes: Sequence[int]) -> None:
-        if key not in self._alone or self._alone[key].control is not alone:
+        if key not in self._known or self._known[key].alone.control is not alone:
             chain = alone.state.chain
-            self._gradient_bytes[key] = gradient_bytes
-            self._alone[key] = CallPart(alone, range(len(chain.blocks)))
+            part = CallPart(alone, range(len(chain.blocks)))
             # What was learned of its steps is about code that may not follow it in this one.
             unmodelled_bytes = alone.state.base_bytes
-            self._chains[key] = replace(chain, tail_peak_bytes=0, tail_live_bytes=0, unmodelled_bytes=unmodelled_bytes)
+            chain = replace(chain, tail_peak_bytes=0, tail_live_bytes=0, unmodelled_bytes=unmodelled_bytes)
+            self._known[key] = _Known(part, chain, gradient_bytes)
 
     def _planned(self, keys: tuple[CallKey, ...]) -> _Step:
         if (known := self._steps.get(keys)) is not None:
             self._steps.move_to_end(keys)
             return known
-        first = self._alone[keys[0]].control
+        first = self._known[keys[0]].alone.control
         control = ControlLoop(
             self._context,
             self._joined(keys),
@@ -258,18 +267,19 @@ class StepCalls:
             device=first.device,
             costs=first.state.task.costs,
         )
-        parts = tuple(CallPart(control, span) for span in spans([self._chains[key] for key in keys]))
-        self._steps[keys] = step = _Step(keys, control, parts)
+        parts = tuple(CallPart(control, span) for span in spans([self._known[key].chain for key in keys]))
+        self._steps[keys] = step = _Step(control, parts)
         if len(self._steps) > _MAX_REMEMBERED:
             self._steps.popitem(last=False)
         return step
 
     def _joined(self, keys: Sequence[CallKey]) -> Chain:
-        return join_chains([self._chains[key] for key in keys], self._gradient_bytes[keys[-1]])
+        calls = [self._known[key] for key in keys]
+        return join_chains([call.chain for call in calls], calls[-1].gradient_bytes)
 
     def _smallest(self, key: CallKey) -> CallPart:
         assert self._running is not None, "a step has grown beyond what is planned, so it has begun"
-        part = measured_part(self._chains[key])
+        part = measured_part(self._known[key].chain)
         schedule, _ = small_schedule(part.chain, budget_bytes=0)
         program = replay_program_of(part.renumbered(schedule))
         return CallPart(self._running.control, range(len(program.kept)), fixed=program)

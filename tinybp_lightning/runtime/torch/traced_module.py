@@ -174,7 +174,7 @@ class TracedModule:
 
     def _run(self, pieces: _Pieces, part: CallPart, forward: _Forward) -> Any:
         values, program, key = forward.values, pieces.program, self._key(forward)
-        self._calls.begin(key, part, forward.parameters)
+        self._calls.begin(part, forward.parameters)
         externals = NonBoundaryInputs.of(values, program.unsaved)
         replayed = pin_program(part.program, pieces.pinned)
         settings, checks = forward.situation.settings, self._context.config.check
