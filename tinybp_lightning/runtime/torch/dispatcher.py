@@ -65,7 +65,7 @@ class Target:
         self._num_evicted = 0
         self._num_traces: Counter[tuple[str, ...]] = Counter()
         self._tracer = Tracer(plain, self._on_graph)
-        self._caches = KeyValueCaches(module, plain)
+        self._caches = KeyValueCaches(module, plain, context.warn)
         has_sharded_units = any(is_sharded(part) for part in module.modules())
         self.module_steps = ModuleSteps(module, plain, context) if has_sharded_units else None
         self._last_used: ModuleSteps | TracedModule | None = self.module_steps

@@ -1,12 +1,11 @@
 """Notice a module that is trained without being called: through another method than `forward`, no plan is in force."""
 
-import warnings
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tinybp_lightning.errors import HCBWarning
+from tinybp_lightning.runtime.torch.messages import WarnOnce
 
 __all__ = ["GradientWatch"]
 
@@ -16,7 +15,7 @@ class GradientWatch:
 
     def __init__(self, root: nn.Module) -> None:
         self._name = type(root).__name__
-        self._has_warned = False
+        self._warn = WarnOnce()
         trained = [p for p in root.parameters() if p.requires_grad and p.is_leaf]
         # One method may train a part only, so the first parameter alone would not tell.
         ends = {id(p): p for p in (*trained[:1], *trained[-1:])}
@@ -28,13 +27,9 @@ class GradientWatch:
             self._handles.pop().remove()
 
     def _hear(self, _: Any) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        warnings.warn(
+        self._warn(
+            "not called",
             f"`{self._name}` is trained plainly, and its budget is not enforced, where it is not called itself: its "
             "parameters got gradients, and its `forward` had not run. Call the module, not another method of it, or "
             "give `hcb` the part that is called.",
-            HCBWarning,
-            stacklevel=2,
         )

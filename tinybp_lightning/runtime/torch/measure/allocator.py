@@ -270,8 +270,11 @@ class _CudaTrace(AllocatorTrace):
         for i, (address, size) in enumerate(raw):
             if i in mark_events:
                 marks.append(len(events))
-            elif marks and (size > 0 or address in alive):
-                (alive.add if size > 0 else alive.remove)(address)
+            elif marks and size > 0:
+                alive.add(address)
+                events.append((address, size))
+            elif marks and address in alive:
+                alive.remove(address)
                 events.append((address, size))
         return events, marks
 

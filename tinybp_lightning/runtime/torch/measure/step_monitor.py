@@ -61,13 +61,15 @@ class StepMonitor:
         self._backward_started = 0.0
         self._keeps_graph = False
         self._on_end: Callable[[StepMonitor], None] | None = None
-        self._parameters = [p for p in parameters if p.is_leaf and p.requires_grad]
-        # `zero_grad()` may come after the forward: gradients of earlier steps are then let go of within this one.
         self._counts_gradients = budget.kind is BudgetKind.MEMORY
         _MONITORS.num_started += 1
         self._number = _MONITORS.num_started
-        alive = self._gradients() if self._counts_gradients else []
-        self._trace = _MONITORS.trace_for(self, device, alive) if wants_trace else None
+        self._parameters: list[torch.Tensor] = []  # whose gradients a trace tells from activations
+        self._trace: AllocatorTrace | None = None
+        if wants_trace:
+            self._parameters = [p for p in parameters if p.is_leaf and p.requires_grad]
+            # `zero_grad()` may come after the forward: gradients of earlier steps are then let go of within this one.
+            self._trace = _MONITORS.trace_for(self, device, self._gradients() if self._counts_gradients else [])
         self._mark("forward")
 
     def _gradients(self) -> list[torch.Tensor]:
