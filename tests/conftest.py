@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, and two test processes do not fight for cores
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -45,6 +46,15 @@ def _only_ones_own_garbage() -> None:
 def _plans_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's plan cache out of tests, and each test's plans out of the others."""
     monkeypatch.setenv("TINYBP_CACHE", str(tmp_path_factory.mktemp("plans")))
+
+
+@pytest.fixture(autouse=True)
+def _no_trace_left_open() -> Iterator[None]:
+    """Close the trace of a step that a test ended with: the next test may open one of its own."""
+    yield
+    step_monitor = sys.modules.get("tinybp_lightning.runtime.torch.measure.step_monitor")
+    if step_monitor is not None:
+        step_monitor.stop_tracing()
 
 
 @pytest.fixture(autouse=True)
