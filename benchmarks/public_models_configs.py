@@ -322,6 +322,42 @@ _VAE = {
 }
 _HEADS_OF_16: dict[str, int] = {"num_attention_heads": 4, "attention_head_dim": 16}
 
+# A control net takes what its model takes, and the picture that steers it.
+_SD3 = {
+    **_HEADS_OF_16,
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 64,
+    "pooled_projection_dim": 64,
+    "out_channels": 4,
+}
+_SD3_INPUTS = {
+    "hidden_states": ("noise", 2, 4, 16, 16),
+    "encoder_hidden_states": _TEXT,
+    "pooled_projections": ("noise", 2, 64),
+    "timestep": ("steps", 2),
+}
+_FLUX = {
+    **_HEADS_OF_16,
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": [4, 4, 8],
+}
+_FLUX_INPUTS = {
+    "hidden_states": ("noise", 2, 64, 4),
+    "encoder_hidden_states": _TEXT,
+    "pooled_projections": ("noise", 2, 32),
+    "timestep": ("ones", 2),
+    "img_ids": ("ones", 64, 3),
+    "txt_ids": ("ones", 8, 3),
+}
 DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "UNet1DModel": (
         {
@@ -537,86 +573,10 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
         },
         {"hidden_states": ("noise", 2, 4, 16, 16), "timestep": ("steps", 2), "encoder_hidden_states": _TEXT},
     ),
-    "SD3Transformer2DModel": (
-        {
-            **_HEADS_OF_16,
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_layers": 3,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 64,
-            "pooled_projection_dim": 64,
-            "out_channels": 4,
-        },
-        {
-            "hidden_states": ("noise", 2, 4, 16, 16),
-            "encoder_hidden_states": _TEXT,
-            "pooled_projections": ("noise", 2, 64),
-            "timestep": ("steps", 2),
-        },
-    ),
-    "SD3ControlNetModel": (
-        {
-            **_HEADS_OF_16,
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_layers": 3,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 64,
-            "pooled_projection_dim": 64,
-            "out_channels": 4,
-        },
-        {
-            "hidden_states": ("noise", 2, 4, 16, 16),
-            "encoder_hidden_states": _TEXT,
-            "controlnet_cond": ("noise", 2, 4, 16, 16),
-            "pooled_projections": ("noise", 2, 64),
-            "timestep": ("steps", 2),
-        },
-    ),
-    "FluxTransformer2DModel": (
-        {
-            **_HEADS_OF_16,
-            "patch_size": 1,
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 32,
-            "axes_dims_rope": [4, 4, 8],
-        },
-        {
-            "hidden_states": ("noise", 2, 64, 4),
-            "encoder_hidden_states": _TEXT,
-            "pooled_projections": ("noise", 2, 32),
-            "timestep": ("ones", 2),
-            "img_ids": ("ones", 64, 3),
-            "txt_ids": ("ones", 8, 3),
-        },
-    ),
-    "FluxControlNetModel": (
-        {
-            **_HEADS_OF_16,
-            "patch_size": 1,
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 32,
-            "axes_dims_rope": [4, 4, 8],
-        },
-        {
-            "hidden_states": ("noise", 2, 64, 4),
-            "controlnet_cond": ("noise", 2, 64, 4),
-            "encoder_hidden_states": _TEXT,
-            "pooled_projections": ("noise", 2, 32),
-            "timestep": ("ones", 2),
-            "img_ids": ("ones", 64, 3),
-            "txt_ids": ("ones", 8, 3),
-        },
-    ),
+    "SD3Transformer2DModel": (_SD3, _SD3_INPUTS),
+    "SD3ControlNetModel": (_SD3, _SD3_INPUTS | {"controlnet_cond": ("noise", 2, 4, 16, 16)}),
+    "FluxTransformer2DModel": (_FLUX, _FLUX_INPUTS),
+    "FluxControlNetModel": (_FLUX, _FLUX_INPUTS | {"controlnet_cond": ("noise", 2, 64, 4)}),
     "AuraFlowTransformer2DModel": (
         {
             **_HEADS_OF_16,
