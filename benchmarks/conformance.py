@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.apart import run_apart
+from recipes.markdown import markdown_rows
 
 __all__ = ["Checked", "Row", "Stopped", "app", "markdown_table"]
 
@@ -143,13 +144,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
     num_over = sum(not row.is_within_budget for row in checked)
     counts = f"{len(rows)} checks: {num_wrong} wrong, {num_over} over budget, {len(rows) - len(checked)} not finished."
     alignment = ["---"] * 3 + [":---:"] + ["---:"] * 6 + ["---"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(_cells, rows))]
+    table = markdown_rows(_HEADER, alignment, map(_cells, rows))
     note = (
         "Budgets are shares of plain training's measured activation peak; `*` marks a budget that no plan meets, where "
         "the smallest that can be met is checked instead. Bits: losses, gradients, buffers, parameters and generators "
         "after every optimizer step. Recompute: the share of a step's forward and backward that goes to replays."
     )
-    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{note}\n"
+    return f"{counts}\n\n{table}\n\n{note}\n"
 
 
 def _cells(row: Row) -> list[str]:

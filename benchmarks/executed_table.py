@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from recipes.markdown import markdown_rows
+
 __all__ = [
     "PEAK_TOLERANCE",
     "SECONDS_TOLERANCE",
@@ -130,8 +132,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
         f"{len(rows) - len(executed) - num_stopped} below the minimum, {num_stopped} not finished."
     )
     alignment = ["---", "---", "---:", "---", *["---:"] * 7, ":---:"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(cells_of, rows))]
-    return f"{counts}\n\n" + "\n".join(lines) + f"\n\n{_note(executed)}\n"
+    table = markdown_rows(_HEADER, alignment, map(cells_of, rows))
+    return f"{counts}\n\n{table}\n\n{_note(executed)}\n"
 
 
 def _note(executed: Sequence[Executed]) -> str:

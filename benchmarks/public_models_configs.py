@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
-__all__ = ["DIFFUSERS", "EXTRA_INPUTS", "NUM_LAYERS", "OVERRIDES", "VOCABULARY", "tiny_values"]
+__all__ = ["DIFFUSERS", "NUM_LAYERS", "OVERRIDES", "VOCABULARY", "tiny_values"]
 
 VOCABULARY = 256
 NUM_LAYERS = 4
@@ -295,10 +295,6 @@ def _every_kind(value: Sequence[Any]) -> list[Any]:
         return first
     kinds = [v for n, v in enumerate(value) if all(v != earlier for earlier in value[:n])]
     return [kinds[n] if n < len(kinds) else kinds[-1] for n in range(NUM_LAYERS)]
-
-
-EXTRA_INPUTS: dict[str, tuple[str, ...]] = {}
-"""Inputs beside the tokens that a class asks for in training, as zeros of the tokens' shape, by class."""
 
 
 _TEXT = ("noise", 2, 8, 32)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.public_models_configs import DIFFUSERS, EXTRA_INPUTS, OVERRIDES, tiny_values
+from benchmarks.public_models_configs import DIFFUSERS, OVERRIDES, tiny_values
 from benchmarks.zoo import Architecture, Batch, Phase, Workload
 
 __all__ = ["Library", "NoTinyConfigError", "PublicModel", "architecture_of", "listed"]
@@ -246,8 +246,6 @@ def _tiny_config(cls: Any, *, keeps_unknown_sizes: bool) -> Any:
 def _batch(module: nn.Module, model: PublicModel, config: Any, *, has_labels: bool) -> dict[str, Tensor]:
     takes = inspect.signature(module.forward).parameters
     batch, labels = _BATCHES[model.task](module, config, takes)
-    for name in EXTRA_INPUTS.get(model.name, ()):
-        batch[name] = torch.zeros_like(batch["input_ids"])
     if has_labels and "labels" in takes:
         batch["labels"] = labels
     elif "decoder_input_ids" in takes:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from recipes.markdown import markdown_rows
+
 __all__ = [
     "HALF",
     "SMALLEST",
@@ -142,7 +144,7 @@ def is_good(row: Row) -> bool:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the table of `rows` as Markdown, below the counts."""
     alignment = ["---", ":---:", *["---:"] * 4, "---", "---", *["---:"] * 3]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, alignment, *map(cells_of, rows))]
+    table = markdown_rows(_HEADER, alignment, map(cells_of, rows))
     note = (
         "Plain and planned training run in lockstep for some optimizer steps; bits: losses, gradients, buffers, "
         "parameters and generators after each. 50 % is of plain training's measured activation peak; `refused` marks "
@@ -150,7 +152,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "allocator events. CPU seconds are of the first step, with tracing and planning. Step seconds of models this "
         "small are mostly Python's."
     )
-    return summary(rows) + "\n" + "\n".join(lines) + f"\n\n{note}\n"
+    return f"{summary(rows)}\n{table}\n\n{note}\n"
 
 
 def summary(rows: Sequence[Row]) -> str:

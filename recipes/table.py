@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from recipes.budget import budget_bytes
 from recipes.config import CompareConfig
+from recipes.markdown import markdown_rows
 from recipes.measurement import Measurement
 from recipes.modes import Mode
 from recipes.outcome import Failed, Finished, Outcome
@@ -96,7 +97,7 @@ def markdown_report(config: CompareConfig, outcomes: Sequence[Outcome]) -> str:
     """Return the table of `outcomes` as Markdown, with notes on how to read it."""
     rows = [_cells(row) for row in comparison_rows(outcomes)]
     alignment = ["---", *["---:"] * 7, *[":---:"] * 4]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, alignment, *rows))
+    table = markdown_rows(HEADER, alignment, rows)
     return f"# {_title(config, outcomes)}\n\n{table}\n\n{_notes(config, outcomes)}\n"
 
 
